@@ -1,0 +1,250 @@
+"""Settings: one frozen value, read once at the edge and passed in.
+
+Sources, later ones win: the defaults below, the TOML file (``--config``, else ``SPHERE_CONFIG``, else
+``./sphere.toml``), then variables ``SPHERE_<SECTION>__<KEY>`` (``SPHERE_DIMSE__PORT=104``).
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from sphere.conf.errors import SettingsError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:  # the same parser, before it joined the standard library
+    import tomli as tomllib
+
+Port = Annotated[int, Field(ge=0, le=65535)]
+AETitle = Annotated[str, Field(min_length=1, max_length=16, pattern=r"^[\x20-\x5b\x5d-\x7e]*[\x21-\x5b\x5d-\x7e]$")]
+Seconds = Annotated[float, Field(ge=0)]
+
+
+class Section(BaseModel):
+    """A table of sphere.toml; immutable, and strict about names."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Archive(Section):
+    ae_title: AETitle = Field("SPHERE", description="Application entity title of this archive (PS3.8 9.3.2).")
+    state_dir: Path = Field(
+        Path("state"),
+        description="Local folder for what can be rebuilt: locks, the query index, journals of this host, large "
+        "instances while they arrive. Relative to the settings file.",
+    )
+
+
+class Dimse(Section):
+    host: str = Field("127.0.0.1", description="Address that the DIMSE port listens on; 0.0.0.0 for every interface.")
+    port: Port = Field(11112, description="TCP port; 0 takes a free one.")
+    workers: int = Field(2, ge=1, le=64, description="Receiver processes that share the port.")
+    max_associations: int = Field(64, ge=1, description="Associations at once, per receiver process.")
+    max_pdu: int = Field(
+        131072, ge=4096, le=1 << 24, description="Bytes of a P-DATA-TF PDU that we announce (PS3.8 D.1)."
+    )
+    artim_s: Seconds = Field(30.0, description="Seconds from TCP accept to A-ASSOCIATE-RQ (PS3.8 9.1.2).")
+    dimse_timeout_s: Seconds = Field(60.0, description="Seconds to wait for the next DIMSE message of an exchange.")
+    network_timeout_s: Seconds = Field(300.0, description="Seconds that an idle association is kept.")
+
+
+class Web(Section):
+    enabled: bool = Field(True, description="Serve HTTP beside DIMSE.")
+    host: str = Field("127.0.0.1", description="Address that HTTP listens on.")
+    port: Port = Field(8080, description="TCP port; 0 takes a free one.")
+
+
+class Storage(Section):
+    root: str = Field(
+        "file:storage",
+        description="Where bundles and catalog live: file:///PATH (or file:PATH relative to the settings file), "
+        "hdfs://NAMENODE:PORT/PATH, or webhdfs://NAMENODE:PORT/PATH.",
+    )
+    user: str = Field("", description="HDFS user name; empty takes the login name. Unused for file:.")
+    seal_mib: int = Field(256, ge=1, description="MiB after which a bundle is sealed and a new one begun.")
+    seal_age_s: Seconds = Field(300.0, description="Seconds after which an open bundle that holds members is sealed.")
+    memory_mib: int = Field(8, ge=1, description="MiB up to which an arriving instance waits in memory, not on disk.")
+
+    @field_validator("root")
+    @classmethod
+    def _known_scheme(cls, value: str) -> str:
+        if urlsplit(value).scheme not in ("file", "hdfs", "webhdfs"):
+            raise ValueError("must begin with file:, hdfs:// or webhdfs://")
+        return value.rstrip("/") if value != "file:///" else value
+
+
+class Catalog(Section):
+    mode: Literal["delta"] = Field("delta", description="Where answers come from: the Delta tables.")
+    root: str = Field("", description="URL of the Delta tables (file:/// or hdfs://); empty: <storage.root>/catalog.")
+
+
+class Ingest(Section):
+    on_conflict: Literal["keep-first", "replace"] = Field(
+        "keep-first",
+        description="Same SOPInstanceUID with other bytes: which version `instances` shows. Both stay in the bundles, "
+        "and `conflicts` says what happened.",
+    )
+
+
+class Spark(Section):
+    master: str = Field("local[*]", description="Spark master: local[N], spark://HOST:PORT, yarn, k8s://URL.")
+    driver_memory: str = Field("2g", description="Heap of the driver (of the whole job with a local master).")
+    shuffle_partitions: int = Field(8, ge=1, description="spark.sql.shuffle.partitions.")
+    conf: Mapping[str, str] = Field(default_factory=dict, description="Any further Spark settings, as a table.")
+
+
+class Extract(Section):
+    every_s: Seconds = Field(60.0, description="Seconds between extractions while serving; 0: only when asked.")
+    batch: int = Field(200_000, ge=1, description="Members catalogued in one transaction.")
+    max_header_mib: int = Field(
+        64,
+        ge=1,
+        description="MiB of header, inflated where deflated, above which an instance is quarantined.",
+    )
+    lock_wait_s: Seconds = Field(0.0, description="Seconds to wait for another extraction before giving up.")
+
+
+class Peer(Section):
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9_.-]+$", description="Name used on the command line.")
+    ae_title: AETitle = Field(description="Its application entity title.")
+    host: str = Field(min_length=1, description="Its address or host name.")
+    port: Port = Field(104, description="Its TCP port.")
+
+
+class Settings(Section):
+    """Everything that can be set, by section of sphere.toml."""
+
+    archive: Archive = Archive()
+    dimse: Dimse = Dimse()
+    web: Web = Web()
+    storage: Storage = Storage()
+    catalog: Catalog = Catalog()
+    ingest: Ingest = Ingest()
+    spark: Spark = Spark()
+    extract: Extract = Extract()
+    peers: tuple[Peer, ...] = ()
+
+    @property
+    def catalog_root(self) -> str:
+        """URL of the folder of Delta tables."""
+        return self.catalog.root or f"{self.storage.root}/catalog"
+
+
+def load(config: Path | None = None, *, environ: Mapping[str, str] = os.environ) -> Settings:
+    """Read, merge and validate the settings.
+
+    Raises SettingsError when the file is missing or not TOML, or a key is unknown or has a bad value.
+    """
+    path = _find(config, environ)
+    data = _read(path)
+    _overlay(data, environ)
+    settings = _validate(data, path)
+    return _resolve(settings, path.parent.resolve() if path else Path.cwd())
+
+
+def from_dict(data: Mapping[str, Any], *, base: Path) -> Settings:
+    """Settings from nested tables, relative paths taken from `base` (an absolute folder)."""
+    return _resolve(_validate(dict(data), None), base)
+
+
+def _find(config: Path | None, environ: Mapping[str, str]) -> Path | None:
+    if config is not None:
+        return config
+    if named := environ.get("SPHERE_CONFIG"):
+        return Path(named)
+    default = Path("sphere.toml")
+    return default if default.exists() else None
+
+
+def _read(path: Path | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        data: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+        return data
+    except FileNotFoundError:
+        raise SettingsError(f"settings file {path} does not exist; `sphere init DIR` makes one") from None
+    except OSError as error:
+        raise SettingsError(f"settings file {path} cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsError(f"settings file {path} is not valid TOML: {error}") from None
+
+
+def _overlay(data: dict[str, Any], environ: Mapping[str, str]) -> None:
+    """Put SPHERE_<SECTION>__<KEY> variables over the file."""
+    for name, value in environ.items():
+        if not name.startswith("SPHERE_") or "__" not in name:
+            continue
+        section, _, key = name[len("SPHERE_") :].lower().partition("__")
+        table = data.setdefault(section, {})
+        if not isinstance(table, dict):
+            raise SettingsError(f"variable {name}: [[{section}]] is a list and cannot be set by a variable")
+        table[key] = value
+
+
+def _validate(data: Mapping[str, Any], path: Path | None) -> Settings:
+    try:
+        return Settings.model_validate(data)
+    except ValidationError as error:
+        where = str(path) if path else "the settings"
+        raise SettingsError("; ".join(_explain(item, where) for item in error.errors())) from None
+
+
+def _explain(item: Any, where: str) -> str:
+    """One line for one pydantic error: key, file, and what would be right."""
+    parts = [str(part) for part in item["loc"]]
+    key = ".".join(parts)
+    if item["type"] == "extra_forbidden":
+        return f"{where}: unknown key {key!r}; the nearest known key is {nearest_key(key)!r}"
+    return f"{where}: {key}: {item['msg'].removeprefix('Value error, ')} (got {item.get('input')!r})"
+
+
+def nearest_key(key: str) -> str:
+    """The known dotted key that looks most like `key`."""
+    known = [name for name, _ in documented_keys()] + list(Settings.model_fields)
+    plain = ".".join(part for part in key.split(".") if not part.isdigit())
+    return max(known, key=lambda name: difflib.SequenceMatcher(None, plain, name).ratio())
+
+
+def documented_keys() -> list[tuple[str, Any]]:
+    """(dotted key, pydantic FieldInfo) of every setting, in the order of the file."""
+    keys: list[tuple[str, Any]] = []
+    for section, info in Settings.model_fields.items():
+        model = Peer if section == "peers" else info.annotation
+        assert isinstance(model, type) and issubclass(model, BaseModel)
+        keys += [(f"{section}.{name}", field) for name, field in model.model_fields.items()]
+    return keys
+
+
+def _resolve(settings: Settings, base: Path) -> Settings:
+    """Make relative paths absolute, seen from the folder of the settings file."""
+    names = [peer.name for peer in settings.peers]
+    if len(set(names)) != len(names):
+        raise SettingsError("peers: each name may stand once only")
+    archive = settings.archive.model_copy(update={"state_dir": base / settings.archive.state_dir})
+    storage = settings.storage.model_copy(update={"root": _absolute(settings.storage.root, base)})
+    catalog = settings.catalog.model_copy(
+        update={"root": _absolute(settings.catalog.root, base) if settings.catalog.root else ""}
+    )
+    resolved = settings.model_copy(update={"archive": archive, "storage": storage, "catalog": catalog})
+    if urlsplit(resolved.catalog_root).scheme == "webhdfs":
+        raise SettingsError(
+            "catalog.root: Delta tables cannot be read over webhdfs://; set catalog.root to file:/// or hdfs://"
+        )
+    return resolved
+
+
+def _absolute(url: str, base: Path) -> str:
+    """file:PATH and file://PATH relative to `base` become file:///ABSOLUTE; other URLs stay."""
+    if not url.startswith("file:"):
+        return url
+    path = url.removeprefix("file://").removeprefix("file:")
+    return (base / path).resolve().as_uri()

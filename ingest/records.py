@@ -1,0 +1,45 @@
+"""The journal record: what is known of one member of a bundle the moment it is durable."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from typing import Any
+
+import orjson
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemberRecord:
+    """One stored member.
+
+    ``bundle`` is the tar's path below the storage root. The member is a complete DICOM Part 10 file in bytes
+    ``[offset, offset + length)`` of the tar; its data set, as it arrived, begins ``dataset_offset`` bytes into it.
+    ``sha256`` (hexadecimal) is that of those data set bytes, so that the same instance sent twice has one digest
+    whatever File Meta Information was put before it. UIDs are "" where the bytes did not give them.
+    """
+
+    bundle: str
+    offset: int
+    length: int
+    dataset_offset: int
+    SOPInstanceUID: str
+    SOPClassUID: str
+    StudyInstanceUID: str
+    SeriesInstanceUID: str
+    TransferSyntaxUID: str
+    sha256: str
+    received_at: datetime  # UTC, microseconds
+    source_aet: str  # calling AE title; "" for an import
+    origin: str  # "dimse:<AE title>@<address>" or "import:<path>"
+
+    def to_json(self) -> bytes:
+        """One JSON line, without the line feed; received_at as RFC 3339 in UTC."""
+        return orjson.dumps(asdict(self), option=orjson.OPT_UTC_Z)
+
+    @classmethod
+    def from_json(cls, line: bytes) -> MemberRecord:
+        """The record of one JSON line; raises ValueError or TypeError when it is not one."""
+        fields: dict[str, Any] = orjson.loads(line)
+        fields["received_at"] = datetime.fromisoformat(fields["received_at"].replace("Z", "+00:00"))
+        return cls(**fields)

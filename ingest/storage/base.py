@@ -1,0 +1,98 @@
+"""What every storage back end promises: one contract, held by one test suite (tests/contract)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+Buffer = bytes | bytearray | memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A file of the storage: path below the root, size in bytes, modification time in seconds since 1970 (UTC)."""
+
+    path: str
+    size: int
+    mtime: float
+
+
+class Appender(ABC):
+    """One file being written at its end, by one thread at a time."""
+
+    @abstractmethod
+    def tell(self) -> int:
+        """Bytes written so far, durable or not."""
+
+    @abstractmethod
+    def write(self, buffers: Sequence[Buffer]) -> None:
+        """Append the buffers in order; raises StorageFull or StorageError."""
+
+    @abstractmethod
+    def sync(self) -> None:
+        """Return when everything written is durable (fdatasync, hsync); raises StorageError.
+
+        After an error nothing is known of the bytes since the last good sync: the caller abandons the file.
+        """
+
+    @abstractmethod
+    def publish(self) -> None:
+        """Return when everything written is durable and readable by every process of every host."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Publish and let go; the file can be appended to again with `Storage.append`."""
+
+    @abstractmethod
+    def abandon(self) -> None:
+        """Let go without raising and without promising anything of what was not synced."""
+
+
+class Storage(ABC):
+    """Files below one root URL. Paths are relative, with "/", never begin with "/" nor contain ".."."""
+
+    url: str
+
+    @abstractmethod
+    def create(self, path: str) -> Appender:
+        """A new file (its folders made and synced); raises StorageError where it exists."""
+
+    @abstractmethod
+    def append(self, path: str) -> Appender:
+        """An existing file, to go on at its end; raises StorageMissing."""
+
+    @abstractmethod
+    def read(self, path: str, offset: int = 0, length: int | None = None) -> bytes:
+        """Bytes ``[offset, offset + length)``, to the end where `length` is None; fewer only at the end of the file.
+
+        Raises StorageMissing. Safe to call from several threads.
+        """
+
+    @abstractmethod
+    def write(self, path: str, data: bytes) -> None:
+        """Replace the whole file atomically and durably."""
+
+    @abstractmethod
+    def size(self, path: str) -> int:
+        """Bytes readable now; raises StorageMissing."""
+
+    @abstractmethod
+    def exists(self, path: str) -> bool:
+        """Whether a file of that name is there."""
+
+    @abstractmethod
+    def walk(self, prefix: str = "") -> Iterator[Entry]:
+        """Every file below the folder `prefix`, in the order of their paths; nothing where it does not exist."""
+
+    @abstractmethod
+    def truncate(self, path: str, size: int) -> None:
+        """Cut a file that nobody writes to `size` bytes, durably."""
+
+    @abstractmethod
+    def recover(self, path: str) -> int:
+        """Make a file whose writer died readable (lease recovery on HDFS); returns its size in bytes."""
+
+    @abstractmethod
+    def delete(self, path: str) -> None:
+        """Remove a file; nothing happens where it does not exist."""
