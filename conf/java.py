@@ -1,0 +1,36 @@
+"""Find the Java that Spark, Delta and the HDFS of the tests run on."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+from sphere.conf.errors import ExternalMissing
+
+SUPPORTED = (17, 21)
+HINT = "install it with: apt-get install openjdk-17-jre-headless (Debian, Ubuntu), or set JAVA_HOME to a JDK 17 or 21"
+
+
+def java() -> Path:
+    """The `java` program of JAVA_HOME, else of PATH; raises ExternalMissing with the package to install."""
+    home = os.environ.get("JAVA_HOME")
+    found = str(Path(home) / "bin" / "java") if home else shutil.which("java")
+    if not found or not Path(found).exists():
+        raise ExternalMissing(f"Java is missing: {HINT}")
+    version = java_version(Path(found))
+    if version not in SUPPORTED:
+        raise ExternalMissing(f"{found} is Java {version}; Java 17 or 21 is needed: {HINT}")
+    return Path(found)
+
+
+def java_version(program: Path) -> int:
+    """Feature release of a `java` program: 17 for "17.0.15", 8 for "1.8.0"; 0 when it does not run."""
+    try:
+        run = subprocess.run([str(program), "-version"], capture_output=True, text=True, timeout=60, check=False)
+    except OSError:
+        return 0
+    match = re.search(r'version "(?:1\.)?(\d+)', run.stderr + run.stdout)
+    return int(match.group(1)) if match else 0
