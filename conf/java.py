@@ -11,7 +11,8 @@ from pathlib import Path
 from sphere.conf.errors import ExternalMissing
 
 SUPPORTED = (17, 21)
-HINT = "install it with: apt-get install openjdk-17-jre-headless (Debian, Ubuntu), or set JAVA_HOME to a JDK 17 or 21"
+PACKAGE = "openjdk-17-jre-headless"
+HINT = f"install it with: apt-get install {PACKAGE} (Debian, Ubuntu), or set JAVA_HOME to a JDK 17 or 21"
 
 
 def java() -> Path:
@@ -34,3 +35,27 @@ def java_version(program: Path) -> int:
         return 0
     match = re.search(r'version "(?:1\.)?(\d+)', run.stderr + run.stdout)
     return int(match.group(1)) if match else 0
+
+
+def install() -> None:
+    """Make sure that Java is there: as root on Debian or Ubuntu by apt-get, else raise ExternalMissing."""
+    try:
+        java()
+        return
+    except ExternalMissing:
+        if os.geteuid() != 0 or not shutil.which("apt-get") or os.environ.get("JAVA_HOME"):
+            raise
+    print(f"Java is missing: installing {PACKAGE} with apt-get", flush=True)
+    environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
+    for arguments in (["update", "-q"], ["install", "-q", "-y", "--no-install-recommends", PACKAGE]):
+        run = subprocess.run(["apt-get", *arguments], env=environment, stdout=subprocess.DEVNULL, check=False)
+        if run.returncode:
+            raise ExternalMissing(f"apt-get {arguments[0]} failed with status {run.returncode}; {HINT}")
+    java()
+
+
+if __name__ == "__main__":
+    try:
+        install()
+    except ExternalMissing as error:
+        raise SystemExit(str(error)) from None

@@ -1,0 +1,53 @@
+# The two commands: `make demo` and `make test`. Everything else is `make help`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PINS := setup.cfg pyproject.toml constraints.txt conf/jars.toml
+EXIT ?=
+PORT ?= 0
+export PYTHONDONTWRITEBYTECODE ?= 1
+
+.PHONY: help demo test lint unit bench hdfs setup clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 16
+
+demo: $(VENV)/.ready ## set up, then serve an archive, send it sample studies, extract, find, count (EXIT=1 stops at the end)
+	@$(BIN)/python -m sphere.demo $(if $(EXIT),--exit) --port $(PORT)
+
+test: $(VENV)/.ready-test ## set up, then every check and test (SPHERE_REQUIRE_ALL=1: a missing tool is a failure)
+	@$(BIN)/python -m tests.support.install
+	$(MAKE) --no-print-directory lint
+	$(BIN)/python -m pytest $(PYTEST)
+
+unit: $(VENV)/.ready-test ## the tests that need neither Java nor servers of others
+	$(BIN)/python -m pytest -m unit $(PYTEST)
+
+lint: $(VENV)/.ready-test ## ruff and mypy --strict
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.ready-test ## extraction in instances/s against the naive way, 10,000 and 100,000 instances
+	$(BIN)/python -m tests.bench.bench_extract $(BENCH)
+
+hdfs: $(VENV)/.ready-test ## a real HDFS (one NameNode, two DataNodes) on loopback until Ctrl-C
+	@$(BIN)/python -m tests.support.hdfs $(HDFS)
+
+setup: $(VENV)/.ready-test ## the virtual environment with everything in it
+
+$(VENV)/.ready: $(PINS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed; make PYTHON=python3.11 names one")'
+	@$(PYTHON) -m sphere.conf.java
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "install it with: apt-get install python3-venv"; exit 1; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	$(BIN)/python -m sphere.conf.jars spark
+	@touch $@
+
+$(VENV)/.ready-test: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	$(BIN)/python -m sphere.conf.jars hdfs
+	@touch $@
+
+clean: ## remove the virtual environment and what demos left
+	rm -rf $(VENV) .demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,125 @@
+"""Import: files and folders into bundles, whatever they hold, each byte for byte."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+from sphere.conf.errors import SphereError
+from sphere.ingest.bundle import BundleWriter, NewMember
+from sphere.ingest.header import Identity, identify
+from sphere.ingest.part10 import file_meta
+from sphere.ingest.records import MemberRecord
+
+log = logging.getLogger(__name__)
+
+PREFIX = 64 * 1024  # bytes read to find the identifying UIDs; most headers are smaller
+LONG_PREFIX = 4 * 1024 * 1024  # read once more where the first prefix did not reach them
+IN_FLIGHT = 16  # files stored at once, so that they share one sync (group commit)
+
+
+@dataclass(frozen=True, slots=True)
+class Imported:
+    """What became of one file: its record, or why it was not stored; `skipped` says it was left out on purpose."""
+
+    path: Path
+    record: MemberRecord | None = None
+    error: str = ""
+    skipped: bool = False
+
+
+def find_files(paths: Iterable[Path]) -> Iterator[Path]:
+    """Every regular file of the paths, folders walked in the order of their names; missing ones come as they are."""
+    for path in paths:
+        if not path.is_dir():
+            yield path
+            continue
+        for folder, folders, names in os.walk(path):
+            folders.sort()
+            yield from (Path(folder) / name for name in sorted(names))
+
+
+def import_files(
+    paths: Iterable[Path],
+    writer: BundleWriter,
+    *,
+    memory_bytes: int,
+    only_dicom: bool = False,
+    clock: Callable[[], datetime] = lambda: datetime.now(timezone.utc),
+) -> Iterator[Imported]:
+    """Store every file of `paths`; yields one result a file, in order, each only when it is durable.
+
+    Files that are not DICOM are stored too (extraction puts them into quarantine with a reason), or left out with
+    `only_dicom`. Files of up to `memory_bytes` are read whole, larger ones are copied in pieces.
+    """
+
+    def store(path: Path) -> Imported:
+        try:
+            return _import_one(path, writer, memory_bytes, only_dicom, clock())
+        except OSError as error:
+            return Imported(path, error=error.strerror or str(error))
+        except SphereError as error:
+            return Imported(path, error=str(error))
+
+    waiting: deque[Future[Imported]] = deque()
+    with ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="import") as pool:
+        for path in find_files(paths):
+            waiting.append(pool.submit(store, path))
+            if len(waiting) >= 2 * IN_FLIGHT:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _import_one(
+    path: Path, writer: BundleWriter, memory_bytes: int, only_dicom: bool, received_at: datetime
+) -> Imported:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(memory_bytes if size <= memory_bytes else PREFIX)
+        identity = identify(prefix, size=size)
+        if len(prefix) < size and not identity.SeriesInstanceUID:
+            prefix += file.read(LONG_PREFIX)
+            identity = identify(prefix, size=size)
+    if only_dicom and not identity.SOPInstanceUID:
+        return Imported(path, skipped=True)
+    preamble, offset = _part10_head(prefix, identity)
+    whole = len(prefix) == size
+    member = NewMember(
+        SOPInstanceUID=identity.SOPInstanceUID,
+        SOPClassUID=identity.SOPClassUID,
+        StudyInstanceUID=identity.StudyInstanceUID,
+        SeriesInstanceUID=identity.SeriesInstanceUID,
+        TransferSyntaxUID=identity.TransferSyntaxUID,
+        source_aet="",
+        origin=f"import:{path.absolute()}",
+        received_at=received_at,
+        preamble=preamble,
+        dataset=memoryview(prefix)[offset:] if whole else (path, offset, size - offset),
+    )
+    return Imported(path, record=writer.store(member))
+
+
+def _part10_head(prefix: bytes, identity: Identity) -> tuple[bytes, int]:
+    """(what goes before the data set, where the data set begins in the file).
+
+    A Part 10 file keeps its own preamble and File Meta Information; a bare data set that could be identified is given
+    new ones (PS3.10 7.1), so that every such member is a complete file; anything else stays as it is.
+    """
+    offset = identity.dataset_offset
+    if prefix[128:132] == b"DICM":
+        return prefix[:offset], offset
+    if not identity.SOPInstanceUID or not identity.TransferSyntaxUID:
+        return b"", 0
+    head = file_meta(
+        sop_class_uid=identity.SOPClassUID,
+        sop_instance_uid=identity.SOPInstanceUID,
+        transfer_syntax_uid=identity.TransferSyntaxUID,
+    )
+    return head, offset

@@ -1,0 +1,63 @@
+"""The commented sphere.toml that `sphere init` writes, and the settings page of the docs: both from the one list of keys."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import orjson
+from pydantic_core import PydanticUndefined
+
+from sphere.conf.settings import documented_keys
+
+PEER_EXAMPLE = {"name": "ward", "ae_title": "WARD", "host": "10.0.0.5", "port": 104}
+
+
+def render(values: Mapping[str, Any]) -> str:
+    """A whole settings file: keys of `values` (dotted) set, every other key commented out at its default."""
+    lines = ["# SPHERE settings. A line that begins with # shows the default; take the # away to change it.", ""]
+    section = ""
+    for key, field in documented_keys():
+        table, _, name = key.partition(".")
+        if table != section:
+            section = table
+            lines += ["", "# Who may talk to this archive, and whom it talks to: one such table a peer."] * (
+                table == "peers"
+            )
+            lines += ["# [[peers]]" if table == "peers" else f"[{table}]"]
+        lines += textwrap.wrap(field.description, 110, initial_indent="# ", subsequent_indent="# ")
+        if table == "peers":
+            lines.append(f"# {name} = {_toml(PEER_EXAMPLE[name])}")
+        elif key in values:
+            lines.append(f"{name} = {_toml(values[key])}")
+        else:
+            lines.append(f"# {name} = {_toml(default_of(field))}")
+        lines.append("")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def default_of(field: Any) -> Any:
+    """The default of a settings field, None where the key must be given."""
+    default = field.get_default(call_default_factory=True)
+    return None if default is PydanticUndefined else default
+
+
+def markdown() -> str:
+    """The settings as a table for the user guide."""
+    rows = ["| key | default | meaning |", "|---|---|---|"]
+    for key, field in documented_keys():
+        default = default_of(field)
+        shown = "(required)" if default is None else f"`{_toml(default)}`"
+        rows.append(f"| `{key}` | {shown} | {field.description} |")
+    return "\n".join(rows) + "\n"
+
+
+def _toml(value: Any) -> str:
+    """A TOML value; JSON's strings, numbers and booleans are TOML's too."""
+    if isinstance(value, Path):
+        value = str(value)
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{orjson.dumps(k).decode()} = {_toml(v)}" for k, v in value.items()) + "}"
+    return orjson.dumps(value).decode()

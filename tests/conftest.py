@@ -1,0 +1,41 @@
+"""Fixtures that every kind of test shares. Data: the corpus where it exists, pydicom's packaged files, generated series."""
+
+from __future__ import annotations
+
+import csv
+import os
+from pathlib import Path
+
+import pytest
+
+from sphere.conf.settings import Settings, from_dict
+
+CORPUS = Path(os.environ.get("SPHERE_TEST_CORPUS") or Path(__file__).parent.parent / "../shared/data/dicom")
+
+
+@pytest.fixture(scope="session")
+def corpus() -> Path:
+    """The folder of real DICOM files (SPHERE_TEST_CORPUS); the test is skipped where there is none."""
+    if not (CORPUS / "INDEX.csv").exists():
+        pytest.skip("no corpus: set SPHERE_TEST_CORPUS to a folder with an INDEX.csv")
+    return CORPUS.resolve()
+
+
+@pytest.fixture(scope="session")
+def corpus_index(corpus: Path) -> list[dict[str, str]]:
+    """The rows of INDEX.csv."""
+    with (corpus / "INDEX.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    """Settings of a new archive on local disk, small enough for a test machine."""
+    return from_dict(
+        {
+            "spark": {"master": "local[2]", "shuffle_partitions": 2},
+            "dimse": {"port": 0, "workers": 1},
+            "extract": {"every_s": 0},
+        },
+        base=tmp_path,
+    )

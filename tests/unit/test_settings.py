@@ -1,0 +1,104 @@
+"""Settings: defaults, the file, variables over it, and errors that say what to change."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sphere.conf.errors import SettingsError
+from sphere.conf.settings import documented_keys, from_dict, load, nearest_key
+from sphere.template import default_of, markdown, render
+
+pytestmark = pytest.mark.unit
+
+
+def write(folder: Path, text: str) -> Path:
+    file = folder / "sphere.toml"
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+def test_defaults_listen_on_loopback_only(tmp_path: Path) -> None:
+    settings = from_dict({}, base=tmp_path)
+    assert settings.dimse.host == settings.web.host == "127.0.0.1"
+    assert settings.peers == ()
+
+
+def test_relative_paths_are_seen_from_the_file(tmp_path: Path) -> None:
+    file = write(tmp_path, '[storage]\nroot = "file:here it is"\n[archive]\nstate_dir = "s"\n')
+    settings = load(file, environ={})
+    assert settings.storage.root == (tmp_path / "here it is").as_uri()
+    assert settings.archive.state_dir == tmp_path / "s"
+    assert settings.catalog_root == settings.storage.root + "/catalog"
+
+
+def test_variables_win_over_the_file(tmp_path: Path) -> None:
+    file = write(tmp_path, "[dimse]\nport = 104\n")
+    assert load(file, environ={"SPHERE_DIMSE__PORT": "4242"}).dimse.port == 4242
+
+
+def test_the_file_is_found_by_variable(tmp_path: Path) -> None:
+    file = write(tmp_path, "[dimse]\nport = 105\n")
+    assert load(environ={"SPHERE_CONFIG": str(file)}).dimse.port == 105
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[dimse]\nprot = 1\n", r"sphere\.toml: unknown key 'dimse\.prot'; the nearest known key is 'dimse\.port'"),
+        ("[dimsee]\nport = 1\n", r"unknown key 'dimsee'; the nearest known key is 'dimse"),
+        ("[dimse]\nport = 70000\n", r"sphere\.toml: dimse\.port: .*65535.*got 70000"),
+        ('[archive]\nae_title = "WAY TOO LONG A TITLE"\n', r"archive\.ae_title: .*16"),
+        ('[archive]\nae_title = "   "\n', r"archive\.ae_title"),
+        ('[storage]\nroot = "s3://bucket"\n', r"storage\.root: must begin with file:, hdfs:// or webhdfs://"),
+        ('[storage]\nroot = "webhdfs://nn:9870/x"\n', r"catalog\.root: .*webhdfs"),
+        ('[ingest]\non_conflict = "maybe"\n', r"ingest\.on_conflict: .*keep-first"),
+        ('[[peers]]\nname = "a"\n', r"peers\.0\.ae_title"),
+        ("[dimse\n", r"sphere\.toml is not valid TOML"),
+    ],
+)
+def test_errors_name_key_file_and_remedy(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        load(write(tmp_path, text), environ={})
+
+
+def test_two_peers_of_one_name_are_refused(tmp_path: Path) -> None:
+    peer = '[[peers]]\nname = "a"\nae_title = "A"\nhost = "h"\n'
+    with pytest.raises(SettingsError, match="each name may stand once only"):
+        load(write(tmp_path, peer + peer), environ={})
+
+
+def test_a_missing_file_says_how_to_make_one(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="sphere init"):
+        load(tmp_path / "none.toml", environ={})
+
+
+def test_settings_are_frozen(tmp_path: Path) -> None:
+    settings = from_dict({}, base=tmp_path)
+    with pytest.raises(ValueError, match="frozen"):
+        settings.dimse.port = 1  # type: ignore[misc]
+
+
+def test_every_key_is_documented_and_in_the_template(tmp_path: Path) -> None:
+    text = render({})
+    for key, field in documented_keys():
+        assert field.description, key
+        assert f"\n# {key.partition('.')[2]} = " in text, key
+        assert f"`{key}`" in markdown()
+
+
+def test_the_template_uncommented_is_the_defaults(tmp_path: Path) -> None:
+    lines = [line[2:] if " = " in line and line.startswith("# ") else line for line in render({}).splitlines()]
+    text = "\n".join(line.replace("# [[peers]]", "[[peers]]") for line in lines)
+    settings = load(write(tmp_path, text), environ={})
+    assert settings.peers[0].name == "ward"
+    assert settings.model_copy(update={"peers": ()}) == from_dict({}, base=tmp_path)
+
+
+def test_nearest_key_ignores_list_positions() -> None:
+    assert nearest_key("peers.0.aetitle") == "peers.ae_title"
+
+
+def test_every_default_is_valid_toml() -> None:
+    assert all(default_of(field) is not None for key, field in documented_keys() if not key.startswith("peers."))
