@@ -1,0 +1,6 @@
+"""Headers to rows: a tolerant reader of DICOM headers that never looks at pixels and never fails on any bytes."""
+
+from sphere.ingest.header.identity import Identity, identify
+from sphere.ingest.header.layout import Rejected
+
+__all__ = ["Identity", "Rejected", "identify"]

@@ -51,7 +51,8 @@ class Module:
 
 def _read() -> Mapping[str, Any]:
     text = files("sphere.ingest.header").joinpath("modules.toml").read_text(encoding="utf-8")
-    return tomllib.loads(text)
+    data: Mapping[str, Any] = tomllib.loads(text)
+    return data
 
 
 def _arrow(vr: str, vm: str) -> pa.DataType:

@@ -1,0 +1,96 @@
+"""The identifying UIDs of an instance, from its first bytes: for receivers and imports, which must not wait."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from sphere.ingest.header.dictionary import PIXEL_DATA, UNDEFINED
+from sphere.ingest.header.element import HEAD, inner_encoding, read_head, skip_undefined
+from sphere.ingest.header.layout import Layout, find_layout
+from sphere.ingest.header.window import HeaderTooLarge, InflateFailed
+
+_SOP_CLASS: Final = 0x00080016
+_SOP_INSTANCE: Final = 0x00080018
+_STUDY: Final = 0x0020000D
+_SERIES: Final = 0x0020000E
+_WANTED: Final = frozenset((_SOP_CLASS, _SOP_INSTANCE, _STUDY, _SERIES))
+_MAX_INFLATED: Final = 4 * 1024 * 1024  # bytes of a deflated data set looked at
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """UIDs as they stand in the bytes, "" where absent or not within them; nothing is validated.
+
+    ``dataset_offset`` counts bytes from the first one given. ``complete`` is True when the elements were followed to
+    SeriesInstanceUID or beyond where it would be, so that more bytes would add nothing.
+    """
+
+    SOPInstanceUID: str
+    SOPClassUID: str
+    StudyInstanceUID: str
+    SeriesInstanceUID: str
+    TransferSyntaxUID: str
+    dataset_offset: int
+    complete: bool
+
+
+def identify(prefix: bytes, *, transfer_syntax_uid: str | None = None, size: int) -> Identity:
+    """Find the identifying UIDs in the first bytes of an instance of `size` bytes. Never raises on bad bytes.
+
+    With `transfer_syntax_uid` the bytes are a bare data set (as C-STORE brings it), else a whole file. SOP class and
+    instance fall back to the File Meta Information.
+    """
+    try:
+        layout = find_layout(
+            prefix,
+            size=size,
+            fetch=lambda offset, count: b"",
+            limit=max(_MAX_INFLATED, len(prefix)),
+            transfer_syntax_uid=transfer_syntax_uid,
+        )
+    except HeaderTooLarge:
+        return Identity("", "", "", "", transfer_syntax_uid or "", 0, False)
+    if not isinstance(layout, Layout):
+        return Identity("", "", "", "", transfer_syntax_uid or "", 0, len(prefix) >= size)
+    try:
+        found, complete = _walk(layout)
+    except (HeaderTooLarge, InflateFailed):
+        found, complete = {}, True
+    return Identity(
+        found.get(_SOP_INSTANCE) or layout.meta.MediaStorageSOPInstanceUID,
+        found.get(_SOP_CLASS) or layout.meta.MediaStorageSOPClassUID,
+        found.get(_STUDY, ""),
+        found.get(_SERIES, ""),
+        layout.TransferSyntaxUID,
+        layout.dataset_offset,
+        complete,
+    )
+
+
+def _walk(layout: Layout) -> tuple[dict[int, str], bool]:
+    """UIDs by tag, and whether the walk went as far as it had to."""
+    found: dict[int, str] = {}
+    window, pos = layout.window, layout.start
+    while True:
+        index = window.load(pos, HEAD)
+        head = read_head(window.buf, index, layout.encoding, window.size - pos)
+        if head is None:
+            return found, False
+        if head.tag > _SERIES or head.tag in PIXEL_DATA:
+            return found, True
+        pos += head.size
+        if head.length == UNDEFINED:
+            encoding = layout.encoding if head.vr != "UN" else inner_encoding(window, pos, layout.encoding)
+            after = skip_undefined(window, pos, encoding)
+            if after is None:
+                return found, False
+            pos = after
+            continue
+        if head.tag in _WANTED:
+            index = window.load(pos, head.length)
+            value = window.buf[index : index + head.length]
+            if len(value) < head.length:
+                return found, False
+            found[head.tag] = value.decode("latin-1").strip("\0 ")
+        pos += head.length
