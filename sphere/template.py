@@ -61,3 +61,7 @@ def _toml(value: Any) -> str:
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{orjson.dumps(k).decode()} = {_toml(v)}" for k, v in value.items()) + "}"
     return orjson.dumps(value).decode()
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")

@@ -102,3 +102,8 @@ def test_nearest_key_ignores_list_positions() -> None:
 
 def test_every_default_is_valid_toml() -> None:
     assert all(default_of(field) is not None for key, field in documented_keys() if not key.startswith("peers."))
+
+
+def test_the_user_guide_lists_exactly_these_settings() -> None:
+    guide = (Path(__file__).parent.parent.parent / "docs" / "guide.md").read_text(encoding="utf-8")
+    assert guide.endswith(markdown()), "run: python -m sphere.template"

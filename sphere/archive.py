@@ -1,0 +1,124 @@
+"""The Python API: one object for one archive, the same that the command line uses.
+
+    import sphere
+    archive = sphere.open("sphere.toml")
+    archive.sql("SELECT Modality, count(*) FROM instances GROUP BY Modality").to_pandas()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sphere.conf.errors import QueryError
+from sphere.conf.settings import Settings, load
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from pyspark.sql import SparkSession
+
+    from sphere.catalog.schema import Level
+    from sphere.ingest.media import Imported
+    from sphere.jobs.report import Report
+    from sphere.status import Status
+
+
+def open(config: str | Path | None = None) -> Archive:
+    """The archive of a settings file (default: SPHERE_CONFIG, else ./sphere.toml).
+
+    Raises SettingsError when the file is missing or wrong.
+    """
+    return Archive(load(Path(config) if config is not None else None))
+
+
+class Archive:
+    """An archive: its storage, catalog and query service. Spark starts with the first call that needs it."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self._spark: SparkSession | None = None
+
+    def __enter__(self) -> Archive:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop the Spark session, if this archive started one."""
+        if self._spark is not None:
+            self._spark.stop()
+            self._spark = None
+
+    def spark(self) -> SparkSession:
+        """A Spark session with Delta in which the catalog's tables are views of their names, as of now.
+
+        Raises ExternalMissing where Java is missing.
+        """
+        from sphere.jobs.session import register_tables, spark_session
+
+        if self._spark is None:
+            self._spark = spark_session(self.settings, app_name="sphere")
+        register_tables(self._spark, self.settings)
+        return self._spark
+
+    def sql(self, statement: str) -> pa.Table:
+        """The answer of one Spark SQL statement as an Arrow table; raises QueryError with Spark's explanation."""
+        from pyspark.errors import PySparkException
+
+        try:
+            return self.spark().sql(statement).toArrow()
+        except PySparkException as error:
+            raise QueryError(str(error).split("\n\nJVM stacktrace")[0].split(";\n'")[0].strip()) from None
+
+    def find(
+        self, level: Level, keys: Mapping[str, Any] | None = None, *, return_keys: Iterable[str] = ()
+    ) -> Iterator[dict[str, Any]]:
+        """Entities of a level that match the keys (keyword to value, as in a C-FIND identifier), one dict each.
+
+        Raises QueryError for keys that break PS3.4 C.2.2.2.
+        """
+        from sphere.catalog.query import Query
+        from sphere.catalog.service import QueryService
+
+        query = Query.build(level, dict(keys or {}), return_keys=tuple(return_keys))
+        with QueryService(self.settings) as service:
+            for match in service.find(query):
+                identifier = match.identifier()
+                yield {element.keyword or str(element.tag): element.value for element in identifier}
+
+    def import_files(self, paths: Iterable[Path], *, only_dicom: bool = False) -> Iterator[Imported]:
+        """Store files and folders; yields what became of each file when it is durable (see sphere.ingest.media)."""
+        from sphere.ingest.bundle import BundleWriter
+        from sphere.ingest.media import import_files
+        from sphere.ingest.storage import open_storage
+
+        storage = open_storage(self.settings.storage.root, user=self.settings.storage.user)
+        writer = BundleWriter(storage, self.settings)
+        try:
+            memory = self.settings.storage.memory_mib << 20
+            yield from import_files(paths, writer, memory_bytes=memory, only_dicom=only_dicom)
+        finally:
+            writer.close()
+
+    def extract(self, *, on_step: Callable[..., None] | None = None) -> Report:
+        """Catalogue what landed and is not yet in the tables; raises LockHeld while another process does so."""
+        from sphere.jobs.extract import run
+        from sphere.jobs.session import spark_session
+
+        if self._spark is None:
+            self._spark = spark_session(self.settings, app_name="sphere extract")
+        return run(self._spark, self.settings, on_step=on_step)
+
+    def status(self) -> Status:
+        """What is here, what waits for extraction, and what failed."""
+        from sphere.status import take
+
+        return take(self.settings)
+
+    def waiting(self) -> int:
+        """Members that landed and are not yet catalogued."""
+        from sphere.status import waiting
+
+        return waiting(self.settings)

@@ -1,0 +1,225 @@
+"""The command line: `sphere VERB`. Each verb reads the settings, calls one thing, and reports it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+import sphere
+from sphere.archive import Archive
+from sphere.conf import logs
+from sphere.conf.errors import SettingsError, SphereError
+from sphere.conf.settings import Settings, from_dict, load
+from sphere.dimse_commands import echo, find, store
+from sphere.output import Format, write_rows
+from sphere.progress import import_progress, step_progress
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+
+
+class Verbs(click.Group):
+    """A click group that turns every SphereError into one clear line and its exit status."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except SphereError as error:
+            click.echo(f"sphere: {error}", err=True)
+            ctx.exit(error.exit_status)
+        except KeyboardInterrupt:
+            click.echo("sphere: interrupted", err=True)
+            ctx.exit(130)
+
+
+@click.group(cls=Verbs, context_settings=CONTEXT)
+@click.option(
+    "--config",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Settings file (default: $SPHERE_CONFIG, else ./sphere.toml).",
+)
+@click.option(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    default="warning",
+    show_default=True,
+    help="What is logged to standard error (serve: info unless given).",
+)
+@click.version_option(sphere.__version__, prog_name="sphere")
+@click.pass_context
+def main(ctx: click.Context, config: Path | None, log_level: logs.Level) -> None:
+    """SPHERE, a research PACS: receives DICOM, keeps it on disk or HDFS, catalogues it with Spark in Delta Lake.
+
+    \b
+    Examples:
+      sphere init archive && cd archive
+      sphere serve
+      sphere import /mnt/cd
+      sphere extract
+      sphere sql "SELECT Modality, count(*) FROM instances GROUP BY Modality"
+    """
+    source = ctx.get_parameter_source("log_level")
+    chosen = (
+        "info" if source is not None and source.name == "DEFAULT" and ctx.invoked_subcommand == "serve" else log_level
+    )
+    logs.configure(chosen)
+    ctx.obj = config
+
+
+def settings_of(ctx: click.Context) -> Settings:
+    """The settings that this call works with."""
+    return load(ctx.obj)
+
+
+@main.command()
+@click.argument("folder", metavar="DIR", type=click.Path(file_okay=False, path_type=Path))
+@click.option(
+    "--root", default="file:storage", show_default=True, help="storage.root: file:, hdfs:// or webhdfs:// URL."
+)
+@click.option("--ae-title", default="SPHERE", show_default=True, help="archive.ae_title.")
+@click.option("--port", default=11112, show_default=True, help="dimse.port.")
+def init(folder: Path, root: str, ae_title: str, port: int) -> None:
+    """Make an archive folder with a commented sphere.toml and its storage.
+
+    \b
+    Examples:
+      sphere init archive
+      sphere init archive --root hdfs://namenode:8020/sphere --port 104
+    """
+    from sphere.ingest.storage import open_storage
+    from sphere.template import render
+
+    file = folder / "sphere.toml"
+    if file.exists():
+        raise SettingsError(f"{file} exists already; edit it, or choose another folder")
+    values = {"archive.ae_title": ae_title, "dimse.port": port, "storage.root": root}
+    nested: dict[str, dict[str, object]] = {}
+    for key, value in values.items():
+        section, _, name = key.partition(".")
+        nested.setdefault(section, {})[name] = value
+    settings = from_dict(nested, base=folder.resolve())
+    folder.mkdir(parents=True, exist_ok=True)
+    settings.archive.state_dir.mkdir(parents=True, exist_ok=True)
+    open_storage(settings.storage.root, user=settings.storage.user)
+    file.write_text(render(values), encoding="utf-8")
+    click.echo(f"{file} written. Next: sphere --config {file} serve")
+
+
+@main.command()
+@click.pass_context
+def serve(ctx: click.Context) -> None:
+    """Receive and answer DICOM, and extract what lands, until SIGTERM or Ctrl-C.
+
+    \b
+    Example:
+      sphere --config archive/sphere.toml serve
+    """
+    from sphere.serve import Supervisor
+
+    sys.exit(Supervisor(settings_of(ctx), announce=click.echo).run())
+
+
+@main.command("import")
+@click.argument("paths", metavar="PATH...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--only-dicom", is_flag=True, help="Leave out files that are not DICOM, instead of quarantining them.")
+@click.pass_context
+def import_(ctx: click.Context, paths: tuple[Path, ...], only_dicom: bool) -> None:
+    """Store files and whole folders, byte for byte; `sphere extract` then catalogues them.
+
+    A file that cannot be stored is named, the others go on, and the exit status is 1.
+
+    \b
+    Examples:
+      sphere import /mnt/cd
+      sphere import --only-dicom scan1.dcm downloads/
+    """
+    archive = Archive(settings_of(ctx))
+    counts = import_progress(archive.import_files(paths, only_dicom=only_dicom), paths)
+    click.echo(
+        f"{counts.stored} stored, {counts.skipped} skipped, {counts.failed} failed ({counts.bytes / 1e6:.1f} MB)"
+    )
+    sys.exit(1 if counts.failed else 0)
+
+
+@main.command()
+@click.pass_context
+def extract(ctx: click.Context) -> None:
+    """Catalogue everything that landed and is not yet in the Delta tables: one incremental batch.
+
+    Safe to interrupt and to repeat: landing is at least once, the catalog is exactly once.
+
+    \b
+    Example:
+      sphere extract
+    """
+    archive = Archive(settings_of(ctx))
+    with step_progress() as on_step:
+        report = archive.extract(on_step=on_step)
+    click.echo(str(report))
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of text.")
+@click.pass_context
+def status(ctx: click.Context, as_json: bool) -> None:
+    """What is here, what is waiting for extraction, and what failed.
+
+    \b
+    Examples:
+      sphere status
+      sphere status --json
+    """
+    report = Archive(settings_of(ctx)).status()
+    click.echo(report.to_json() if as_json else str(report))
+
+
+@main.command()
+@click.argument("statement", metavar='"SELECT ..."')
+@click.option(
+    "--format",
+    "format_",
+    type=click.Choice(["table", "csv", "json", "parquet"]),
+    default="table",
+    show_default=True,
+    help="How rows are written.",
+)
+@click.option(
+    "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="File instead of standard output."
+)
+@click.pass_context
+def sql(ctx: click.Context, statement: str, format_: Format, output: Path | None) -> None:
+    """Ask the catalog in Spark SQL; tables: instances, series, studies, patients, quarantine, conflicts, bundles.
+
+    \b
+    Examples:
+      sphere sql "SELECT Modality, count(*) AS n FROM series GROUP BY Modality"
+      sphere sql "SELECT * FROM studies WHERE StudyDate >= '2024-01-01'" --format csv -o studies.csv
+    """
+    if format_ == "parquet" and output is None:
+        raise click.UsageError("--format parquet needs -o FILE")
+    write_rows(Archive(settings_of(ctx)).sql(statement), format=format_, output=output)
+
+
+@main.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print the completion script of a shell.
+
+    \b
+    Example:
+      eval "$(sphere completion bash)"
+    """
+    from click.shell_completion import get_completion_class
+
+    factory = get_completion_class(shell)
+    assert factory is not None  # click knows the three shells of the choice
+    click.echo(factory(main, {}, "sphere", "_SPHERE_COMPLETE").source())
+
+
+for command in (echo, store, find):
+    main.add_command(command)
+
+
+if __name__ == "__main__":
+    main(prog_name="sphere")
