@@ -1,0 +1,110 @@
+"""What is accepted in association negotiation (PS3.8 7.1.1.13, PS3.7 Annex D).
+
+Storage: every storage SOP class, standard, retired, unknown to the library or private, in the first transfer syntax
+that its presentation context proposes, whatever it is: data sets are kept as they come, so what the sender prefers is
+best. Query and Verification: the first proposed transfer syntax that we can encode. Anything else is answered
+"abstract syntax not supported".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+from pydicom._uid_dict import UID_dictionary
+from pydicom.uid import (
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+)
+from pynetdicom import build_context
+from pynetdicom.pdu_primitives import SOPClassCommonExtendedNegotiation
+from pynetdicom.presentation import PresentationContext
+from pynetdicom.sop_class import (
+    PatientRootQueryRetrieveInformationModelFind,
+    PatientStudyOnlyQueryRetrieveInformationModelFind,
+    StudyRootQueryRetrieveInformationModelFind,
+    Verification,
+)
+
+Model = Literal["patient", "study", "patient-study"]
+
+FIND_MODELS: dict[str, Model] = {
+    PatientRootQueryRetrieveInformationModelFind: "patient",
+    StudyRootQueryRetrieveInformationModelFind: "study",
+    PatientStudyOnlyQueryRetrieveInformationModelFind: "patient-study",  # retired (PS3.4 2006, C.6.3)
+}
+ENCODABLE = (ExplicitVRLittleEndian, ImplicitVRLittleEndian, DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian)
+RELATIONAL, COMBINED_DATETIME = 1, 2  # bytes of a FIND class' application information (PS3.4 Table C.5-1)
+STORAGE_SERVICE = "1.2.840.10008.4.2"  # Storage Service Class (PS3.6 Table A-1)
+DICOM_ROOT = "1.2.840.10008."
+COMPOSITE_STORAGE_ROOT = "1.2.840.10008.5.1.4.1.1."  # where PS3.6 puts new storage SOP classes
+NOT_OVER_A_NETWORK = "1.2.840.10008.1.3.10"  # Media Storage Directory Storage: a DICOMDIR
+
+
+def is_storage(uid: str) -> bool:
+    """Whether a C-STORE of this SOP class can be meant: a storage class, or one that nothing is known of.
+
+    A private UID can be anything; it is taken for storage, as private objects are by far its commonest use.
+    """
+    if not uid.startswith(DICOM_ROOT):
+        return True
+    if uid not in UID_dictionary:
+        return uid.startswith(COMPOSITE_STORAGE_ROOT)
+    name, kind = UID_dictionary[uid][:2]
+    if kind != "SOP Class" or uid == NOT_OVER_A_NETWORK:
+        return False
+    if not name:  # retired so long ago that PS3.6 has dropped its name
+        return uid.startswith(COMPOSITE_STORAGE_ROOT)
+    return "Storage" in name and "Storage Commitment" not in name
+
+
+def narrow(proposed: Iterable[PresentationContext]) -> list[PresentationContext]:
+    """The proposed contexts, each left with the one transfer syntax that we choose for it.
+
+    A context without abstract or transfer syntax is left out: PS3.8 9.3.2.2 allows none, and no answer refuses it.
+    """
+    whole = [cx for cx in proposed if cx.abstract_syntax and cx.transfer_syntax]
+    for cx in whole:
+        usable = cx.transfer_syntax
+        if not is_storage(cx.abstract_syntax):
+            usable = [syntax for syntax in usable if syntax in ENCODABLE] or usable
+        cx.transfer_syntax = usable[:1]
+    return whole
+
+
+def supported(narrowed: Iterable[PresentationContext]) -> list[PresentationContext]:
+    """What we say we support to an association whose `narrow`ed contexts are these; one context per abstract syntax."""
+    services = [build_context(uid, list(ENCODABLE)) for uid in (Verification, *FIND_MODELS)]
+    storage: dict[str, list[str]] = {}
+    for cx in narrowed:
+        if is_storage(cx.abstract_syntax):
+            storage.setdefault(cx.abstract_syntax, []).append(cx.transfer_syntax[0])
+    return services + [build_context(uid, syntaxes) for uid, syntaxes in storage.items()]
+
+
+def storage_classes(narrowed: Iterable[PresentationContext]) -> dict[str, SOPClassCommonExtendedNegotiation]:
+    """By SOP class: the statement that it belongs to the Storage Service (PS3.7 D.3.3.6), so that it is served as one."""
+    items = {}
+    for uid in {cx.abstract_syntax for cx in narrowed if is_storage(cx.abstract_syntax)}:
+        item = SOPClassCommonExtendedNegotiation()
+        item.sop_class_uid = uid
+        item.service_class_uid = STORAGE_SERVICE
+        items[uid] = item
+    return items
+
+
+def find_extensions(asked: bytes) -> bytes:
+    """Our answer to SOP Class Extended Negotiation of a FIND class (PS3.4 C.5.1.1.1).
+
+    Relational queries (byte 1) and combined date-time matching (byte 2) are granted where asked for; fuzzy matching,
+    time zone adjustment and what follows are answered 0.
+    """
+    granted = bytes(1 if value == 1 else 0 for value in asked[:2])
+    return granted + bytes(max(0, len(asked) - 2))
+
+
+def extension(granted: bytes, number: int) -> bool:
+    """Whether byte `number` (from 1) of granted application information says yes."""
+    return len(granted) >= number and granted[number - 1] == 1

@@ -1,0 +1,102 @@
+"""What happens with one C-FIND, whatever upper layer brought it (PS3.4 Annex C)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Protocol
+
+from pydicom.dataset import Dataset
+from pydicom.uid import UID
+from pynetdicom.dsutils import decode
+
+from sphere.catalog.query import Query, parse_identifier
+from sphere.catalog.service import Match
+from sphere.conf.errors import QueryError, SphereError
+from sphere.scp.contexts import Model
+
+log = logging.getLogger(__name__)
+
+PENDING, PENDING_WARNING = 0xFF00, 0xFF01  # PS3.4 Table C.4-1
+CANCELLED = 0xFE00
+UNABLE = 0xC000
+MAX_COMMENT = 64  # characters of an Error Comment, LO (PS3.7 Table E.2-1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FindRequest:
+    """A complete C-FIND-RQ, with what was negotiated for its SOP class."""
+
+    model: Model
+    identifier: bytes  # encoded in `transfer_syntax`
+    transfer_syntax: UID
+    relational: bool = False
+    combined_datetime: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class FindAnswer:
+    """One C-FIND-RSP; the final Success is not among them."""
+
+    status: int
+    identifier: Dataset | None = None
+    comment: str = ""
+    offending: tuple[int, ...] = ()
+
+
+class Finder(Protocol):
+    """What the catalog's query service does for us."""
+
+    def find(self, query: Query) -> Iterator[Match]:
+        """The matches; raises QueryError, CatalogError."""
+
+
+class FindService:
+    """Answers queries from the catalog."""
+
+    def __init__(self, finder: Finder) -> None:
+        self._finder = finder
+
+    def answers(self, request: FindRequest, *, cancelled: Callable[[], bool]) -> Iterator[FindAnswer]:
+        """Every response but the final Success; never raises. Ends early, and says so, when `cancelled`."""
+        try:
+            query = parse_identifier(
+                decoded(request.identifier, request.transfer_syntax),
+                model=request.model,
+                relational=request.relational,
+                combined_datetime=request.combined_datetime,
+            )
+            for match in self._finder.find(query):
+                if cancelled():
+                    yield FindAnswer(CANCELLED)
+                    return
+                yield FindAnswer(PENDING, match.identifier())
+        except QueryError as error:
+            yield _failure(error.dimse, str(error), error.offending)
+        except SphereError as error:
+            yield _failure(error.dimse, str(error))
+        except Exception as error:  # noqa: BLE001: a defect of ours must be answered, and not end the association
+            yield _failure(UNABLE, f"internal error ({type(error).__name__})")
+
+
+def decoded(identifier: bytes, transfer_syntax: UID) -> Dataset:
+    """The data set of an encoded identifier; raises QueryError where the bytes are not one."""
+    try:
+        dataset = decode(
+            BytesIO(identifier),
+            transfer_syntax.is_implicit_VR,
+            transfer_syntax.is_little_endian,
+            transfer_syntax.is_deflated,
+        )
+        for _ in dataset.iterall():  # values are decoded when they are read: fail here, not in the middle of answers
+            pass
+    except Exception as error:  # noqa: BLE001: pydicom raises whatever the bytes make of it
+        raise QueryError(f"identifier cannot be decoded ({type(error).__name__})") from None
+    return dataset
+
+
+def _failure(status: int, reason: str, offending: tuple[int, ...] = ()) -> FindAnswer:
+    log.error("query failed status=0x%04X offending=%s", status, ",".join(f"{tag:08X}" for tag in offending))
+    return FindAnswer(status, None, reason[:MAX_COMMENT], offending)

@@ -1,0 +1,133 @@
+"""What happens with one C-STORE, whatever upper layer brought it (PS3.4 Annex B)."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import Protocol
+
+from sphere.conf.errors import SphereError
+from sphere.conf.logs import hashed
+from sphere.ingest.bundle import FileRange, NewMember
+from sphere.ingest.header import Identity, identify
+from sphere.ingest.part10 import file_meta
+from sphere.ingest.records import MemberRecord
+
+log = logging.getLogger(__name__)
+
+SUCCESS = 0x0000
+OUT_OF_RESOURCES = 0xA700  # PS3.4 Table B.2-1
+MISMATCH = 0xB007  # warning: data set does not match SOP class (PS3.4 Table B.2-1)
+PROCESSING_FAILURE = 0x0110  # PS3.7 C.5.9
+PREFIXES = (1 << 16, 1 << 23)  # bytes given to the header reader to find the UIDs: first, and if that is too little
+MAX_COMMENT = 64  # characters of an Error Comment, LO (PS3.7 Table E.2-1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreRequest:
+    """A complete C-STORE-RQ; the data set is encoded as the presentation context says and is not looked at."""
+
+    AffectedSOPClassUID: str
+    AffectedSOPInstanceUID: str
+    TransferSyntaxUID: str
+    dataset: memoryview | bytes | FileRange  # a file where it is too large for memory
+    size: int  # bytes of the data set
+    calling_ae: str
+    address: str  # of the sender
+    problem: OSError | None = None  # the disk failed while it arrived: `dataset` is not whole
+
+
+@dataclass(frozen=True, slots=True)
+class StoreAnswer:
+    """Status and Error Comment of the C-STORE-RSP."""
+
+    status: int
+    comment: str = ""
+
+
+class Writer(Protocol):
+    """What a bundle writer does for us."""
+
+    def store(self, member: NewMember) -> MemberRecord:
+        """Return when the member is durable; raises StorageError, then nothing of it remains."""
+
+
+class StoreService:
+    """Lands instances: durable first, then Success."""
+
+    def __init__(self, writer: Writer) -> None:
+        self._writer = writer
+
+    def land(self, request: StoreRequest) -> StoreAnswer:
+        """Store the bytes as they came; never raises.
+
+        Success and warnings mean that they are durable. The warning 0xB007 says that the data set names another
+        instance or class than the command, or that its identifying UIDs cannot be read: it is kept all the same.
+        """
+        if request.problem is not None:
+            return self._failed(request, OUT_OF_RESOURCES, f"no room: {request.problem.strerror}")
+        try:
+            found = _identify(request)
+            self._writer.store(_member(request, found))
+        except SphereError as error:
+            return self._failed(request, error.dimse, str(error))
+        except Exception as error:  # noqa: BLE001: a defect of ours must be answered, and not end the association
+            return self._failed(request, PROCESSING_FAILURE, f"internal error ({type(error).__name__})")
+        return _judge(request, found)
+
+    def _failed(self, request: StoreRequest, status: int, reason: str) -> StoreAnswer:
+        log.error("not stored instance=%s status=0x%04X: %s", hashed(request.AffectedSOPInstanceUID), status, reason)
+        return StoreAnswer(status, reason[:MAX_COMMENT])
+
+
+def _identify(request: StoreRequest) -> Identity:
+    """The UIDs that the data set itself gives; raises OSError."""
+    for length in PREFIXES:
+        prefix = _first(request.dataset, length)
+        found = identify(prefix, transfer_syntax_uid=request.TransferSyntaxUID, size=request.size)
+        if found.complete or len(prefix) >= request.size:
+            break
+    return found
+
+
+def _first(dataset: memoryview | bytes | FileRange, length: int) -> bytes:
+    if not isinstance(dataset, FileRange):
+        return bytes(dataset[:length])
+    with dataset.path.open("rb") as file:
+        file.seek(dataset.offset)
+        return file.read(min(length, dataset.length))
+
+
+def _member(request: StoreRequest, found: Identity) -> NewMember:
+    """What the bundle gets: the UIDs of the data set where they can be read, those of the command otherwise."""
+    return NewMember(
+        SOPInstanceUID=request.AffectedSOPInstanceUID,
+        SOPClassUID=found.SOPClassUID or request.AffectedSOPClassUID,
+        StudyInstanceUID=found.StudyInstanceUID,
+        SeriesInstanceUID=found.SeriesInstanceUID,
+        TransferSyntaxUID=request.TransferSyntaxUID,
+        source_aet=request.calling_ae,
+        origin=f"dimse:{request.calling_ae}@{request.address}",
+        received_at=datetime.now(timezone.utc),
+        preamble=file_meta(
+            sop_class_uid=request.AffectedSOPClassUID,
+            sop_instance_uid=request.AffectedSOPInstanceUID,
+            transfer_syntax_uid=request.TransferSyntaxUID,
+            source_aet=request.calling_ae,
+        ),
+        dataset=request.dataset,
+    )
+
+
+def _judge(request: StoreRequest, found: Identity) -> StoreAnswer:
+    """The answer for a stored instance: does the data set say what the command said (PS3.4 B.2.3)?"""
+    if found.SOPInstanceUID != request.AffectedSOPInstanceUID:
+        named = "names another instance" if found.SOPInstanceUID else "has no readable SOP Instance UID"
+        return StoreAnswer(MISMATCH, f"stored, but the data set {named}")
+    if found.SOPClassUID != request.AffectedSOPClassUID:
+        named = "names another SOP class" if found.SOPClassUID else "has no readable SOP Class UID"
+        return StoreAnswer(MISMATCH, f"stored, but the data set {named}")
+    if not (found.StudyInstanceUID and found.SeriesInstanceUID):
+        return StoreAnswer(MISMATCH, "stored, but Study or Series Instance UID is not readable")
+    return StoreAnswer(SUCCESS)
