@@ -53,6 +53,7 @@ class Storage(ABC):
     """Files below one root URL. Paths are relative, with "/", never begin with "/" nor contain ".."."""
 
     url: str
+    visible_at_once: bool = False  # whether every process reads what was written without waiting for `publish`
 
     @abstractmethod
     def create(self, path: str) -> Appender:

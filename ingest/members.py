@@ -1,0 +1,130 @@
+"""What is handed to the bundle writer, and how it is made ready to be written."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from sphere.conf.errors import StorageError
+from sphere.ingest import tar
+from sphere.ingest.records import MemberRecord
+from sphere.ingest.storage.base import Buffer
+from sphere.ingest.storage.paths import storage_error
+
+CHUNK = 1 << 20  # bytes of a waiting file held in memory at a time
+
+
+@dataclass(frozen=True, slots=True)
+class FileRange:
+    """A data set that waits in a local file: bytes ``[offset, offset + length)`` of `path`."""
+
+    path: Path
+    offset: int
+    length: int
+
+    def chunks(self) -> Iterator[bytes]:
+        """The bytes in pieces of at most 1 MiB; raises StorageError when the file cannot be read or is shorter."""
+        left = self.length
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                file.seek(self.offset)
+                while left:
+                    data = file.read(min(left, CHUNK))
+                    if not data:
+                        raise StorageError(f"{self.path} ends {left} bytes early")
+                    left -= len(data)
+                    yield data
+        except OSError as error:
+            raise storage_error(error, f"reading {self.path}") from error
+
+
+Dataset = Buffer | Sequence[Buffer] | FileRange
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewMember:
+    """An instance to be stored.
+
+    `preamble` is what precedes the data set in the file (PS3.10 7.1: 128 bytes, "DICM", File Meta Information), or b"".
+    `dataset` is stored as it is: one buffer, its fragments in order, or a range of a local file, which is read twice
+    (for the digest and for the copy) in pieces of 1 MiB. UIDs are "" where they are unknown.
+    """
+
+    SOPInstanceUID: str
+    SOPClassUID: str
+    StudyInstanceUID: str
+    SeriesInstanceUID: str
+    TransferSyntaxUID: str
+    source_aet: str  # calling AE title; "" for an import
+    origin: str  # "dimse:<AE title>@<address>" or "import:<path>"
+    received_at: datetime  # UTC; a naive time is taken as UTC
+    preamble: bytes
+    dataset: Dataset
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A member with everything that does not depend on its place: tar headers, bytes, and fields of its record."""
+
+    header: bytes
+    buffers: Sequence[Buffer]  # the member's bytes; of a FileRange those before it
+    streamed: FileRange | None
+    length: int
+    fields: dict[str, Any]
+
+    def record(self, bundle: str, start: int) -> MemberRecord:
+        """Its record when its headers begin at byte `start` of `bundle`."""
+        return MemberRecord(bundle=bundle, offset=start + len(self.header), length=self.length, **self.fields)
+
+    @property
+    def padding(self) -> bytes:
+        return tar.padding(self.length)
+
+
+def prepare(member: NewMember) -> Prepared:
+    """Digest and headers of `member`; raises StorageError when its waiting file cannot be read."""
+    streamed = member.dataset if isinstance(member.dataset, FileRange) else None
+    parts = _parts(member.dataset)
+    sha256, size = _digest(streamed.chunks() if streamed else parts)
+    fields: dict[str, Any] = {
+        "dataset_offset": len(member.preamble),
+        "SOPInstanceUID": _text(member.SOPInstanceUID),
+        "SOPClassUID": _text(member.SOPClassUID),
+        "StudyInstanceUID": _text(member.StudyInstanceUID),
+        "SeriesInstanceUID": _text(member.SeriesInstanceUID),
+        "TransferSyntaxUID": _text(member.TransferSyntaxUID),
+        "sha256": sha256,
+        "received_at": tar.utc(member.received_at),
+        "source_aet": _text(member.source_aet),
+        "origin": _text(member.origin),
+    }
+    length = len(member.preamble) + size
+    name = tar.member_name(member.SOPInstanceUID, sha256)
+    header = tar.member_header(name, length, fields["received_at"], fields)
+    return Prepared(header, [member.preamble, *parts], streamed, length, fields)
+
+
+def _parts(dataset: Dataset) -> Sequence[Buffer]:
+    if isinstance(dataset, FileRange):
+        return ()
+    if isinstance(dataset, (bytes, bytearray, memoryview)):
+        return (dataset,)
+    return dataset
+
+
+def _digest(parts: Sequence[Buffer] | Iterator[bytes]) -> tuple[str, int]:
+    sha = hashlib.sha256()
+    size = 0
+    for part in parts:
+        sha.update(part)
+        size += memoryview(part).nbytes
+    return sha.hexdigest(), size
+
+
+def _text(value: str) -> str:
+    r"""`value` as valid Unicode: undecodable bytes of a path or a UID (lone surrogates) become \udcXX."""
+    return value.encode("utf-8", "backslashreplace").decode()

@@ -1,0 +1,240 @@
+"""Storage in a folder of this host (``file:///PATH``).
+
+What is written is readable by every process at once; durable means fdatasync of the file and fsync of each folder in
+which a name was made, moved or removed.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn
+
+from sphere.conf.errors import StorageError
+from sphere.ingest.storage.base import Appender, Buffer, Entry, Storage
+from sphere.ingest.storage.paths import checked, checked_prefix, storage_error
+
+_IOV_MAX = min(os.sysconf("SC_IOV_MAX"), 1024)
+_MODE = 0o640  # readable by the group of the archive, by nobody else
+_TEMPORARY = ".sphere-tmp"  # ending of a file that `write` has not renamed yet; `walk` leaves it out
+
+
+class LocalAppender(Appender):
+    """A file open for append; nothing is buffered in this process."""
+
+    def __init__(self, fd: int, path: str, size: int) -> None:
+        self._fd = fd
+        self._path = path
+        self._size = size
+
+    def tell(self) -> int:
+        return self._size
+
+    def write(self, buffers: Sequence[Buffer]) -> None:
+        views = [view for view in map(_bytes_view, buffers) if view.nbytes]
+        with _told(f"writing {self._path}"):
+            for start in range(0, len(views), _IOV_MAX):
+                self._write_all(views[start : start + _IOV_MAX])
+
+    def _write_all(self, views: list[memoryview]) -> None:
+        while views:
+            written = os.writev(self._fd, views)
+            self._size += written
+            done = 0
+            while done < len(views) and written >= views[done].nbytes:
+                written -= views[done].nbytes
+                done += 1
+            views = views[done:]
+            if written:
+                views[0] = views[0][written:]
+
+    def sync(self) -> None:
+        with _told(f"syncing {self._path}"):
+            os.fdatasync(self._fd)
+
+    def publish(self) -> None:
+        self.sync()
+
+    def close(self) -> None:
+        if self._fd < 0:
+            return
+        try:
+            self.sync()
+        finally:
+            self.abandon()
+
+    def abandon(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            try:
+                os.close(fd)
+            except OSError:  # a late write error of a file that nothing is promised of any more
+                return
+
+
+class LocalStorage(Storage):
+    """Files below a folder, which is made when it is first written to."""
+
+    visible_at_once = True
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.url = root.as_uri()
+
+    def _path(self, path: str) -> Path:
+        return self.root / checked(path)
+
+    def create(self, path: str) -> LocalAppender:
+        full = self._path(path)
+        with _told(f"creating {full}"):
+            _make_folders(full.parent)
+            fd = os.open(full, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, _MODE)
+            try:
+                _sync_folder(full.parent)
+            except OSError:
+                os.close(fd)
+                raise
+        return LocalAppender(fd, str(full), 0)
+
+    def append(self, path: str) -> LocalAppender:
+        full = self._path(path)
+        with _told(f"opening {full} to append"):
+            fd = os.open(full, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+            return LocalAppender(fd, str(full), os.fstat(fd).st_size)
+
+    def read(self, path: str, offset: int = 0, length: int | None = None) -> bytes:
+        full = self._path(path)
+        with _told(f"reading {full}"):
+            fd = os.open(full, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                if length is None:
+                    length = max(0, os.fstat(fd).st_size - offset)
+                return _pread(fd, offset, length)
+            finally:
+                os.close(fd)
+
+    def write(self, path: str, data: bytes) -> None:
+        full = self._path(path)
+        temporary = full.with_name(f".{full.name}.{secrets.token_hex(8)}{_TEMPORARY}")
+        with _told(f"writing {full}"):
+            _make_folders(full.parent)
+            try:
+                _write_new(temporary, data)
+                temporary.replace(full)
+            except OSError:
+                temporary.unlink(missing_ok=True)
+                raise
+            _sync_folder(full.parent)
+
+    def size(self, path: str) -> int:
+        full = self._path(path)
+        with _told(f"looking at {full}"):
+            return full.stat().st_size
+
+    def exists(self, path: str) -> bool:
+        return self._path(path).is_file()
+
+    def walk(self, prefix: str = "") -> Iterator[Entry]:
+        prefix = checked_prefix(prefix)
+        with _told(f"listing {self.root / prefix}"):
+            yield from _walk(self.root / prefix, f"{prefix}/" if prefix else "")
+
+    def truncate(self, path: str, size: int) -> None:
+        full = self._path(path)
+        with _told(f"cutting {full}"):
+            fd = os.open(full, os.O_WRONLY | os.O_CLOEXEC)
+            try:
+                if size > os.fstat(fd).st_size:
+                    raise StorageError(f"cutting {full}: it is shorter than {size} bytes")
+                os.ftruncate(fd, size)
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+
+    def recover(self, path: str) -> int:
+        return self.size(path)
+
+    def delete(self, path: str) -> None:
+        full = self._path(path)
+        with _told(f"deleting {full}"):
+            try:
+                full.unlink()
+            except (FileNotFoundError, NotADirectoryError):
+                return
+            _sync_folder(full.parent)
+
+
+@contextmanager
+def _told(doing: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        _raise(error, doing)
+
+
+def _raise(error: OSError, doing: str) -> NoReturn:
+    raise storage_error(error, doing) from error
+
+
+def _bytes_view(buffer: Buffer) -> memoryview:
+    view = memoryview(buffer)
+    return view if view.itemsize == 1 and view.ndim == 1 else view.cast("B")
+
+
+def _pread(fd: int, offset: int, length: int) -> bytes:
+    data = os.pread(fd, length, offset)
+    if len(data) == length or not data:
+        return data
+    parts = [data]
+    have = len(data)
+    while have < length and (data := os.pread(fd, length - have, offset + have)):
+        parts.append(data)
+        have += len(data)
+    return b"".join(parts)
+
+
+def _write_new(path: Path, data: bytes) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, _MODE)
+    with os.fdopen(fd, "wb", buffering=0) as file:
+        view = memoryview(data)
+        while view:
+            view = view[file.write(view) :]
+        os.fsync(file.fileno())
+
+
+def _make_folders(folder: Path) -> None:
+    """Make `folder` and its parents, each durable in the one above it."""
+    if folder.is_dir():
+        return
+    _make_folders(folder.parent)
+    folder.mkdir(exist_ok=True)
+    _sync_folder(folder.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _walk(folder: Path, below: str) -> Iterator[Entry]:
+    """Files in the order of their whole paths: a folder sorts with its "/"."""
+    try:
+        with os.scandir(folder) as found:
+            items = sorted((item.name + "/" if item.is_dir() else item.name, item) for item in found)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    for name, item in items:
+        if name.endswith("/"):
+            yield from _walk(folder / item.name, below + name)
+        elif not (name.startswith(".") and name.endswith(_TEMPORARY)):
+            try:
+                stat = item.stat()
+            except FileNotFoundError:  # removed since the folder was read
+                continue
+            yield Entry(below + name, stat.st_size, stat.st_mtime)

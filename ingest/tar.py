@@ -1,0 +1,182 @@
+"""The bundle's file format: POSIX pax tar (IEEE Std 1003.1, pax Interchange Format), written and scanned by blocks.
+
+A member is an extended header (type ``x``), a ustar header, the DICOM file, and zeros up to the next 512 bytes. What
+the journal holds of the member stands in the extended header's ``comment`` record as JSON: the one keyword of pax that
+every reader is told to ignore (GNU tar prints a warning for each vendor keyword of each member).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import tarfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from typing import Any
+
+import orjson
+
+from sphere.ingest.records import MemberRecord
+
+BLOCK = 512
+END = bytes(2 * BLOCK)  # end-of-archive: two blocks of zeros
+FORMAT = 1  # value of "sphere" in the comment record
+MAX_PAX = 1 << 20  # bytes of an extended header above which it is none of ours
+
+_PLAIN_UID = re.compile(r"[0-9][0-9.]{0,63}")
+_PAX_RECORD = re.compile(rb"(\d{1,20}) ([^=]+)=")
+
+Fetch = Callable[[int, int], bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class TarMember:
+    """A complete member: `start` of its headers, `offset` and `length` of its bytes, `end` of its padding."""
+
+    start: int
+    offset: int
+    length: int
+    end: int
+    name: str
+    fields: dict[str, Any]
+
+    def record(self, bundle: str) -> MemberRecord:
+        """The journal record; raises ValueError, TypeError or KeyError where the comment does not give one."""
+        fields = dict(self.fields)
+        if fields.pop("sphere") != FORMAT:
+            raise ValueError("comment record of another format")
+        fields["received_at"] = datetime.fromisoformat(fields["received_at"].replace("Z", "+00:00"))
+        return MemberRecord(bundle=bundle, offset=self.offset, length=self.length, **fields)
+
+
+@dataclass(frozen=True, slots=True)
+class Scan:
+    """A tar's complete members, where they end (`good`), and whether exactly an end-of-archive follows (`sealed`).
+
+    `damage` says what stands after `good` when it is neither the end of the file nor an end-of-archive.
+    """
+
+    members: list[TarMember] = field(default_factory=list)
+    good: int = 0
+    sealed: bool = False
+    damage: str = ""
+
+
+def member_name(SOPInstanceUID: str, sha256: str) -> str:
+    """Name in the tar: ``<SOPInstanceUID>.dcm`` for a plain UID (PS3.5 9.1), else ``<sha256>.bin``."""
+    return f"{SOPInstanceUID}.dcm" if _PLAIN_UID.fullmatch(SOPInstanceUID) else f"{sha256}.bin"
+
+
+def member_header(name: str, length: int, received_at: datetime, fields: dict[str, Any]) -> bytes:
+    """The blocks that precede a member of `length` bytes."""
+    info = tarfile.TarInfo(name)
+    info.size = length
+    info.mtime = int(received_at.timestamp())
+    info.pax_headers = {"comment": orjson.dumps({"sphere": FORMAT, **fields}, option=orjson.OPT_UTC_Z).decode()}
+    return info.tobuf(tarfile.PAX_FORMAT, "utf-8", "strict")
+
+
+def padding(length: int) -> bytes:
+    """Zeros from the end of a member of `length` bytes to the next block."""
+    return bytes(-length % BLOCK)
+
+
+def scan(fetch: Fetch, size: int) -> Scan:
+    """Walk the headers of a tar of `size` bytes; reads no member's bytes. `fetch` takes (offset, length)."""
+    members: list[TarMember] = []
+    at = 0
+    while at < size:
+        try:
+            found = _member_at(fetch, at, size)
+        except _Damaged as damage:
+            return Scan(members, at, False, f"at byte {at}: {damage}")
+        if found is None:
+            return Scan(members, at, True)
+        members.append(found)
+        at = found.end
+    return Scan(members, at)
+
+
+def digest(fetch: Fetch, member: TarMember, *, chunk: int = 1 << 20) -> str:
+    """SHA-256 (hexadecimal) of the member's data set."""
+    begin = member.offset + int(member.fields.get("dataset_offset", 0))
+    end = member.offset + member.length
+    sha = hashlib.sha256()
+    for at in range(begin, end, chunk):
+        sha.update(fetch(at, min(chunk, end - at)))
+    return sha.hexdigest()
+
+
+class _Damaged(Exception):
+    """Bytes that are not a complete member of ours."""
+
+
+def _member_at(fetch: Fetch, at: int, size: int) -> TarMember | None:
+    """The member whose extended header begins at `at`; None at a complete end-of-archive."""
+    block = _take(fetch, at, BLOCK, size)
+    if not any(block):
+        if size - at == len(END) and not any(_take(fetch, at, len(END), size)):
+            return None
+        raise _Damaged("zeros that are not an end-of-archive")
+    extended = _header(block)
+    if extended.type != tarfile.XHDTYPE or not 0 < extended.size <= MAX_PAX:
+        raise _Damaged("no extended header")
+    pax = _pax_records(_take(fetch, at + BLOCK, extended.size, size))
+    plain_at = at + BLOCK + _rounded(extended.size)
+    plain = _header(_take(fetch, plain_at, BLOCK, size))
+    if plain.type != tarfile.REGTYPE:
+        raise _Damaged("a member that is not a regular file")
+    offset = plain_at + BLOCK
+    length = int(pax["size"]) if pax.get("size", "").isdigit() else plain.size
+    end = offset + _rounded(length)
+    if end > size:
+        raise _Damaged("a member that ends after the file")
+    return TarMember(at, offset, length, end, pax.get("path", plain.name), _fields(pax))
+
+
+def _take(fetch: Fetch, at: int, length: int, size: int) -> bytes:
+    data = fetch(at, length) if at + length <= size else b""
+    if len(data) != length:
+        raise _Damaged("a header that ends after the file")
+    return data
+
+
+def _header(block: bytes) -> tarfile.TarInfo:
+    try:
+        return tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except tarfile.HeaderError as error:
+        raise _Damaged(f"no tar header ({error})") from None
+
+
+def _fields(pax: dict[str, str]) -> dict[str, Any]:
+    try:
+        fields = orjson.loads(pax["comment"])
+        offset, received_at = fields["dataset_offset"], fields["received_at"]
+    except (KeyError, TypeError, ValueError):
+        raise _Damaged("an extended header without our comment record") from None
+    if not isinstance(offset, int) or not isinstance(received_at, str):
+        raise _Damaged("a comment record with values of other types")
+    return dict(fields)
+
+
+def _pax_records(data: bytes) -> dict[str, str]:
+    records: dict[str, str] = {}
+    at = 0
+    while at < len(data):
+        match = _PAX_RECORD.match(data, at)
+        end = at + int(match[1]) if match else 0
+        if match is None or end > len(data) or end <= match.end() or data[end - 1 : end] != b"\n":
+            raise _Damaged("extended header records that do not add up")
+        records[match[2].decode("utf-8", "replace")] = data[match.end() : end - 1].decode("utf-8", "replace")
+        at = end
+    return records
+
+
+def _rounded(length: int) -> int:
+    return length + -length % BLOCK
+
+
+def utc(when: datetime) -> datetime:
+    """`when` in UTC; a naive time is taken as UTC."""
+    return when.replace(tzinfo=timezone.utc) if when.tzinfo is None else when.astimezone(timezone.utc)
