@@ -1,0 +1,171 @@
+"""`sphere echo|store|find PEER`: SPHERE as a service class user."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, get_args
+
+import click
+import pyarrow as pa
+from pydicom.dataset import Dataset
+
+from sphere.catalog.schema import Level
+from sphere.conf.settings import load
+from sphere.output import Format, write_rows
+from sphere.progress import bar
+
+
+@click.command()
+@click.argument("peer", metavar="PEER")
+@click.pass_context
+def echo(ctx: click.Context, peer: str) -> None:
+    """Ask a peer whether it answers (C-ECHO).
+
+    PEER is a name of [[peers]] in the settings, or AET@HOST:PORT.
+
+    \b
+    Examples:
+      sphere echo ward
+      sphere echo SPHERE@127.0.0.1:11112
+    """
+    from sphere.scp import client
+    from sphere.scp.peers import resolve
+
+    settings = load(ctx.obj)
+    start = time.monotonic()
+    client.echo(resolve(peer, settings), calling=settings.archive.ae_title)
+    click.echo(f"{peer} answered C-ECHO in {1000 * (time.monotonic() - start):.0f} ms")
+
+
+@click.command()
+@click.argument("peer", metavar="PEER")
+@click.argument("paths", metavar="PATH...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.pass_context
+def store(ctx: click.Context, peer: str, paths: tuple[Path, ...]) -> None:
+    """Send files and folders to a peer (C-STORE), as they are.
+
+    PEER is a name of [[peers]] in the settings, or AET@HOST:PORT. A file that fails is named, the others go on, and the
+    exit status is 1.
+
+    \b
+    Examples:
+      sphere store ward scans/
+      sphere store SPHERE@127.0.0.1:11112 one.dcm two.dcm
+    """
+    from sphere.ingest.media import find_files
+    from sphere.scp import client
+    from sphere.scp.peers import resolve
+
+    settings = load(ctx.obj)
+    sent = failed = size = 0
+    start = time.monotonic()
+    with bar() as progress:
+        total = None if progress.disable else sum(1 for _ in find_files(paths))
+        task = progress.add_task("store", total=total, rate="")
+        for result in client.store(resolve(peer, settings), find_files(paths), calling=settings.archive.ae_title):
+            if result.stored:
+                sent += 1
+                size += result.path.stat().st_size
+            else:
+                failed += 1
+            if result.error:
+                name_failure(f"{result.path}: {result.error}")
+            progress.update(task, advance=1, rate=f"{size / 1e6 / (time.monotonic() - start):.0f} MB/s")
+    click.echo(f"{sent} sent, {failed} failed ({size / 1e6:.1f} MB in {time.monotonic() - start:.1f} s)")
+    sys.exit(1 if failed else 0)
+
+
+def name_failure(message: str) -> None:
+    """One line on standard error; a bar on the terminal is drawn again below it."""
+    click.echo(f"\r\x1b[K{message}" if sys.stderr.isatty() else message, err=True)
+
+
+@click.command()
+@click.argument("peer", metavar="PEER")
+@click.option(
+    "--level", type=click.Choice(get_args(Level)), default="STUDY", show_default=True, help="QueryRetrieveLevel."
+)
+@click.option(
+    "--model",
+    type=click.Choice(["patient", "study", "patient-study"]),
+    default="study",
+    show_default=True,
+    help="Patient Root, Study Root, or the retired Patient/Study Only.",
+)
+@click.option(
+    "-k", "--key", "keys", multiple=True, metavar="KEYWORD[=VALUE]", help="Key to match or, without value, to be told."
+)
+@click.option("--relational", is_flag=True, help="Negotiate relational queries: no unique keys above the level needed.")
+@click.option("--limit", type=click.IntRange(min=1), help="Cancel after so many answers.")
+@click.option(
+    "--format",
+    "format_",
+    type=click.Choice(["table", "csv", "json", "parquet"]),
+    default="table",
+    show_default=True,
+    help="How answers are written.",
+)
+@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="File instead of standard output.")
+@click.pass_context
+def find(
+    ctx: click.Context,
+    peer: str,
+    level: Level,
+    model: str,
+    keys: tuple[str, ...],
+    relational: bool,
+    limit: int | None,
+    format_: Format,
+    output: Path | None,
+) -> None:
+    """Ask a peer what it has (C-FIND).
+
+    PEER is a name of [[peers]] in the settings, or AET@HOST:PORT. Keys are keywords or tags (PatientID, 00100020).
+
+    \b
+    Examples:
+      sphere find ward -k PatientName='DOE*' -k StudyDate=20240101- -k StudyDescription
+      sphere find ward --level SERIES -k StudyInstanceUID=1.2.3 -k Modality -k NumberOfSeriesRelatedInstances
+    """
+    from sphere.scp import client
+    from sphere.scp.peers import resolve
+
+    settings = load(ctx.obj)
+    answers = list(
+        client.find(
+            resolve(peer, settings),
+            level=level,
+            keys=dict(split_key(key) for key in keys),
+            model=model,
+            relational=relational,
+            limit=limit,
+            calling=settings.archive.ae_title,
+        )
+    )
+    write_rows(answers_table(answers), format=format_, output=output)
+
+
+def split_key(text: str) -> tuple[str, str]:
+    """KEYWORD or KEYWORD=VALUE."""
+    keyword, _, value = text.partition("=")
+    return keyword.strip(), value
+
+
+def answers_table(answers: Iterable[Dataset]) -> pa.Table:
+    """One row an answer, one column of text a keyword, in the order of the tags."""
+    rows = [{element.keyword or str(element.tag): text_of(element.value) for element in answer} for answer in answers]
+    names = dict.fromkeys(name for row in rows for name in row)
+    columns = {name: pa.array([row.get(name) for row in rows], pa.string()) for name in names}
+    return pa.table(columns)
+
+
+def text_of(value: Any) -> str | None:
+    """A value as one text, several separated by a backslash (PS3.5 6.2)."""
+    if value is None:
+        return None
+    if isinstance(value, list | tuple) or type(value).__name__ == "MultiValue":
+        return "\\".join(str(item) for item in value)
+    return str(value)
