@@ -13,6 +13,7 @@ from typing import Literal
 
 from pydicom._uid_dict import UID_dictionary
 from pydicom.uid import (
+    UID,
     DeflatedExplicitVRLittleEndian,
     ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
@@ -21,19 +22,14 @@ from pydicom.uid import (
 from pynetdicom import build_context
 from pynetdicom.pdu_primitives import SOPClassCommonExtendedNegotiation
 from pynetdicom.presentation import PresentationContext
-from pynetdicom.sop_class import (
-    PatientRootQueryRetrieveInformationModelFind,
-    PatientStudyOnlyQueryRetrieveInformationModelFind,
-    StudyRootQueryRetrieveInformationModelFind,
-    Verification,
-)
 
 Model = Literal["patient", "study", "patient-study"]
 
-FIND_MODELS: dict[str, Model] = {
-    PatientRootQueryRetrieveInformationModelFind: "patient",
-    StudyRootQueryRetrieveInformationModelFind: "study",
-    PatientStudyOnlyQueryRetrieveInformationModelFind: "patient-study",  # retired (PS3.4 2006, C.6.3)
+VERIFICATION = "1.2.840.10008.1.1"
+FIND_MODELS: dict[str, Model] = {  # SOP classes of PS3.4 C.6
+    "1.2.840.10008.5.1.4.1.2.1.1": "patient",
+    "1.2.840.10008.5.1.4.1.2.2.1": "study",
+    "1.2.840.10008.5.1.4.1.2.3.1": "patient-study",  # Patient/Study Only, retired
 }
 ENCODABLE = (ExplicitVRLittleEndian, ImplicitVRLittleEndian, DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian)
 RELATIONAL, COMBINED_DATETIME = 1, 2  # bytes of a FIND class' application information (PS3.4 Table C.5-1)
@@ -65,33 +61,36 @@ def narrow(proposed: Iterable[PresentationContext]) -> list[PresentationContext]
 
     A context without abstract or transfer syntax is left out: PS3.8 9.3.2.2 allows none, and no answer refuses it.
     """
-    whole = [cx for cx in proposed if cx.abstract_syntax and cx.transfer_syntax]
-    for cx in whole:
+    narrowed = []
+    for cx in proposed:
+        if not cx.abstract_syntax or not cx.transfer_syntax:
+            continue
         usable = cx.transfer_syntax
         if not is_storage(cx.abstract_syntax):
             usable = [syntax for syntax in usable if syntax in ENCODABLE] or usable
-        cx.transfer_syntax = usable[:1]
-    return whole
+        cx.transfer_syntax = [usable[0]]
+        narrowed.append(cx)
+    return narrowed
 
 
 def supported(narrowed: Iterable[PresentationContext]) -> list[PresentationContext]:
     """What we say we support to an association whose `narrow`ed contexts are these; one context per abstract syntax."""
-    services = [build_context(uid, list(ENCODABLE)) for uid in (Verification, *FIND_MODELS)]
-    storage: dict[str, list[str]] = {}
+    services = [build_context(uid, list(ENCODABLE)) for uid in (VERIFICATION, *FIND_MODELS)]
+    storage: dict[str, list[str | UID]] = {}
     for cx in narrowed:
-        if is_storage(cx.abstract_syntax):
-            storage.setdefault(cx.abstract_syntax, []).append(cx.transfer_syntax[0])
+        if is_storage(str(cx.abstract_syntax)):
+            storage.setdefault(str(cx.abstract_syntax), []).append(cx.transfer_syntax[0])
     return services + [build_context(uid, syntaxes) for uid, syntaxes in storage.items()]
 
 
 def storage_classes(narrowed: Iterable[PresentationContext]) -> dict[str, SOPClassCommonExtendedNegotiation]:
-    """By SOP class: the statement that it belongs to the Storage Service (PS3.7 D.3.3.6), so that it is served as one."""
+    """By SOP class: that it belongs to the Storage Service (PS3.7 D.3.3.6), and is to be served as one."""
     items = {}
-    for uid in {cx.abstract_syntax for cx in narrowed if is_storage(cx.abstract_syntax)}:
-        item = SOPClassCommonExtendedNegotiation()
-        item.sop_class_uid = uid
-        item.service_class_uid = STORAGE_SERVICE
-        items[uid] = item
+    for uid in {str(cx.abstract_syntax) for cx in narrowed}:
+        if is_storage(uid):
+            items[uid] = item = SOPClassCommonExtendedNegotiation()
+            item.sop_class_uid = uid
+            item.service_class_uid = STORAGE_SERVICE
     return items
 
 

@@ -77,7 +77,7 @@ class FindService:
             yield _failure(error.dimse, str(error), error.offending)
         except SphereError as error:
             yield _failure(error.dimse, str(error))
-        except Exception as error:  # noqa: BLE001: a defect of ours must be answered, and not end the association
+        except Exception as error:  # noqa: BLE001  a defect of ours must be answered, and not end the association
             yield _failure(UNABLE, f"internal error ({type(error).__name__})")
 
 
@@ -92,7 +92,7 @@ def decoded(identifier: bytes, transfer_syntax: UID) -> Dataset:
         )
         for _ in dataset.iterall():  # values are decoded when they are read: fail here, not in the middle of answers
             pass
-    except Exception as error:  # noqa: BLE001: pydicom raises whatever the bytes make of it
+    except Exception as error:  # noqa: BLE001  pydicom raises whatever the bytes make of it
         raise QueryError(f"identifier cannot be decoded ({type(error).__name__})") from None
     return dataset
 

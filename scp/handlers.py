@@ -26,6 +26,8 @@ from sphere.scp.transport import ArrivingDataSet
 
 log = logging.getLogger(__name__)
 
+Event = Any  # pynetdicom's Event, whose attributes depend on what happened
+
 UNRECOGNIZED = 0x0211  # unrecognized operation (PS3.7 C.5.18)
 CLASS_NOT_SUPPORTED = 0x0122  # PS3.7 C.5.6
 CALLING_AE_NOT_RECOGNIZED = (0x01, 0x01, 0x03)  # permanent, by the service user (PS3.8 9.3.4)
@@ -78,11 +80,11 @@ class Handlers:
             (evt.EVT_C_FIND, self.on_find),
         ]
 
-    def on_open(self, event: evt.Event) -> None:
+    def on_open(self, event: Event) -> None:
         """A connection: give it an id."""
         self._sessions[event.assoc] = Session(f"{os.getpid()}-{next(self._numbers)}", str(event.address[0]))
 
-    def on_close(self, event: evt.Event) -> None:
+    def on_close(self, event: Event) -> None:
         """The end of a connection: say what it did, and wake an association that still waits for its request."""
         session = self._sessions[event.assoc]
         if event.assoc.requestor.primitive is None:
@@ -94,7 +96,7 @@ class Handlers:
             not event.assoc.is_released, time.monotonic() - session.started,
         )  # fmt: skip
 
-    def on_requested(self, event: evt.Event) -> None:
+    def on_requested(self, event: Event) -> None:
         """A-ASSOCIATE-RQ: refuse unknown callers, and support what the others propose."""
         assoc, request = event.assoc, event.assoc.requestor.primitive
         if not isinstance(request, A_ASSOCIATE):
@@ -111,21 +113,21 @@ class Handlers:
         request.presentation_context_definition_list = narrowed
         assoc.acceptor.supported_contexts = contexts.supported(narrowed)
 
-    def on_sop_extended(self, event: evt.Event) -> dict[str, bytes]:
+    def on_sop_extended(self, event: Event) -> dict[str, bytes]:
         """SOP Class Extended Negotiation (PS3.7 D.3.3.5), for the FIND classes."""
         asked = {uid: info for uid, info in event.app_info.items() if uid in contexts.FIND_MODELS}
         granted = {uid: contexts.find_extensions(info) for uid, info in asked.items()}
         self._sessions[event.assoc].extensions = granted
         return granted
 
-    def on_sop_common(self, event: evt.Event) -> dict[str, Any]:
+    def on_sop_common(self, event: Event) -> dict[str, Any]:
         """Tell pynetdicom which of the proposed classes are storage: it does not know private and retired ones."""
         items: dict[str, Any] = contexts.storage_classes(
             event.assoc.requestor.primitive.presentation_context_definition_list
         )
         return items
 
-    def on_accepted(self, event: evt.Event) -> None:
+    def on_accepted(self, event: Event) -> None:
         """A-ASSOCIATE-AC was sent."""
         session, assoc = self._sessions[event.assoc], event.assoc
         log.info(
@@ -134,7 +136,7 @@ class Handlers:
             len(assoc.accepted_contexts), len(assoc.rejected_contexts),
         )  # fmt: skip
 
-    def on_rejected(self, event: evt.Event) -> None:
+    def on_rejected(self, event: Event) -> None:
         """A-ASSOCIATE-RJ was sent."""
         session, answer = self._sessions[event.assoc], event.assoc.acceptor.primitive
         log.warning(
@@ -142,11 +144,11 @@ class Handlers:
             session.id, session.calling, session.address, answer.result_source, answer.diagnostic,
         )  # fmt: skip
 
-    def on_echo(self, event: evt.Event) -> int:
+    def on_echo(self, event: Event) -> int:
         """C-ECHO (PS3.7 9.1.5)."""
         return 0x0000 if isinstance(event.request, C_ECHO) else UNRECOGNIZED
 
-    def on_store(self, event: evt.Event) -> Dataset:
+    def on_store(self, event: Event) -> Dataset:
         """C-STORE (PS3.7 9.1.1)."""
         request = event.request
         if not isinstance(request, C_STORE):  # pynetdicom chooses the service by SOP class, not by message
@@ -154,17 +156,18 @@ class Handlers:
         if not contexts.is_storage(event.context.abstract_syntax):
             return _status(CLASS_NOT_SUPPORTED)
         session, started = self._sessions[event.assoc], time.monotonic()
-        answer = self._store.land(_store_request(request, session, str(event.context.transfer_syntax)))
+        arrived = _store_request(request, session, str(event.context.transfer_syntax))
+        answer = self._store.land(arrived)
         session.note(answer)
         log.debug(
             "store id=%s instance=%s bytes=%d status=0x%04X ms=%.1f",
-            session.id, hashed(request.AffectedSOPInstanceUID), request.DataSet.size, answer.status,
+            session.id, hashed(arrived.AffectedSOPInstanceUID), arrived.size, answer.status,
             1000 * (time.monotonic() - started),
         )  # fmt: skip
-        request.DataSet.discard()
+        event.request.DataSet.discard()
         return _status(answer.status, answer.comment)
 
-    def on_find(self, event: evt.Event) -> Iterator[tuple[Dataset | int, Dataset | None]]:
+    def on_find(self, event: Event) -> Iterator[tuple[Dataset | int, Dataset | None]]:
         """C-FIND (PS3.7 9.1.2)."""
         if not isinstance(event.request, C_FIND) or event.context.abstract_syntax not in contexts.FIND_MODELS:
             yield UNRECOGNIZED, None
@@ -183,7 +186,7 @@ class Handlers:
         )  # fmt: skip
 
 
-def _store_request(request: C_STORE, session: Session, transfer_syntax: str) -> StoreRequest:
+def _store_request(request: Any, session: Session, transfer_syntax: str) -> StoreRequest:
     dataset: ArrivingDataSet = request.DataSet
     return StoreRequest(
         AffectedSOPClassUID=str(request.AffectedSOPClassUID),
@@ -197,7 +200,7 @@ def _store_request(request: C_STORE, session: Session, transfer_syntax: str) -> 
     )
 
 
-def _find_request(event: evt.Event, session: Session) -> FindRequest:
+def _find_request(event: Event, session: Session) -> FindRequest:
     sop_class = event.context.abstract_syntax
     granted = session.extensions.get(sop_class, b"")
     return FindRequest(

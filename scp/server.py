@@ -8,10 +8,8 @@ import threading
 import time
 from collections.abc import Callable
 
-import pydicom.config
-from pynetdicom import AE, _config
+from pynetdicom import AE
 from pynetdicom.presentation import build_context
-from pynetdicom.sop_class import Verification
 
 from sphere.catalog.service import QueryService
 from sphere.conf.errors import SettingsError
@@ -19,9 +17,11 @@ from sphere.conf.settings import Settings
 from sphere.ingest.bundle import BundleWriter
 from sphere.ingest.part10 import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
 from sphere.ingest.storage import open_storage
+from sphere.scp.contexts import VERIFICATION
 from sphere.scp.find import FindService
 from sphere.scp.handlers import Handlers
 from sphere.scp.peers import CallingPolicy
+from sphere.scp.quiet import quiet_libraries
 from sphere.scp.store import StoreService
 from sphere.scp.transport import ReceiverServer
 
@@ -38,6 +38,7 @@ def run_receiver(settings: Settings, *, ready: Callable[[int], None]) -> None:
     """
     stop = _stop_signal()
     quiet_libraries()
+    threading.excepthook = _log_thread_error
     storage = open_storage(settings.storage.root, user=settings.storage.user)
     writer = BundleWriter(storage, settings)
     try:
@@ -52,16 +53,6 @@ def run_receiver(settings: Settings, *, ready: Callable[[int], None]) -> None:
     finally:
         writer.close()
     log.info("receiver stopped")
-
-
-def quiet_libraries() -> None:
-    """Keep what is in data sets out of this process's output: pynetdicom logs identifiers, pydicom warns of values."""
-    _config.LOG_HANDLER_LEVEL = "none"
-    _config.LOG_REQUEST_IDENTIFIERS = False
-    _config.LOG_RESPONSE_IDENTIFIERS = False
-    logging.getLogger("pynetdicom").setLevel(logging.CRITICAL)
-    pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
-    threading.excepthook = _log_thread_error
 
 
 def _log_thread_error(args: threading.ExceptHookArgs) -> None:
@@ -87,7 +78,7 @@ def _listen(settings: Settings, handlers: Handlers) -> ReceiverServer:
     ae.dimse_timeout = settings.dimse.dimse_timeout_s or None
     ae.network_timeout = settings.dimse.network_timeout_s or None
     try:  # the contexts of an association are set when it asks: see Handlers.on_requested
-        return ReceiverServer(ae, settings, [build_context(Verification)], handlers.bindings())
+        return ReceiverServer(ae, settings, [build_context(VERIFICATION)], handlers.bindings())
     except OSError as error:
         where = f"{settings.dimse.host}:{settings.dimse.port}"
         raise SettingsError(f"dimse: cannot listen on {where}: {error.strerror}; choose another host or port") from None

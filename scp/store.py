@@ -72,7 +72,7 @@ class StoreService:
             self._writer.store(_member(request, found))
         except SphereError as error:
             return self._failed(request, error.dimse, str(error))
-        except Exception as error:  # noqa: BLE001: a defect of ours must be answered, and not end the association
+        except Exception as error:  # noqa: BLE001  a defect of ours must be answered, and not end the association
             return self._failed(request, PROCESSING_FAILURE, f"internal error ({type(error).__name__})")
         return _judge(request, found)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import socket
+import sys
 import tempfile
 import time
 from io import BytesIO
@@ -82,7 +83,7 @@ class ArrivingDataSet(BytesIO):
 
     def _move_to_file(self) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115: closed with this object
+        self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115  closed with this object
         self._file.write(self.getbuffer())
         self.seek(0)
         self.truncate()

@@ -1,0 +1,92 @@
+"""C-FIND identifiers from keys as people write them."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from typing import Literal
+
+from pydicom.datadict import dictionary_VR, keyword_dict, tag_for_keyword
+from pydicom.dataelem import DataElement
+from pydicom.dataset import Dataset
+from pydicom.sequence import Sequence
+
+from sphere.conf.errors import QueryError
+
+Level = Literal["PATIENT", "STUDY", "SERIES", "IMAGE"]
+
+DEFAULT_KEYS: dict[Level, tuple[str, ...]] = {  # what is asked for where nothing is said
+    "PATIENT": ("PatientID", "PatientName", "PatientBirthDate", "PatientSex"),
+    "STUDY": (
+        "StudyInstanceUID", "StudyDate", "StudyTime", "PatientID", "PatientName", "AccessionNumber",
+        "ModalitiesInStudy", "StudyDescription", "NumberOfStudyRelatedSeries", "NumberOfStudyRelatedInstances",
+    ),
+    "SERIES": (
+        "StudyInstanceUID", "SeriesInstanceUID", "Modality", "SeriesNumber", "SeriesDescription",
+        "NumberOfSeriesRelatedInstances",
+    ),
+    "IMAGE": ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "SOPClassUID", "InstanceNumber"),
+}  # fmt: skip
+
+_TAG = re.compile(r"\(?([0-9A-Fa-f]{4}),?([0-9A-Fa-f]{4})\)?")
+_BINARY_INTEGERS = ("US", "SS", "UL", "SL", "UV", "SV")
+_BINARY_FLOATS = ("FL", "FD")
+
+
+def build_identifier(keys: Mapping[str, str], level: Level) -> Dataset:
+    """The identifier that asks for `keys`: attribute (keyword or tag, dotted inside sequences) to value, "" for any.
+
+    Raises QueryError for an attribute that is unknown or a value that its VR cannot hold.
+    """
+    identifier = Dataset()
+    if not all(value.isascii() for value in keys.values()):
+        identifier.SpecificCharacterSet = "ISO_IR 192"
+    identifier.QueryRetrieveLevel = level
+    for name, value in keys.items():
+        _add(identifier, name.split("."), value)
+    return identifier
+
+
+def _add(dataset: Dataset, path: list[str], value: str) -> None:
+    tag = tag_of(path[0])
+    vr = _vr_of(tag)
+    if len(path) > 1:
+        if vr != "SQ":
+            raise QueryError(f"{path[0]} is not a sequence: it has no {path[1]}", offending=(tag,))
+        if tag not in dataset:
+            dataset[tag] = DataElement(tag, "SQ", Sequence([Dataset()]))
+        _add(dataset[tag].value[0], path[1:], value)
+    elif vr == "SQ":
+        dataset[tag] = DataElement(tag, "SQ", Sequence())
+    else:
+        dataset[tag] = DataElement(tag, vr, _value(path[0], tag, vr, value))
+
+
+def tag_of(name: str) -> int:
+    """The tag of a keyword, or of a tag as text (0010,0020 or 00100020); raises QueryError."""
+    if match := _TAG.fullmatch(name):
+        return int(match[1] + match[2], 16)
+    if (tag := tag_for_keyword(name)) is not None:
+        return tag
+    near = difflib.get_close_matches(name, keyword_dict, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise QueryError(f"{name!r} is neither a DICOM keyword nor a tag{hint}")
+
+
+def _vr_of(tag: int) -> str:
+    try:
+        return dictionary_VR(tag).split(" or ")[0]
+    except KeyError:
+        return "LO"  # private: the peer looks it up by tag, and text is what keys mostly are
+
+
+def _value(name: str, tag: int, vr: str, value: str) -> object:
+    if not value:
+        return None
+    try:
+        if vr in _BINARY_INTEGERS:
+            return int(value)
+        return float(value) if vr in _BINARY_FLOATS else value
+    except ValueError:
+        raise QueryError(f"{name}: {value!r} is not a number", offending=(tag,)) from None
