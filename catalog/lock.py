@@ -22,7 +22,6 @@ from types import TracebackType
 from urllib.parse import unquote, urlsplit
 
 import orjson
-import psutil
 
 from sphere.conf.errors import LockHeld, SphereError, StorageError, StorageMissing
 from sphere.conf.settings import Settings
@@ -72,7 +71,7 @@ class Owner:
     def is_gone(self) -> bool:
         """Whether the holder is surely dead: a pid of this host that is no more, or a heartbeat too old."""
         if self.host == socket.gethostname():
-            return not psutil.pid_exists(self.pid)
+            return not _runs(self.pid)
         age = datetime.now(timezone.utc) - datetime.fromisoformat(self.heartbeat)
         return age.total_seconds() > STALE_S
 
@@ -251,6 +250,16 @@ def _explain(holder: Owner | None) -> str:
         f"the catalog is being written by {holder.job} (process {holder.pid} on {holder.host}, since {holder.since}); "
         "try again when it has finished"
     )
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it runs, as somebody else
+        return True
+    return True
 
 
 def _now() -> str:

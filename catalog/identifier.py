@@ -1,0 +1,104 @@
+"""Reading a C-FIND identifier as text: every element with its VR and its value, decoded, and never raising on a value.
+
+Values are taken as they came where pydicom has not converted them yet: conversion would refuse ranges in IS, and warn
+of wild cards.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from pydicom.charset import convert_encodings, decode_bytes
+from pydicom.datadict import dictionary_VR
+from pydicom.dataelem import RawDataElement
+from pydicom.dataset import Dataset
+from pydicom.valuerep import TEXT_VR_DELIMS
+
+SPECIFIC_CHARACTER_SET = 0x00080005
+_CHARSET_VRS: Final = frozenset(("LO", "LT", "PN", "SH", "ST", "UC", "UT"))
+_BINARY: Final = {"US": "H", "SS": "h", "UL": "L", "SL": "l", "UV": "Q", "SV": "q", "FL": "f", "FD": "d"}
+_BINARY_ALIASES: Final = {"US or SS": "US"}
+
+
+@dataclass(frozen=True, slots=True)
+class Element:
+    """One element of an identifier: its text, with backslashes between values, or its items where it is a sequence."""
+
+    tag: int
+    vr: str
+    text: str
+    items: list[list[Element]] | None = None
+
+
+def elements(identifier: Dataset) -> list[Element]:
+    """Every element but group lengths, in the order of their tags."""
+    return list(_elements(identifier, _encodings(identifier, ["iso8859"])))
+
+
+def first_text(identifier: Dataset, tag: int) -> str:
+    """The text of one element of VR CS; "" where it is absent."""
+    if tag not in identifier:
+        return ""
+    return _element(identifier, tag, ["iso8859"]).text.strip(" \0")
+
+
+def _encodings(dataset: Dataset, inherited: list[str]) -> list[str]:
+    if SPECIFIC_CHARACTER_SET not in dataset:
+        return inherited
+    names = _element(dataset, SPECIFIC_CHARACTER_SET, inherited).text.split("\\")
+    return convert_encodings([name.strip(" ") for name in names])
+
+
+def _elements(dataset: Dataset, encodings: list[str]) -> Iterator[Element]:
+    for tag in sorted(dataset.keys()):
+        if tag & 0xFFFF:
+            yield _element(dataset, int(tag), encodings)
+
+
+def _element(dataset: Dataset, tag: int, encodings: list[str]) -> Element:
+    raw = dataset.get_item(tag)
+    vr = _vr(tag, raw.VR)
+    if vr == "SQ":
+        items = dataset[tag].value or []
+        return Element(tag, vr, "", [list(_elements(item, _encodings(item, encodings))) for item in items])
+    if isinstance(raw, RawDataElement):
+        return Element(tag, vr, _raw_text(bytes(raw.value or b""), vr, encodings, raw.is_little_endian))
+    return Element(tag, vr, _value_text(raw.value))
+
+
+def _vr(tag: int, said: str | None) -> str:
+    """The VR of PS3.6, else the one that the element bears: an identifier may say UN for what it does not know."""
+    try:
+        return dictionary_VR(tag)
+    except KeyError:
+        return said or "UN"
+
+
+def _raw_text(value: bytes, vr: str, encodings: Sequence[str], little_endian: bool) -> str:
+    vr = _BINARY_ALIASES.get(vr, vr)
+    order = "<" if little_endian else ">"
+    if vr in _BINARY:
+        size = struct.calcsize(order + _BINARY[vr])
+        count = len(value) // size
+        return "\\".join(map(str, struct.unpack(f"{order}{count}{_BINARY[vr]}", value[: count * size])))
+    if vr == "AT":
+        words = struct.unpack(f"{order}{len(value) // 4 * 2}H", value[: len(value) // 4 * 4])
+        return "\\".join(f"{group:04X}{number:04X}" for group, number in zip(words[::2], words[1::2], strict=True))
+    if vr == "PN":  # code extensions end at the delimiters of components and groups too (PS3.5 6.1.2.5.3)
+        return decode_bytes(value, encodings, TEXT_VR_DELIMS | {0x5E, 0x3D})
+    return decode_bytes(value, encodings if vr in _CHARSET_VRS else ["iso8859"], TEXT_VR_DELIMS)
+
+
+def _value_text(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, (bytes, bytearray)):
+        return bytes(value).decode("latin-1")
+    if isinstance(value, str):
+        return value
+    if isinstance(value, Sequence):
+        return "\\".join(_value_text(one) for one in value)
+    return str(getattr(value, "original_string", None) or value)

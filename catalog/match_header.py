@@ -1,0 +1,99 @@
+"""The matcher on one header: does a predicate hold for a DICOM JSON object (PS3.18 Annex F)?
+
+It answers for attributes that no column holds (private ones, those inside sequences), and for headers that are in no
+table. A test with generated headers holds it to the same answers as the SQL of `sphere.catalog.predicate`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from datetime import date
+from typing import Any
+
+from sphere.catalog.match import TRAILING_ONLY_VRS, Value, time_text
+from sphere.catalog.match_parse import DECIMAL_VRS, INTEGER_VRS
+from sphere.catalog.predicate import AnyItem, Compare, Moment, Node, Predicate
+
+Header = Mapping[str, Any]
+"""A DICOM JSON object: "GGGGEEEE" to {"vr": ..., "Value": [...]}."""
+
+
+def holds(predicate: Predicate, header: Header) -> bool:
+    """Whether every node holds for the header."""
+    return all(_node_holds(node, header) for node in predicate)
+
+
+def _node_holds(node: Node, header: Header) -> bool:
+    if isinstance(node, Compare):
+        return any(node.test.matches(value) for value in column_values(header, node.tag, node.vr))
+    if isinstance(node, AnyItem):
+        return any(holds(node.nodes, item) for item in items(header, node.tag))
+    return any(_moment_holds(node, day, time) for day, time in _moments(node, header))
+
+
+def _moments(node: Moment, header: Header) -> Iterator[tuple[Value, Value]]:
+    for day in column_values(header, node.date_tag, "DA"):
+        for time in column_values(header, node.time_tag, "TM"):
+            yield day, time
+
+
+def _moment_holds(node: Moment, day: Value, time: Value) -> bool:
+    text = time_text(time)
+    if text is None or not isinstance(day, date):
+        return False
+    moment = f"{day:%Y%m%d}{text}"
+    return (node.low is None or moment >= node.low) and (node.high is None or moment <= node.high)
+
+
+def items(header: Header, tag: int) -> list[Header]:
+    """The items of a sequence; none where it is absent or empty."""
+    return [item for item in _values(header, tag) if isinstance(item, Mapping)]
+
+
+def column_values(header: Header, tag: int, vr: str) -> Iterator[Value]:
+    """The values of an attribute in column form, without empty and invalid ones; its own VR stands in for "UN"."""
+    if vr == "UN":
+        vr = header.get(f"{tag:08X}", {}).get("vr", vr)
+    for value in _values(header, tag):
+        formed = column_value(value, vr)
+        if formed is not None:
+            yield formed
+
+
+def _values(header: Header, tag: int) -> list[Any]:
+    element = header.get(f"{tag:08X}")
+    values: list[Any] = element.get("Value") or [] if element else []
+    return values
+
+
+def column_value(value: Any, vr: str) -> Value | None:
+    """One JSON value in column form: PN as "Alphabetic=Ideographic=Phonetic", DA as a date, numbers as numbers."""
+    if value is None:
+        return None
+    if vr == "PN":
+        groups = [value.get(name) or "" for name in ("Alphabetic", "Ideographic", "Phonetic")]
+        return "=".join(groups).rstrip("=").strip(" ") or None
+    if vr == "DA":
+        return _date(str(value))
+    if vr in INTEGER_VRS or vr in DECIMAL_VRS:
+        return _number(value)
+    text = str(value)
+    return (text.rstrip(" ") if vr in TRAILING_ONLY_VRS else text.strip(" ")) or None
+
+
+def _date(text: str) -> date | None:
+    digits = re.fullmatch(r"([0-9]{4})(\.?)([0-9]{2})\2([0-9]{2})", text.strip(" "))
+    if not digits:
+        return None
+    try:
+        return date(int(digits[1]), int(digits[3]), int(digits[4]))
+    except ValueError:
+        return None
+
+
+def _number(value: Any) -> int | float | None:
+    try:
+        return value if isinstance(value, (int, float)) else float(value)
+    except (TypeError, ValueError):
+        return None
