@@ -16,7 +16,7 @@ from pynetdicom.presentation import PresentationContext
 from sphere.conf.errors import PeerError
 from sphere.conf.settings import Peer, Settings
 from sphere.ingest.part10 import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
-from sphere.scp.quiet import quiet_libraries
+from sphere.scp.libraries import prepare_libraries
 
 MAX_CONTEXTS = 128  # presentation contexts of one association: odd ids from 1 to 255 (PS3.8 9.3.2.2)
 
@@ -55,7 +55,7 @@ def open_association(
     extensions: dict[str, bytes] | None = None,
 ) -> Association:
     """An established association, the caller's to release; raises PeerError that says what to check."""
-    quiet_libraries()
+    prepare_libraries()
     ae = AE(ae_title=settings.archive.ae_title)
     ae.implementation_class_uid = IMPLEMENTATION_CLASS_UID
     ae.implementation_version_name = IMPLEMENTATION_VERSION_NAME

@@ -20,8 +20,8 @@ from sphere.ingest.storage import open_storage
 from sphere.scp.contexts import VERIFICATION
 from sphere.scp.find import FindService
 from sphere.scp.handlers import Handlers
+from sphere.scp.libraries import prepare_libraries
 from sphere.scp.peers import CallingPolicy
-from sphere.scp.quiet import quiet_libraries
 from sphere.scp.store import StoreService
 from sphere.scp.transport import ReceiverServer
 
@@ -37,7 +37,7 @@ def run_receiver(settings: Settings, *, ready: Callable[[int], None]) -> None:
     Raises SettingsError when the port cannot be had, StorageError when the storage cannot.
     """
     stop = _stop_signal()
-    quiet_libraries()
+    prepare_libraries()
     threading.excepthook = _log_thread_error
     storage = open_storage(settings.storage.root, user=settings.storage.user)
     writer = BundleWriter(storage, settings)
