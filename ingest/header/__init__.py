@@ -2,5 +2,7 @@
 
 from sphere.ingest.header.identity import Identity, identify
 from sphere.ingest.header.layout import Rejected
+from sphere.ingest.header.reader import Header, HeaderReader
+from sphere.ingest.header.rows import RowBuilder
 
-__all__ = ["Identity", "Rejected", "identify"]
+__all__ = ["Header", "HeaderReader", "Identity", "Rejected", "RowBuilder", "identify"]

@@ -1,4 +1,4 @@
-"""The data dictionary (PS3.6, and known private ones) as the header reader needs it: cheap look-ups that never raise."""
+"""The data dictionary (PS3.6, and known private ones) for the header reader: cheap look-ups that never raise."""
 
 from __future__ import annotations
 

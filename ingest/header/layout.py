@@ -1,4 +1,4 @@
-"""Where the data set of a member begins and how it is written: File Meta Information, else the first elements say so."""
+"""Where the data set of a member begins and how it is written: File Meta Information or the first elements say."""
 
 from __future__ import annotations
 

@@ -17,6 +17,10 @@ class HeaderTooLarge(Exception):
     """More header bytes were needed than the limit allows."""
 
 
+class InflatesTooLarge(HeaderTooLarge):
+    """A deflated header grew beyond the limit."""
+
+
 class InflateFailed(Exception):
     """A deflated data set that is not a zlib or raw deflate stream."""
 
@@ -64,7 +68,7 @@ class Window:
 class Inflater:
     """A deflated data set (PS3.5 A.5) as a source for a Window: inflated as far as asked, from the front to the end.
 
-    `limit` bounds all bytes inflated, skipped ones included; HeaderTooLarge is raised when more are asked for.
+    `limit` bounds all bytes inflated, skipped ones included; InflatesTooLarge is raised when more are asked for.
     """
 
     def __init__(self, fetch: Fetch, *, offset: int, size: int, limit: int) -> None:
@@ -90,7 +94,7 @@ class Inflater:
 
     def _take(self, count: int) -> bytes:
         if self._pos >= self._limit:
-            raise HeaderTooLarge
+            raise InflatesTooLarge
         count = min(count, self._limit - self._pos)
         while not self._stream.eof:
             try:
