@@ -12,7 +12,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from sphere.conf.errors import SphereError
-from sphere.ingest.bundle import BundleWriter, NewMember
+from sphere.ingest.bundle import BundleWriter, FileRange, NewMember
 from sphere.ingest.header import Identity, identify
 from sphere.ingest.part10 import file_meta
 from sphere.ingest.records import MemberRecord
@@ -84,7 +84,7 @@ def _import_one(
     with path.open("rb") as file:
         prefix = file.read(memory_bytes if size <= memory_bytes else PREFIX)
         identity = identify(prefix, size=size)
-        if len(prefix) < size and not identity.SeriesInstanceUID:
+        if not identity.complete:
             prefix += file.read(LONG_PREFIX)
             identity = identify(prefix, size=size)
     if only_dicom and not identity.SOPInstanceUID:
@@ -101,7 +101,7 @@ def _import_one(
         origin=f"import:{path.absolute()}",
         received_at=received_at,
         preamble=preamble,
-        dataset=memoryview(prefix)[offset:] if whole else (path, offset, size - offset),
+        dataset=memoryview(prefix)[offset:] if whole else FileRange(path, offset, size - offset),
     )
     return Imported(path, record=writer.store(member))
 

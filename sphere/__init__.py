@@ -1,7 +1,7 @@
 """SPHERE, a research PACS: DICOM in, bundles on HDFS, a Delta Lake catalog, DIMSE and Spark SQL out.
 
-    archive = sphere.open("sphere.toml")
-    archive.find("STUDY", {"PatientName": "DOE*"}, return_keys=["StudyDate"])
+archive = sphere.open("sphere.toml")
+archive.find("STUDY", {"PatientName": "DOE*"}, return_keys=["StudyDate"])
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The Python API: one object for one archive, the same that the command line uses.
 
-    import sphere
-    archive = sphere.open("sphere.toml")
-    archive.sql("SELECT Modality, count(*) FROM instances GROUP BY Modality").to_pandas()
+import sphere
+archive = sphere.open("sphere.toml")
+archive.sql("SELECT Modality, count(*) FROM instances GROUP BY Modality").to_pandas()
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ def write_samples(folder: Path) -> int:
         (real / file.name).write_bytes(file.read_bytes())
     for number, data in enumerate(ct_series(CT_SLICES), start=1):
         (generated / f"{number:04}.dcm").write_bytes(data)
-    return len(set(file.name for file in names)) + CT_SLICES
+    return len({file.name for file in names}) + CT_SLICES
 
 
 def run(*arguments: str) -> None:

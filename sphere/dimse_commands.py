@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Any, get_args
 
@@ -12,10 +13,17 @@ import click
 import pyarrow as pa
 from pydicom.dataset import Dataset
 
+from sphere.catalog.query import Model
 from sphere.catalog.schema import Level
 from sphere.conf.settings import load
 from sphere.output import Format, write_rows
 from sphere.progress import bar
+
+MODELS: dict[str, Model] = {
+    "patient": "PATIENT_ROOT",
+    "study": "STUDY_ROOT",
+    "patient-study": "PATIENT_STUDY_ONLY",
+}
 
 
 @click.command()
@@ -35,9 +43,8 @@ def echo(ctx: click.Context, peer: str) -> None:
     from sphere.scp.peers import resolve
 
     settings = load(ctx.obj)
-    start = time.monotonic()
-    client.echo(resolve(peer, settings), calling=settings.archive.ae_title)
-    click.echo(f"{peer} answered C-ECHO in {1000 * (time.monotonic() - start):.0f} ms")
+    seconds = client.echo(resolve(peer, settings), settings=settings)
+    click.echo(f"{peer} answered C-ECHO in {1000 * seconds:.0f} ms")
 
 
 @click.command()
@@ -65,7 +72,7 @@ def store(ctx: click.Context, peer: str, paths: tuple[Path, ...]) -> None:
     with bar() as progress:
         total = None if progress.disable else sum(1 for _ in find_files(paths))
         task = progress.add_task("store", total=total, rate="")
-        for result in client.store(resolve(peer, settings), find_files(paths), calling=settings.archive.ae_title):
+        for result in client.store(resolve(peer, settings), find_files(paths), settings=settings):
             if result.stored:
                 sent += 1
                 size += result.path.stat().st_size
@@ -90,7 +97,7 @@ def name_failure(message: str) -> None:
 )
 @click.option(
     "--model",
-    type=click.Choice(["patient", "study", "patient-study"]),
+    type=click.Choice(list(MODELS)),
     default="study",
     show_default=True,
     help="Patient Root, Study Root, or the retired Patient/Study Only.",
@@ -99,7 +106,7 @@ def name_failure(message: str) -> None:
     "-k", "--key", "keys", multiple=True, metavar="KEYWORD[=VALUE]", help="Key to match or, without value, to be told."
 )
 @click.option("--relational", is_flag=True, help="Negotiate relational queries: no unique keys above the level needed.")
-@click.option("--limit", type=click.IntRange(min=1), help="Cancel after so many answers.")
+@click.option("--limit", type=click.IntRange(min=1), help="Stop after so many answers.")
 @click.option(
     "--format",
     "format_",
@@ -108,7 +115,9 @@ def name_failure(message: str) -> None:
     show_default=True,
     help="How answers are written.",
 )
-@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="File instead of standard output.")
+@click.option(
+    "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="File instead of standard output."
+)
 @click.pass_context
 def find(
     ctx: click.Context,
@@ -134,18 +143,16 @@ def find(
     from sphere.scp.peers import resolve
 
     settings = load(ctx.obj)
-    answers = list(
-        client.find(
-            resolve(peer, settings),
-            level=level,
-            keys=dict(split_key(key) for key in keys),
-            model=model,
-            relational=relational,
-            limit=limit,
-            calling=settings.archive.ae_title,
-        )
+    answers = client.find(
+        resolve(peer, settings),
+        dict(split_key(key) for key in keys),
+        settings=settings,
+        level=level,
+        model=MODELS[model],
+        relational=relational,
     )
-    write_rows(answers_table(answers), format=format_, output=output)
+    found = list(islice(answers, limit))
+    write_rows(answers_table(found), format=format_, output=output)
 
 
 def split_key(text: str) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""The commented sphere.toml that `sphere init` writes, and the settings page of the docs: both from the one list of keys."""
+"""The commented sphere.toml of `sphere init` and the settings of the user guide, both from one list of keys."""
 
 from __future__ import annotations
 
