@@ -14,11 +14,13 @@ from pynetdicom.association import Association
 from pynetdicom.dimse_primitives import C_STORE
 from pynetdicom.presentation import PresentationContext, build_context
 
+from sphere.catalog.query import Model
+from sphere.catalog.schema import Level
 from sphere.conf.errors import PeerError
 from sphere.conf.settings import Peer, Settings
 from sphere.ingest.header import identify
-from sphere.scp.contexts import ENCODABLE, FIND_MODELS, VERIFICATION, Model, extension
-from sphere.scp.identifier import Level, build_identifier
+from sphere.scp.contexts import ENCODABLE, FIND_MODELS, RELATIONAL, VERIFICATION, extension
+from sphere.scp.identifier import build_identifier
 from sphere.scp.requestor import MAX_CONTEXTS, association, describe, failure, no_answer, open_association
 
 WINDOW = 256  # files looked at before an association is asked for: it proposes what they need
@@ -73,7 +75,7 @@ def find(
     *,
     settings: Settings,
     level: Level = "STUDY",
-    model: Model = "study",
+    model: Model = "STUDY_ROOT",
     relational: bool = False,
 ) -> Iterator[Dataset]:
     """The peer's matches for `keys` (attribute to value, "" to be told it) at `level`, as they come.
@@ -85,7 +87,7 @@ def find(
     sop_class = next(uid for uid, name in FIND_MODELS.items() if name == model)
     wanted = {sop_class: b"\x01"} if relational else None
     with association(peer, settings, [build_context(sop_class, list(ENCODABLE))], extensions=wanted) as assoc:
-        if relational and not extension(assoc.acceptor.sop_class_extended.get(UID(sop_class), b""), 1):
+        if relational and not extension(assoc.acceptor.sop_class_extended.get(UID(sop_class), b""), RELATIONAL):
             raise PeerError(f"{describe(peer)} does not answer relational queries")
         for status, match in assoc.send_c_find(identifier, sop_class):
             if not status:

@@ -9,7 +9,6 @@ best. Query and Verification: the first proposed transfer syntax that we can enc
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
 
 from pydicom._uid_dict import UID_dictionary
 from pydicom.uid import (
@@ -23,13 +22,13 @@ from pynetdicom import build_context
 from pynetdicom.pdu_primitives import SOPClassCommonExtendedNegotiation
 from pynetdicom.presentation import PresentationContext
 
-Model = Literal["patient", "study", "patient-study"]
+from sphere.catalog.query import Model
 
 VERIFICATION = "1.2.840.10008.1.1"
 FIND_MODELS: dict[str, Model] = {  # SOP classes of PS3.4 C.6
-    "1.2.840.10008.5.1.4.1.2.1.1": "patient",
-    "1.2.840.10008.5.1.4.1.2.2.1": "study",
-    "1.2.840.10008.5.1.4.1.2.3.1": "patient-study",  # Patient/Study Only, retired
+    "1.2.840.10008.5.1.4.1.2.1.1": "PATIENT_ROOT",
+    "1.2.840.10008.5.1.4.1.2.2.1": "STUDY_ROOT",
+    "1.2.840.10008.5.1.4.1.2.3.1": "PATIENT_STUDY_ONLY",  # retired
 }
 ENCODABLE = (ExplicitVRLittleEndian, ImplicitVRLittleEndian, DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian)
 RELATIONAL, COMBINED_DATETIME = 1, 2  # bytes of a FIND class' application information (PS3.4 Table C.5-1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from io import BytesIO
@@ -12,16 +13,16 @@ from pydicom.dataset import Dataset
 from pydicom.uid import UID
 from pynetdicom.dsutils import decode
 
-from sphere.catalog.query import Query, parse_identifier
+from sphere.catalog.query import Model, Query, parse_identifier
 from sphere.catalog.service import Match
 from sphere.conf.errors import QueryError, SphereError
-from sphere.scp.contexts import Model
 
 log = logging.getLogger(__name__)
 
 PENDING, PENDING_WARNING = 0xFF00, 0xFF01  # PS3.4 Table C.4-1
 CANCELLED = 0xFE00
 UNABLE = 0xC000
+MAX_IDENTIFIER = 1 << 22  # bytes, inflated where deflated; room for 60,000 UIDs
 MAX_COMMENT = 64  # characters of an Error Comment, LO (PS3.7 Table E.2-1)
 
 
@@ -62,12 +63,7 @@ class FindService:
     def answers(self, request: FindRequest, *, cancelled: Callable[[], bool]) -> Iterator[FindAnswer]:
         """Every response but the final Success; never raises. Ends early, and says so, when `cancelled`."""
         try:
-            query = parse_identifier(
-                decoded(request.identifier, request.transfer_syntax),
-                model=request.model,
-                relational=request.relational,
-                combined_datetime=request.combined_datetime,
-            )
+            query = _query(request)
             for match in self._finder.find(query):
                 if cancelled():
                     yield FindAnswer(CANCELLED)
@@ -81,20 +77,28 @@ class FindService:
             yield _failure(UNABLE, f"internal error ({type(error).__name__})")
 
 
-def decoded(identifier: bytes, transfer_syntax: UID) -> Dataset:
-    """The data set of an encoded identifier; raises QueryError where the bytes are not one."""
+def _query(request: FindRequest) -> Query:
+    """The query that the identifier's bytes are; raises QueryError where they are none."""
+    syntax = request.transfer_syntax
     try:
-        dataset = decode(
-            BytesIO(identifier),
-            transfer_syntax.is_implicit_VR,
-            transfer_syntax.is_little_endian,
-            transfer_syntax.is_deflated,
+        plain = _inflated(request.identifier) if syntax.is_deflated else request.identifier
+        if len(plain) > MAX_IDENTIFIER:
+            raise QueryError(f"identifier is longer than {MAX_IDENTIFIER} bytes")
+        return parse_identifier(
+            decode(BytesIO(plain), syntax.is_implicit_VR, syntax.is_little_endian),
+            model=request.model,
+            relational=request.relational,
+            combined_datetime=request.combined_datetime,
         )
-        for _ in dataset.iterall():  # values are decoded when they are read: fail here, not in the middle of answers
-            pass
+    except QueryError:
+        raise
     except Exception as error:  # noqa: BLE001  pydicom raises whatever the bytes make of it
         raise QueryError(f"identifier cannot be decoded ({type(error).__name__})") from None
-    return dataset
+
+
+def _inflated(deflated: bytes) -> bytes:
+    """At most one byte more than an identifier may have, however much the bytes would give (PS3.5 A.5)."""
+    return zlib.decompressobj(-zlib.MAX_WBITS).decompress(deflated, MAX_IDENTIFIER + 1)
 
 
 def _failure(status: int, reason: str, offending: tuple[int, ...] = ()) -> FindAnswer:

@@ -5,16 +5,15 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping
-from typing import Literal
 
+from pydicom.config import IGNORE
 from pydicom.datadict import dictionary_VR, keyword_dict, tag_for_keyword
 from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 
+from sphere.catalog.schema import Level
 from sphere.conf.errors import QueryError
-
-Level = Literal["PATIENT", "STUDY", "SERIES", "IMAGE"]
 
 DEFAULT_KEYS: dict[Level, tuple[str, ...]] = {  # what is asked for where nothing is said
     "PATIENT": ("PatientID", "PatientName", "PatientBirthDate", "PatientSex"),
@@ -60,7 +59,19 @@ def _add(dataset: Dataset, path: list[str], value: str) -> None:
     elif vr == "SQ":
         dataset[tag] = DataElement(tag, "SQ", Sequence())
     else:
-        dataset[tag] = DataElement(tag, vr, _value(path[0], tag, vr, value))
+        dataset[tag] = _element(path[0], tag, vr, value)
+
+
+def _element(name: str, tag: int, vr: str, value: str) -> DataElement:
+    """A key; wild cards and ranges are no values of their VR, and are sent all the same."""
+    try:
+        if vr in _BINARY_INTEGERS:
+            converted: object = int(value) if value else None
+        else:
+            converted = float(value) if value and vr in _BINARY_FLOATS else value or None
+        return DataElement(tag, vr, converted, validation_mode=IGNORE)
+    except ValueError:
+        raise QueryError(f"{name}: {value!r} is not a number", offending=(tag,)) from None
 
 
 def tag_of(name: str) -> int:
@@ -79,14 +90,3 @@ def _vr_of(tag: int) -> str:
         return dictionary_VR(tag).split(" or ")[0]
     except KeyError:
         return "LO"  # private: the peer looks it up by tag, and text is what keys mostly are
-
-
-def _value(name: str, tag: int, vr: str, value: str) -> object:
-    if not value:
-        return None
-    try:
-        if vr in _BINARY_INTEGERS:
-            return int(value)
-        return float(value) if vr in _BINARY_FLOATS else value
-    except ValueError:
-        raise QueryError(f"{name}: {value!r} is not a number", offending=(tag,)) from None

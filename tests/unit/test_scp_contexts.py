@@ -1,0 +1,103 @@
+"""Association negotiation: what is taken for storage, and which transfer syntax is chosen."""
+
+from __future__ import annotations
+
+import pytest
+from pynetdicom import AllStoragePresentationContexts, build_context
+from pynetdicom.presentation import PresentationContext, negotiate_as_acceptor
+
+from sphere.scp import contexts
+
+pytestmark = pytest.mark.unit
+
+CT = "1.2.840.10008.5.1.4.1.1.2"
+STUDY_FIND = "1.2.840.10008.5.1.4.1.2.2.1"
+IMPLICIT, EXPLICIT, BIG = "1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2"
+J2K, PRIVATE = "1.2.840.10008.1.2.4.90", "1.2.3.4.5.99"
+
+
+def proposed(abstract_syntax: str, *transfer_syntaxes: str, number: int = 1) -> PresentationContext:
+    context = PresentationContext()
+    context.context_id = number
+    context.abstract_syntax = abstract_syntax  # type: ignore[assignment]
+    context.transfer_syntax = list(transfer_syntaxes)  # type: ignore[arg-type]
+    return context
+
+
+@pytest.mark.parametrize(
+    ("uid", "storage"),
+    [
+        (CT, True),
+        ("1.2.840.10008.5.1.4.1.1.5", True),  # Nuclear Medicine Image Storage, retired
+        ("1.2.840.10008.5.1.4.1.1.12.77", True),  # retired, its name withdrawn
+        ("1.2.840.10008.5.1.4.1.1.501.1", True),  # DICOS
+        ("1.2.840.10008.5.1.4.39.1", True),  # Color Palette Storage
+        ("1.2.840.10008.5.1.4.1.1.9999.1", True),  # none yet
+        ("1.3.12.2.1107.5.9.1", True),  # private
+        ("1.2.840.10008.5.1.4.1.2.2.99", False),
+        ("1.2.840.10008.5.1.4.1.2.2.2", False),  # Study Root MOVE
+        ("1.2.840.10008.5.1.1.9", False),  # Basic Grayscale Print Management
+        ("1.2.840.10008.1.20.1", False),  # Storage Commitment
+        ("1.2.840.10008.1.3.10", False),  # a DICOMDIR
+        ("1.2.840.10008.5.1.4.1.1.200.4", False),  # a FIND class among the storage UIDs
+        (IMPLICIT, False),
+        (contexts.VERIFICATION, False),
+    ],
+)
+def test_what_is_taken_for_storage(uid: str, storage: bool) -> None:
+    assert contexts.is_storage(uid) is storage
+
+
+def test_every_storage_class_that_pynetdicom_knows_is_storage() -> None:
+    assert all(contexts.is_storage(str(cx.abstract_syntax)) for cx in AllStoragePresentationContexts)
+
+
+def test_each_context_is_answered_for_itself() -> None:
+    """Two contexts of one class each get what they propose first; pynetdicom alone would prefer by class."""
+    narrowed = contexts.narrow(
+        [
+            proposed(CT, J2K, EXPLICIT, number=1),
+            proposed(CT, EXPLICIT, J2K, number=3),
+            proposed(CT, PRIVATE, number=5),
+            proposed("1.2.3.4", BIG, number=7),
+            proposed(STUDY_FIND, J2K, BIG, IMPLICIT, number=9),
+            proposed(STUDY_FIND, J2K, number=11),
+            proposed("1.2.840.10008.5.1.1.9", EXPLICIT, number=13),
+        ]
+    )
+    answers, _ = negotiate_as_acceptor(narrowed, contexts.supported(narrowed))
+    assert [(cx.context_id, cx.result, cx.transfer_syntax[0]) for cx in answers] == [
+        (1, 0, J2K),
+        (3, 0, EXPLICIT),
+        (5, 0, PRIVATE),
+        (7, 0, BIG),
+        (9, 0, BIG),
+        (11, 4, J2K),  # transfer syntaxes not supported
+        (13, 3, EXPLICIT),  # abstract syntax not supported
+    ]
+
+
+def test_contexts_without_a_syntax_are_not_answered() -> None:
+    assert contexts.narrow([proposed(CT), PresentationContext(), proposed(CT, EXPLICIT)]) == [proposed(CT, EXPLICIT)]
+
+
+def test_storage_classes_are_said_to_be_storage() -> None:
+    items = contexts.storage_classes([build_context("1.2.3.4"), build_context(STUDY_FIND)])
+    assert list(items) == ["1.2.3.4"]
+    assert items["1.2.3.4"].service_class_uid == "1.2.840.10008.4.2"
+
+
+@pytest.mark.parametrize(
+    ("asked", "granted"),
+    [
+        (b"", b""),
+        (b"\x01", b"\x01"),
+        (b"\x00\x01", b"\x00\x01"),
+        (b"\x01\x01\x01\x01\x01", b"\x01\x01\x00\x00\x00"),
+        (b"\xff\x02\x01", b"\x00\x00\x00"),
+    ],
+)
+def test_find_extensions(asked: bytes, granted: bytes) -> None:
+    assert contexts.find_extensions(asked) == granted
+    assert contexts.extension(granted, contexts.RELATIONAL) is (granted[:1] == b"\x01")
+    assert contexts.extension(granted, contexts.COMBINED_DATETIME) is (granted[1:2] == b"\x01")

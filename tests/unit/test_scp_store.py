@@ -1,0 +1,151 @@
+"""What happens with one C-STORE."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydicom.dataset import Dataset
+from pydicom.filebase import DicomBytesIO
+from pydicom.filewriter import write_dataset
+
+from sphere.conf.errors import StorageFull
+from sphere.ingest.bundle import FileRange, NewMember
+from sphere.ingest.part10 import read_file_meta
+from sphere.ingest.records import MemberRecord
+from sphere.scp.store import MISMATCH, OUT_OF_RESOURCES, PROCESSING_FAILURE, SUCCESS, StoreRequest, StoreService
+from sphere.scp.transport import ArrivingDataSet
+
+pytestmark = pytest.mark.unit
+
+CT, EXPLICIT = "1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.1.2.1"
+
+
+class FakeWriter:
+    """Remembers members; fails with `error` where it is given."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.members: list[NewMember] = []
+        self._error = error
+
+    def store(self, member: NewMember) -> MemberRecord:
+        if self._error is not None:
+            raise self._error
+        self.members.append(member)
+        return None  # type: ignore[return-value]
+
+
+def encoded(**changes: Any) -> bytes:
+    """A small CT data set in Explicit VR Little Endian; a change to None leaves the attribute out."""
+    dataset = Dataset()
+    values = {"SOPClassUID": CT, "SOPInstanceUID": "1.2.3.1", "PatientName": "A^B", "StudyInstanceUID": "1.2.3.2",
+              "SeriesInstanceUID": "1.2.3.3"} | changes  # fmt: skip
+    for keyword, value in values.items():
+        if value is not None:
+            setattr(dataset, keyword, value)
+    buffer = DicomBytesIO()
+    buffer.is_little_endian, buffer.is_implicit_VR = True, False
+    write_dataset(buffer, dataset)
+    return buffer.getvalue()
+
+
+def request(data: bytes, **changes: Any) -> StoreRequest:
+    fields = {
+        "AffectedSOPClassUID": CT, "AffectedSOPInstanceUID": "1.2.3.1", "TransferSyntaxUID": EXPLICIT,
+        "dataset": memoryview(data), "size": len(data), "calling_ae": "CT1", "address": "10.0.0.5",
+    } | changes  # fmt: skip
+    return StoreRequest(**fields)
+
+
+def test_the_bytes_are_handed_on_as_they_came() -> None:
+    writer, data = FakeWriter(), encoded()
+    assert StoreService(writer).land(request(data)).status == SUCCESS
+    [member] = writer.members
+    assert bytes(member.dataset) == data  # type: ignore[arg-type]
+    uids = (member.SOPInstanceUID, member.SOPClassUID, member.StudyInstanceUID, member.SeriesInstanceUID)
+    assert uids == ("1.2.3.1", CT, "1.2.3.2", "1.2.3.3")
+    assert (member.source_aet, member.origin) == ("CT1", "dimse:CT1@10.0.0.5")
+    meta = read_file_meta(member.preamble + data)
+    assert (meta.MediaStorageSOPInstanceUID, meta.TransferSyntaxUID) == ("1.2.3.1", EXPLICIT)
+    assert meta.dataset_offset == len(member.preamble)
+
+
+@pytest.mark.parametrize(
+    ("data", "comment"),
+    [
+        (encoded(SOPInstanceUID="1.2.3.9"), "names another instance"),
+        (encoded(SOPInstanceUID=None), "no readable SOP Instance UID"),
+        (encoded(SOPClassUID="1.2.840.10008.5.1.4.1.1.4"), "names another SOP class"),
+        (encoded(SOPClassUID=None), "no readable SOP Class UID"),
+        (encoded(StudyInstanceUID=None), "Study or Series Instance UID is not readable"),
+        (b"\xff" * 300, "no readable SOP Instance UID"),
+        (b"", "no readable SOP Instance UID"),
+    ],
+)
+def test_a_data_set_that_contradicts_the_command_is_kept_with_a_warning(data: bytes, comment: str) -> None:
+    writer = FakeWriter()
+    answer = StoreService(writer).land(request(data))
+    assert answer.status == MISMATCH
+    assert comment in answer.comment
+    assert len(answer.comment) <= 64
+    assert writer.members[0].SOPInstanceUID == "1.2.3.1"  # as the command says
+
+
+def test_uids_behind_long_elements_are_found() -> None:
+    writer, data = FakeWriter(), encoded(LongCodeValue="x" * 100_000)
+    assert StoreService(writer).land(request(data)).status == SUCCESS
+    assert writer.members[0].StudyInstanceUID == "1.2.3.2"
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "comment"),
+    [
+        (StorageFull("no space left on storage, free some" * 3), OUT_OF_RESOURCES, "no space left"),
+        (ZeroDivisionError("patient Doe"), PROCESSING_FAILURE, r"internal error (ZeroDivisionError)"),
+    ],
+)
+def test_what_cannot_be_stored_is_never_a_success(error: Exception, status: int, comment: str) -> None:
+    answer = StoreService(FakeWriter(error)).land(request(encoded()))
+    assert answer.status == status
+    assert answer.comment.startswith(comment)
+    assert len(answer.comment) <= 64
+
+
+def arriving(folder: Path, data: bytes, *, memory: int) -> ArrivingDataSet:
+    """`data`, written in fragments."""
+    dataset = ArrivingDataSet(memory=memory, folder=folder)
+    for start in range(0, len(data), 100):
+        dataset.write(data[start : start + 100])
+    return dataset
+
+
+def test_a_large_data_set_waits_in_a_file_that_has_no_name(tmp_path: Path) -> None:
+    data = encoded(PatientComments="x" * 5000)
+    small, large = arriving(tmp_path, data, memory=1 << 20), arriving(tmp_path, data, memory=1000)
+    assert bytes(small.content()) == data  # type: ignore[arg-type]
+    content = large.content()
+    assert isinstance(content, FileRange)
+    assert b"".join(content.chunks()) == data
+    assert large.getvalue() == b""
+    assert list(tmp_path.iterdir()) == []
+    writer = FakeWriter()
+    assert StoreService(writer).land(request(data, dataset=content)).status == SUCCESS
+    large.discard()
+    with pytest.raises(OSError, match="No such file"):
+        content.path.open("rb")
+
+
+def test_a_full_disk_while_it_arrives_is_told_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(**_: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("sphere.scp.transport.tempfile.TemporaryFile", full)
+    data = encoded(PatientComments="x" * 5000)
+    dataset = arriving(tmp_path, data, memory=1000)
+    assert dataset.size == len(data)
+    writer = FakeWriter()
+    answer = StoreService(writer).land(request(b"", problem=dataset.error))
+    assert (answer.status, answer.comment) == (OUT_OF_RESOURCES, "no room: No space left on device")
+    assert writer.members == []
