@@ -1,0 +1,105 @@
+"""What is here, what is waiting, and what failed: read from the journals and the tables, no Spark needed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+import orjson
+
+from sphere.catalog.schema import TABLES
+from sphere.conf.settings import Settings
+from sphere.ingest.journal import BundleState, Landed
+from sphere.ingest.storage import open_storage
+from sphere.jobs.tables import Tables, read
+
+COUNTED = ("patients", "studies", "series", "instances", "quarantine", "conflicts")
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """The state of an archive; sizes in bytes.
+
+    `landed` members are in bundles, `waiting` of them are not yet catalogued. `catalogued` counts rows by table,
+    `quarantine` rejected members by reason.
+    """
+
+    storage_root: str
+    catalog_root: str
+    bundles: int
+    bundles_open: int
+    bundle_bytes: int
+    landed: int
+    waiting: int
+    catalogued: dict[str, int]
+    quarantine: dict[str, int]
+
+    def to_json(self) -> str:
+        """One JSON object."""
+        return orjson.dumps(asdict(self), option=orjson.OPT_INDENT_2).decode()
+
+    def __str__(self) -> str:
+        """A few lines for a person."""
+        rows = ", ".join(f"{count} {name}" for name, count in self.catalogued.items())
+        why = ", ".join(f"{reason} {count}" for reason, count in sorted(self.quarantine.items()))
+        return "\n".join(
+            [
+                f"storage     {self.storage_root}: {self.bundles} bundles ({self.bundles_open} open), "
+                f"{self.bundle_bytes / 1e6:.1f} MB, {self.landed} members",
+                f"waiting     {self.waiting} members" + (" (sphere extract)" if self.waiting else ""),
+                f"catalog     {self.catalog_root}: {rows}",
+                f"quarantine  {why or 'empty'}",
+            ]
+        )
+
+
+def take(settings: Settings) -> Status:
+    """Look at the storage and at the catalog; raises StorageError or CatalogError where they cannot be read."""
+    tables = Tables(settings)
+    done = _catalogued(tables)
+    bundles = size = opened = landed = waiting = 0
+    for state, members in _members(settings):
+        bundles += 1
+        size += state.size
+        opened += not state.sealed
+        landed += members
+        waiting += members - done.get(state.bundle, 0)
+    return Status(
+        storage_root=settings.storage.root,
+        catalog_root=settings.catalog_root,
+        bundles=bundles,
+        bundles_open=opened,
+        bundle_bytes=size,
+        landed=landed,
+        waiting=waiting,
+        catalogued={name: _count(tables, name) for name in COUNTED},
+        quarantine=dict(Counter(_column(tables, "quarantine", "reason"))),
+    )
+
+
+def waiting(settings: Settings) -> int:
+    """Members that landed and are not catalogued."""
+    done = _catalogued(Tables(settings))
+    return sum(members - done.get(state.bundle, 0) for state, members in _members(settings))
+
+
+def _members(settings: Settings) -> Iterator[tuple[BundleState, int]]:
+    """(state, members that its journal lists) of each bundle; the journals of open ones are read whole."""
+    landed = Landed(open_storage(settings.storage.root, user=settings.storage.user), settings.archive.state_dir)
+    for state in landed.bundles():
+        yield state, len(landed.records(state.bundle)[0]) if state.records is None else state.records
+
+
+def _catalogued(tables: Tables) -> dict[str, int]:
+    """Members catalogued, by bundle."""
+    pieces = read(tables.open("bundles"), ("bundle", "members"))
+    return {row["bundle"]: row["members"] for piece in pieces for row in piece.to_pylist()}
+
+
+def _count(tables: Tables, name: str) -> int:
+    return sum(len(piece) for piece in read(tables.open(name), TABLES[name].key[:1]))
+
+
+def _column(tables: Tables, name: str, column: str) -> list[str]:
+    return [value for piece in read(tables.open(name), (column,)) for value in piece[column].to_pylist()]

@@ -1,0 +1,160 @@
+"""The command line where no Spark is needed: help, errors, init, import, status."""
+
+from __future__ import annotations
+
+import tarfile
+from pathlib import Path
+
+import orjson
+import pyarrow as pa
+import pytest
+from click.testing import CliRunner, Result
+from pydicom.data import get_testdata_file
+
+from sphere.cli import main
+from sphere.conf.settings import load
+from sphere.output import as_csv, as_json, as_table
+from sphere.serve import with_port
+
+pytestmark = pytest.mark.unit
+
+VERBS = sorted(main.commands)
+
+
+def call(*arguments: str | Path, config: Path | None = None) -> Result:
+    before = ["--config", str(config)] if config else []
+    return CliRunner().invoke(main, [*before, *map(str, arguments)])
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    assert call("init", tmp_path / "archive").exit_code == 0
+    return tmp_path / "archive" / "sphere.toml"
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help_with_an_example(verb: str) -> None:
+    result = call(verb, "--help")
+    assert result.exit_code == 0
+    assert f"sphere {'--config archive/sphere.toml ' if verb == 'serve' else ''}{verb}" in result.output or (
+        verb == "completion" and "sphere completion bash" in result.output
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nonsense"], "No such command"),
+        (["import"], "Missing argument"),
+        (["sql", "SELECT 1", "--format", "parquet"], "needs -o FILE"),
+        (["sql", "SELECT 1", "--format", "xml"], "'xml' is not one of"),
+        (["find", "X@127.0.0.1:1", "--level", "FRAME"], "'FRAME' is not one of"),
+    ],
+)
+def test_wrong_usage_is_status_2(arguments: list[str], message: str) -> None:
+    result = call(*arguments)
+    assert result.exit_code == 2
+    assert message in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["echo", "nobody"], 2, "sphere: peer 'nobody' is neither a name in the settings (none) nor AET@HOST:PORT"),
+        (["echo", "X@127.0.0.1:1"], 1, "sphere: peer X at 127.0.0.1:1"),
+    ],
+)
+def test_errors_are_one_clear_line(config: Path, arguments: list[str], status: int, message: str) -> None:
+    result = call(*arguments, config=config)
+    assert result.exit_code == status
+    assert result.output.startswith(message)
+    assert len(result.output.splitlines()) == 1
+
+
+def test_a_missing_settings_file_is_status_2(tmp_path: Path) -> None:
+    result = call("status", config=tmp_path / "none.toml")
+    assert result.exit_code == 2
+    assert "sphere init DIR" in result.output
+
+
+def test_init_writes_settings_that_load(config: Path) -> None:
+    settings = load(config, environ={})
+    assert settings.storage.root == (config.parent / "storage").as_uri()
+    assert settings.archive.state_dir.is_dir()
+
+
+def test_init_does_not_overwrite(config: Path) -> None:
+    before = config.read_bytes()
+    result = call("init", config.parent)
+    assert result.exit_code == 2
+    assert "exists already" in result.output
+    assert config.read_bytes() == before
+
+
+def test_import_names_what_failed_and_goes_on(config: Path, tmp_path: Path) -> None:
+    real = Path(str(get_testdata_file("CT_small.dcm")))
+    (tmp_path / "note.txt").write_text("not DICOM at all")
+    result = call("import", real, tmp_path / "missing.dcm", tmp_path / "note.txt", config=config)
+    assert result.exit_code == 1
+    assert "missing.dcm: No such file or directory" in result.output
+    assert "2 stored, 0 skipped, 1 failed" in result.output
+    [bundle] = (config.parent / "storage" / "bundles").rglob("*.tar")
+    with tarfile.open(bundle) as tar:
+        contents = {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
+    assert real.read_bytes() in contents.values()
+    assert b"not DICOM at all" in contents.values()
+
+
+def test_import_can_leave_out_what_is_not_dicom(config: Path, tmp_path: Path) -> None:
+    (tmp_path / "note.txt").write_text("not DICOM at all")
+    result = call("import", "--only-dicom", tmp_path / "note.txt", config=config)
+    assert result.exit_code == 0
+    assert "0 stored, 1 skipped, 0 failed" in result.output
+
+
+def test_a_data_set_without_meta_becomes_a_complete_file(config: Path, tmp_path: Path) -> None:
+    bare = Path(str(get_testdata_file("rtstruct.dcm"))).read_bytes()
+    (tmp_path / "bare.dcm").write_bytes(bare)
+    assert call("import", tmp_path / "bare.dcm", config=config).exit_code == 0
+    [bundle] = (config.parent / "storage" / "bundles").rglob("*.tar")
+    with tarfile.open(bundle) as tar:
+        [member] = tar.getmembers()
+        data = tar.extractfile(member).read()  # type: ignore[union-attr]
+    assert data[128:132] == b"DICM"
+    assert data.endswith(bare)
+
+
+def test_status_counts_what_waits(config: Path) -> None:
+    call("import", str(get_testdata_file("CT_small.dcm")), str(get_testdata_file("MR_small.dcm")), config=config)
+    report = orjson.loads(call("status", "--json", config=config).stdout)
+    assert (report["landed"], report["waiting"], report["bundles_open"]) == (2, 2, 0)
+    assert "waiting     2 members (sphere extract)" in call("status", config=config).stdout
+
+
+def test_a_taken_port_is_named(config: Path) -> None:
+    import socket
+
+    from sphere.conf.errors import SettingsError
+    from sphere.conf.settings import from_dict
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        settings = from_dict({"dimse": {"port": port}}, base=config.parent)
+        with pytest.raises(SettingsError, match=rf"cannot listen on 127\.0\.0\.1:{port}: Address already in use"):
+            with_port(settings)
+    assert with_port(from_dict({"dimse": {"port": 0}}, base=config.parent)).dimse.port > 0
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_scripts(shell: str) -> None:
+    assert "_SPHERE_COMPLETE" in call("completion", shell).output
+
+
+def test_output_formats() -> None:
+    table = pa.table({"PatientName": ['Åse, "A"', None], "n": [1, 2], "many": [["a", "b"], []]})
+    assert as_csv(table).splitlines() == ["PatientName,n,many", '"Åse, ""A""",1,"[""a"",""b""]"', ",2,[]"]
+    assert orjson.loads(as_json(table))[0] == {"PatientName": 'Åse, "A"', "n": 1, "many": ["a", "b"]}
+    text = as_table(table)
+    assert "PatientName" in text and text.endswith("(2 rows)\n")
