@@ -15,11 +15,10 @@ from typing import NoReturn
 
 from sphere.conf.errors import StorageError
 from sphere.ingest.storage.base import Appender, Buffer, Entry, Storage
-from sphere.ingest.storage.paths import checked, checked_prefix, storage_error
+from sphere.ingest.storage.paths import TEMPORARY, checked, checked_prefix, is_temporary, storage_error
 
 _IOV_MAX = min(os.sysconf("SC_IOV_MAX"), 1024)
 _MODE = 0o640  # readable by the group of the archive, by nobody else
-_TEMPORARY = ".sphere-tmp"  # ending of a file that `write` has not renamed yet; `walk` leaves it out
 
 
 class LocalAppender(Appender):
@@ -118,7 +117,7 @@ class LocalStorage(Storage):
 
     def write(self, path: str, data: bytes) -> None:
         full = self._path(path)
-        temporary = full.with_name(f".{full.name}.{secrets.token_hex(8)}{_TEMPORARY}")
+        temporary = full.with_name(f".{full.name}.{secrets.token_hex(8)}{TEMPORARY}")
         with _told(f"writing {full}"):
             _make_folders(full.parent)
             try:
@@ -232,7 +231,7 @@ def _walk(folder: Path, below: str) -> Iterator[Entry]:
     for name, item in items:
         if name.endswith("/"):
             yield from _walk(folder / item.name, below + name)
-        elif not (name.startswith(".") and name.endswith(_TEMPORARY)):
+        elif not is_temporary(name):
             try:
                 stat = item.stat()
             except FileNotFoundError:  # removed since the folder was read

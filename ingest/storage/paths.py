@@ -6,6 +6,8 @@ import errno
 
 from sphere.conf.errors import StorageError, StorageFull, StorageMissing
 
+TEMPORARY = ".sphere-tmp"  # ending of a file that `Storage.write` has not renamed yet; `walk` leaves it out
+
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -20,6 +22,12 @@ def checked(path: str) -> str:
 def checked_prefix(prefix: str) -> str:
     """Like `checked`, for a folder: "" is the root itself and one trailing "/" is dropped."""
     return checked(prefix.removesuffix("/")) if prefix else ""
+
+
+def is_temporary(path: str) -> bool:
+    """Whether the file is one that `Storage.write` was killed in."""
+    name = path.rpartition("/")[2]
+    return name.startswith(".") and name.endswith(TEMPORARY)
 
 
 def storage_error(error: OSError, doing: str) -> StorageError:
