@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from pydicom.charset import convert_encodings, decode_bytes
 from pydicom.datadict import dictionary_VR
-from pydicom.dataelem import RawDataElement
+from pydicom.dataelem import DataElement, RawDataElement
 from pydicom.dataset import Dataset
 from pydicom.valuerep import TEXT_VR_DELIMS
 
@@ -64,9 +64,13 @@ def _element(dataset: Dataset, tag: int, encodings: list[str]) -> Element:
     if vr == "SQ":
         items = dataset[tag].value or []
         return Element(tag, vr, "", [list(_elements(item, _encodings(item, encodings))) for item in items])
-    if isinstance(raw, RawDataElement):
-        return Element(tag, vr, _raw_text(bytes(raw.value or b""), vr, encodings, raw.is_little_endian))
-    return Element(tag, vr, _value_text(raw.value))
+    return Element(tag, vr, _text(raw, vr, encodings))
+
+
+def _text(element: DataElement | RawDataElement, vr: str, encodings: list[str]) -> str:
+    if isinstance(element, RawDataElement):
+        return _raw_text(bytes(element.value or b""), vr, encodings, element.is_little_endian)
+    return _value_text(element.value)
 
 
 def _vr(tag: int, said: str | None) -> str:

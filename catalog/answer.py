@@ -1,0 +1,107 @@
+"""Answers: one matched entity as a C-FIND response identifier holds it (PS3.4 C.4.1.1.3.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import date
+from typing import Any
+
+from pydicom.config import IGNORE
+from pydicom.dataelem import DataElement
+from pydicom.dataset import Dataset
+from pydicom.valuerep import format_number_as_ds
+
+from sphere.catalog.match_header import Header
+from sphere.catalog.query import QUERY_RETRIEVE_LEVEL, SPECIFIC_CHARACTER_SET, Key
+from sphere.catalog.schema import Level
+
+UTF_8 = "ISO_IR 192"
+RETRIEVE_AE_TITLE = 0x00080054
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """One entity that matched: the keys asked for, with its values.
+
+    `columns` holds values in column form (lists for several), `header` the DICOM JSON elements of the keys that no
+    column holds.
+    """
+
+    level: Level
+    keys: tuple[Key, ...]
+    columns: Mapping[int, Any]
+    header: Header
+    retrieve_ae_title: str
+
+    def identifier(self) -> Dataset:
+        """The keys asked for, zero length where the entity has no value, the unique keys of its level and above, and
+        the level; text in UTF-8."""
+        identifier = Dataset()
+        _add(identifier, SPECIFIC_CHARACTER_SET, "CS", UTF_8)
+        _add(identifier, QUERY_RETRIEVE_LEVEL, "CS", self.level)
+        _add(identifier, RETRIEVE_AE_TITLE, "AE", self.retrieve_ae_title)
+        for key in self.keys:
+            if key.tag in self.columns:
+                _add(identifier, key.tag, key.vr, self.columns[key.tag])
+            elif element := self.header.get(f"{key.tag:08X}"):
+                identifier.add(_element(key, element))
+            else:
+                _add(identifier, key.tag, key.vr, None)
+        return identifier
+
+
+def _element(key: Key, element: Mapping[str, Any]) -> DataElement:
+    """A DICOM JSON element; of a sequence only the attributes that the key's item names, if it names any."""
+    vr = element.get("vr", key.vr)
+    if vr != "SQ":
+        return DataElement.from_json(Dataset, f"{key.tag:08X}", vr, *_json_value(element))
+    items = [_item(key, item) for item in element.get("Value") or [] if item is not None]
+    return DataElement(key.tag, "SQ", items, validation_mode=IGNORE)
+
+
+def _json_value(element: Mapping[str, Any]) -> tuple[Any, str | None]:
+    for name in ("Value", "InlineBinary"):
+        if name in element:
+            return element[name], name
+    return None, None
+
+
+def _item(key: Key, header: Header) -> Dataset:
+    if not key.items:
+        return Dataset.from_json(dict(header))
+    item = Dataset()
+    for inner in key.items:
+        element = header.get(f"{inner.tag:08X}")
+        if element:
+            item.add(_element(inner, element))
+        else:
+            _add(item, inner.tag, inner.vr, None)
+    return item
+
+
+def _add(dataset: Dataset, tag: int, vr: str, value: Any) -> None:
+    texts = [_wire(one, vr) for one in value] if isinstance(value, list) else _wire(value, vr)
+    if vr == "SQ":
+        texts = []
+    elif vr == "US or SS":
+        low = min(value, default=0) if isinstance(value, list) else value or 0
+        vr = "SS" if low < 0 else "US"
+    dataset.add(DataElement(tag, "OB" if vr == "OB or OW" else vr, texts, validation_mode=IGNORE))
+
+
+def _wire(value: Any, vr: str) -> Any:
+    """A value in column form as pydicom takes it: dates as YYYYMMDD, decimals as DS text, tags as numbers."""
+    if isinstance(value, date):
+        return f"{value.year:04}{value:%m%d}"
+    if vr == "DS" and value is not None:
+        return _decimal(value)
+    if vr == "AT" and isinstance(value, str):
+        return int(value, 16)
+    return value
+
+
+def _decimal(value: float) -> str:
+    """The shortest text of a number that DS can hold (16 characters)."""
+    text = repr(float(value)).removesuffix(".0")
+    return text if len(text) <= 16 else format_number_as_ds(value)

@@ -1,0 +1,253 @@
+"""The index: a DuckDB file derived from one version of the Delta tables, shared by the serving processes of a host.
+
+It holds the rows of `patients`, `studies` and `series`, sorted by key, and for `instances` only which files hold which
+study, so that a question about instances opens the few files that matter. It is a cache: every version is built under
+a temporary name and renamed into `<state_dir>/index/`, may be deleted at any time, and is never written again, so that
+readers and the builder of the next version do not wait for each other.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import duckdb
+
+from sphere.catalog.match import TRAILING_ONLY_VRS, normal_name_sql
+from sphere.catalog.schema import BY_KEYWORD, TABLES
+from sphere.catalog.tables import CatalogTables, Snapshot
+from sphere.conf.settings import Settings
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+"""Raised when the layout of the file changes: files of another format are built anew."""
+
+WATCHED = ("instances", "series", "studies", "patients", "bundles")
+"""Tables whose versions an index belongs to, in the order in which extraction commits them."""
+
+INDEXED = ("patients", "studies", "series")
+MEMORY_LIMIT = "1GB"
+THREADS = 2
+REFRESH_WAIT_S = 2.0
+"""Seconds that a query waits for a newer index before it answers from the one at hand."""
+SETTLE_S = 5.0
+"""Seconds between looks at the tables other than `bundles`: a change that no batch completes is taken up after two."""
+
+NAME_SUFFIX = "$name"
+"""Column `PatientName$name` holds the normalised form of `PatientName`."""
+
+DAMAGE = (duckdb.IOException, duckdb.SerializationException, duckdb.InternalException, duckdb.FatalException)
+"""What DuckDB raises for a file that is damaged or gone."""
+
+
+@dataclass(frozen=True)
+class Index:
+    """One version of the catalog, open for reading. Closed by the garbage collector when the last cursor is gone."""
+
+    path: Path
+    versions: Mapping[str, int]
+    connection: duckdb.DuckDBPyConnection
+    instance_columns: frozenset[str] = field(default_factory=frozenset)
+
+    @contextmanager
+    def cursor(self) -> Iterator[duckdb.DuckDBPyConnection]:
+        """A connection of one's own to the same database, for one query of one thread."""
+        cursor = self.connection.cursor()
+        try:
+            yield cursor
+        finally:
+            cursor.close()
+
+    def instance_files(self, study_instance_uids: Sequence[str] | None) -> list[str]:
+        """The files of `instances` that hold any of the studies; None: all of them."""
+        where, values = "true", []
+        if study_instance_uids is not None:
+            where, values = "StudyInstanceUID IN (SELECT unnest(?::VARCHAR[]))", [list(study_instance_uids)]
+        with self.cursor() as cursor:
+            rows = cursor.execute(f"SELECT DISTINCT file FROM study_files WHERE {where} ORDER BY file", values)
+            return [row[0] for row in rows.fetchall()]
+
+
+class IndexCache:
+    """Gives the index of the newest catalog version, building it when nobody of this host has. Thread-safe."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._tables = CatalogTables(settings)
+        self._folder = settings.archive.state_dir / "index"
+        self._lock = threading.Lock()
+        self._index: Index | None = None
+        self._looked = 0.0
+        self._unsettled: tuple[bool, ...] = ()
+        self._builder = ThreadPoolExecutor(1, thread_name_prefix="index")
+        self._refresh: Future[Index] | None = None
+
+    def current(self) -> Index:
+        """The newest index, or the one before it while a newer one takes longer than REFRESH_WAIT_S to build.
+
+        Raises CatalogError when the tables cannot be read.
+        """
+        with self._lock:
+            index = self._index
+            if index is not None and not self._is_stale(index):
+                return index
+            if self._refresh is None:
+                self._refresh = self._builder.submit(self._load)
+            refresh = self._refresh
+        if index is not None:
+            with suppress(FutureTimeout):
+                return refresh.result(REFRESH_WAIT_S)
+            return index
+        return refresh.result()
+
+    def discard(self, index: Index) -> None:
+        """Forget an index that turned out to be damaged, and its file."""
+        log.warning("index %s is damaged: building it anew", index.path.name)
+        with self._lock:
+            if self._index is index:
+                self._index = None
+        index.path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Let go of the index; a build under way ends first."""
+        self._builder.shutdown()
+        self._index = None
+
+    def _is_stale(self, index: Index) -> bool:
+        """Extraction commits `bundles` last: its next version means a complete batch."""
+        if self._tables.has_moved("bundles", index.versions["bundles"]):
+            return True
+        if time.monotonic() - self._looked < SETTLE_S:
+            return False
+        self._looked = time.monotonic()
+        moved = tuple(self._tables.has_moved(name, index.versions[name]) for name in WATCHED)
+        settled, self._unsettled = moved == self._unsettled, moved
+        return any(moved) and settled
+
+    def _load(self) -> Index:
+        try:
+            index = self._open_or_build()
+            with self._lock:
+                self._index, self._looked, self._unsettled = index, time.monotonic(), ()
+            return index
+        finally:
+            with self._lock:
+                self._refresh = None
+
+    def _open_or_build(self) -> Index:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        while True:
+            snapshots = {name: self._tables.snapshot(name) for name in WATCHED}
+            path = self._folder / self._file_name(snapshots)
+            if not path.exists():
+                with _flock(self._folder / "build.lock"):
+                    if not path.exists():
+                        self._build(path, snapshots)
+                        self._remove_others(path)
+            try:
+                return self._open(path, snapshots)
+            except (FileNotFoundError, *DAMAGE):  # damaged, or removed since by the builder of a newer version
+                path.unlink(missing_ok=True)
+
+    def _file_name(self, snapshots: Mapping[str, Snapshot | None]) -> str:
+        """One name per catalog root and its versions; the table ids tell a catalog from its successor at that place."""
+        parts = [str(FORMAT), self._tables.root]
+        parts += [f"{s.table_id}@{s.version}" if s else "none" for s in snapshots.values()]
+        return f"{self._prefix()}{hashlib.sha256('|'.join(parts).encode()).hexdigest()[:16]}.duckdb"
+
+    def _prefix(self) -> str:
+        return f"catalog-{hashlib.sha256(self._tables.root.encode()).hexdigest()[:8]}-"
+
+    def _remove_others(self, path: Path) -> None:
+        """Delete files of other versions; a process that has one open keeps reading it."""
+        for other in self._folder.glob(f"{self._prefix()}*"):
+            if other != path and not other.is_dir():
+                other.unlink(missing_ok=True)
+
+    def _open(self, path: Path, snapshots: Mapping[str, Snapshot | None]) -> Index:
+        if not path.exists():
+            raise FileNotFoundError(path)
+        connection = self._tables.connect(path, read_only=True, memory_limit=MEMORY_LIMIT, threads=THREADS)
+        connection.execute("SELECT count(*) FROM study_files")
+        instances = snapshots["instances"]
+        versions = {name: snapshot.version if snapshot else -1 for name, snapshot in snapshots.items()}
+        return Index(path, versions, connection, instances.columns if instances else frozenset())
+
+    def _build(self, path: Path, snapshots: Mapping[str, Snapshot | None]) -> None:
+        began = time.monotonic()
+        building = path.with_suffix(f".{os.getpid()}.building")
+        building.unlink(missing_ok=True)
+        connection = self._tables.connect(building, read_only=False, memory_limit=MEMORY_LIMIT, threads=THREADS)
+        try:
+            for name in INDEXED:
+                _copy_table(connection, name, snapshots[name])
+            _map_studies(connection, snapshots["instances"])
+        finally:
+            connection.close()
+        building.rename(path)
+        log.info("index %s built in %.2f s", path.name, time.monotonic() - began)
+
+
+def _copy_table(connection: duckdb.DuckDBPyConnection, name: str, snapshot: Snapshot | None) -> None:
+    table = TABLES[name]
+    if snapshot is None or not snapshot.files:
+        connection.register("empty", table.schema.empty_table())
+        source, columns, values = "empty", frozenset(table.schema.names), []
+    else:
+        source, columns, values = "read_parquet(?, union_by_name = true)", snapshot.columns, [list(snapshot.files)]
+    selected = ", ".join(_selected(column) for column in table.schema.names if column in columns)
+    missing = "".join(f', NULL AS "{column}"' for column in table.schema.names if column not in columns)
+    order = ", ".join(f'"{key}"' for key in table.key)
+    connection.execute(f"CREATE TABLE {name} AS SELECT {selected}{missing} FROM {source} ORDER BY {order}", values)
+
+
+def _selected(name: str) -> str:
+    """A column for the index: text without insignificant spaces, empty text as null, names normalised beside."""
+    column = BY_KEYWORD.get(name)
+    if column is None or str(column.arrow) not in ("string", "list<item: string>") or column.vr == "UI":
+        return f'"{name}"'
+    trimmed = trimmed_sql(f'"{name}"', column.vr, multiple=column.multiple)
+    if column.vr != "PN" or column.multiple:
+        return f'{trimmed} AS "{name}"'
+    return f'{trimmed} AS "{name}", {normal_name_sql(trimmed)} AS "{name}{NAME_SUFFIX}"'
+
+
+def trimmed_sql(x: str, vr: str, *, multiple: bool) -> str:
+    """Text (or a list of it) in column form: without insignificant spaces, null where nothing is left."""
+    trim = "rtrim" if vr in TRAILING_ONLY_VRS else "trim"
+    if multiple:
+        return f"list_transform({x}, lambda v: {trim}(v))"
+    return f"nullif({trim}({x}), '')"
+
+
+def _map_studies(connection: duckdb.DuckDBPyConnection, snapshot: Snapshot | None) -> None:
+    """Which files of `instances` hold which study: exact, as Delta's statistics cut UIDs at 32 characters."""
+    connection.execute("CREATE TABLE study_files (StudyInstanceUID VARCHAR, file VARCHAR)")
+    if snapshot is None or not snapshot.files:
+        return
+    connection.execute(
+        "INSERT INTO study_files SELECT DISTINCT StudyInstanceUID, filename "
+        "FROM read_parquet(?, filename = true) ORDER BY ALL",
+        [list(snapshot.files)],
+    )
+
+
+@contextmanager
+def _flock(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock file: one process of the host builds, the others wait for its result."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)

@@ -1,0 +1,169 @@
+"""How a query is put to an index: which tables, which columns, which conditions, and what is left for headers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydicom.datadict import dictionary_VR, tag_for_keyword
+
+from sphere.catalog.index import NAME_SUFFIX, trimmed_sql
+from sphere.catalog.predicate import ColumnSql, Compiled, Predicate, compile_sql
+from sphere.catalog.query import ANSWERED, MODEL_LEVELS, Key, Query
+from sphere.catalog.schema import BY_KEYWORD, COMPUTED, LEVELS, TABLES, UNIQUE_KEY, Level, level_of
+
+_TABLE_OF: dict[str, str] = {"p": "patients", "t": "studies", "s": "series"}
+_BASE: dict[Level, str] = {"PATIENT": "p", "STUDY": "t", "SERIES": "s", "IMAGE": "i"}
+ORDER: dict[Level, tuple[str, ...]] = {
+    "PATIENT": ("p.patient_key",),
+    "STUDY": ("t.StudyInstanceUID",),
+    "SERIES": ("s.StudyInstanceUID", "s.SeriesInstanceUID"),
+    "IMAGE": ("i.StudyInstanceUID", "i.SeriesInstanceUID", "i.SOPInstanceUID"),
+}
+"""What identifies one row of a level, and the order of answers."""
+
+
+class Columns:
+    """Finds the column of a keyword for queries at one level, and remembers which tables that takes.
+
+    An attribute of a higher level is that of the roll-up, so that one entity gives one value at every level. Aliases:
+    ``p`` patients, ``t`` studies, ``s`` series, ``i`` the files of instances.
+    """
+
+    def __init__(self, level: Level, instance_columns: frozenset[str]) -> None:
+        self._level = level
+        self._instance_columns = instance_columns
+        self.used = {_BASE[level]}
+
+    def resolve(self, keyword: str) -> ColumnSql | None:
+        """The column of a keyword; None where no column holds it at this level."""
+        level = level_of(keyword)
+        if level is None or LEVELS.index(level) > LEVELS.index(self._level):
+            return None
+        alias = self._alias(keyword, level)
+        known = self._instance_columns if alias == "i" else TABLES[_TABLE_OF[alias]].schema.names
+        if keyword not in known:
+            return None
+        self.used.add(alias)
+        return _column(alias, keyword)
+
+    def _alias(self, keyword: str, level: Level) -> str:
+        if self._level == "IMAGE" and keyword in ("StudyInstanceUID", "SeriesInstanceUID"):
+            return "i"
+        if self._level == "SERIES" and keyword == "StudyInstanceUID":
+            return "s"
+        if level == "PATIENT" and self._level != "PATIENT" and keyword not in COMPUTED:
+            return "t"
+        return _BASE[level]
+
+    def source(self) -> str:
+        """The FROM clause; at IMAGE level with one ``?`` for the list of files."""
+        base = _BASE[self._level]
+        text = "read_parquet(?, union_by_name = true) i" if base == "i" else f"{_TABLE_OF[base]} {base}"
+        if "s" in self.used and base == "i":
+            text += " JOIN series s ON s.StudyInstanceUID = i.StudyInstanceUID"
+            text += " AND s.SeriesInstanceUID = i.SeriesInstanceUID"
+        if self.used & {"t", "p"} and base in "si":
+            text += f" JOIN studies t ON t.StudyInstanceUID = {base}.StudyInstanceUID"
+        if "p" in self.used and base != "p":
+            text += " JOIN patients p ON p.patient_key = t.patient_key"
+        return text
+
+
+def _column(alias: str, keyword: str) -> ColumnSql:
+    sql = f'{alias}."{keyword}"'
+    column = BY_KEYWORD.get(keyword)
+    if column is None:  # computed
+        return ColumnSql(sql, multiple=TABLES[_TABLE_OF[alias]].schema.field(keyword).type.num_fields > 0)
+    if alias != "i":
+        normal = f'{alias}."{keyword}{NAME_SUFFIX}"' if column.vr == "PN" and not column.multiple else None
+        return ColumnSql(sql, column.multiple, normal)
+    if "string" in str(column.arrow) and column.vr != "UI":
+        sql = trimmed_sql(sql, column.vr, multiple=column.multiple)
+    return ColumnSql(sql, column.multiple)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A query put to an index.
+
+    `keys` are what every answer holds; the n-th value of a row is that of the n-th of `selected`. `rest` and
+    `header_keys` need the headers (`dataset`) of instances.
+    """
+
+    query: Query
+    keys: tuple[Key, ...]
+    selected: tuple[Key, ...]
+    header_keys: tuple[Key, ...]
+    compiled: Compiled
+    expressions: tuple[str, ...]
+    source: str
+    order: tuple[str, ...] = field(default=())
+
+    @property
+    def rest(self) -> Predicate:
+        """What only headers can answer."""
+        return self.compiled.rest
+
+    @property
+    def needs_header(self) -> bool:
+        """Whether headers must be read to answer."""
+        return bool(self.rest or self.header_keys)
+
+    def select(self, *, where: tuple[str, ...] = ()) -> str:
+        """The SQL that gives rows: the columns of `order`, the dataset (at IMAGE level, if needed), `selected`."""
+        header = ['i."dataset"'] if self.needs_header and self.query.level == "IMAGE" else []
+        columns = ", ".join([*self.order, *header, *self.expressions])
+        conditions = " AND ".join([*where, self.compiled.where])
+        return f"SELECT {columns} FROM {self.source} WHERE {conditions} ORDER BY {', '.join(self.order)}"
+
+    def count(self, *, where: tuple[str, ...] = ()) -> str:
+        """The SQL that counts them."""
+        return f"SELECT count(*) FROM {self.source} WHERE {' AND '.join([*where, self.compiled.where])}"
+
+
+def make_plan(query: Query, instance_columns: frozenset[str]) -> Plan:
+    """Put a query to an index whose instance files have `instance_columns`."""
+    columns = Columns(query.level, instance_columns)
+    compiled = compile_sql(query.predicate(), columns.resolve)
+    keys = answered_keys(query)
+    selected: list[Key] = []
+    expressions: list[str] = []
+    header_keys: list[Key] = []
+    for key in keys:
+        column = columns.resolve(key.keyword)
+        if column is not None:
+            selected.append(key)
+            expressions.append(column.sql)
+        elif level_of(key.keyword) in (None, query.level) and key.keyword not in ANSWERED:
+            header_keys.append(key)
+    return Plan(
+        query,
+        keys,
+        tuple(selected),
+        tuple(header_keys),
+        compiled,
+        tuple(expressions),
+        columns.source(),
+        ORDER[query.level],
+    )
+
+
+def studies_sql(query: Query, limit: int) -> tuple[str, list[Any]] | None:
+    """SQL for the studies that may hold the instances that a query at IMAGE level asks for; None where any may."""
+    columns = Columns("SERIES", frozenset())
+    compiled = compile_sql(query.predicate(), columns.resolve)
+    if not compiled.conditions:
+        return None
+    text = f"SELECT DISTINCT s.StudyInstanceUID FROM {columns.source()} WHERE {compiled.where} LIMIT {limit}"
+    return text, list(compiled.values)
+
+
+def answered_keys(query: Query) -> tuple[Key, ...]:
+    """The keys asked for, and the unique keys of the level and those above it in the model, in order of tags."""
+    levels = MODEL_LEVELS[query.model]
+    keys = {key.tag: key for key in query.keys}
+    for level in levels[: levels.index(query.level) + 1]:
+        tag = tag_for_keyword(UNIQUE_KEY[level]) or 0
+        keys.setdefault(tag, Key(tag, UNIQUE_KEY[level], dictionary_VR(tag)))
+    return tuple(keys[tag] for tag in sorted(keys))
