@@ -43,7 +43,7 @@ def run_receiver(settings: Settings, *, ready: Callable[[int], None]) -> None:
     writer = BundleWriter(storage, settings)
     try:
         handlers = Handlers(CallingPolicy(settings.peers), StoreService(writer), FindService(QueryService(settings)))
-        server = _listen(settings, handlers)
+        server = listen(settings, handlers)
         threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True, name="accept").start()
         log.info("receiver listens host=%s port=%d", settings.dimse.host, server.port)
         ready(server.port)
@@ -68,7 +68,8 @@ def _stop_signal() -> threading.Event:
     return stop
 
 
-def _listen(settings: Settings, handlers: Handlers) -> ReceiverServer:
+def listen(settings: Settings, handlers: Handlers) -> ReceiverServer:
+    """A server that is bound and not yet serving; raises SettingsError when the port cannot be had."""
     ae = AE(ae_title=settings.archive.ae_title)
     ae.implementation_class_uid = IMPLEMENTATION_CLASS_UID
     ae.implementation_version_name = IMPLEMENTATION_VERSION_NAME
