@@ -81,15 +81,15 @@ class Walker:
             buf, base = window.buf, window.base
             index = pos - base
             stop = min(len(buf), end - base)
-            lengths, known, append = context.lengths, context.hits, hits.append
+            length_of, known, append = context.lengths.get, context.hits.get, hits.append
             if place.group == _SHARED_GROUPS:
-                lengths = {}  # its sequences give columns and are read, not remembered
-            while length := lengths.get(buf[index : index + 8]) or lengths.get(buf[index : index + 12]):
+                stop = 0  # its sequences give columns and are read, not remembered
+            while length := length_of(buf[index : index + 8]) or length_of(buf[index : index + 12]):
                 after = index + length
                 if after > stop:
                     break
                 raw = buf[index:after]
-                hit = known.get(raw) or _fresh(raw, context)
+                hit = known(raw) or _fresh(raw, context)
                 if hit is None:
                     break
                 append(hit)
@@ -373,7 +373,7 @@ def _fresh(raw: bytes, context: Context) -> Hit | None:
     head = read_head(raw, 0, encoding, len(raw))
     if head is None:
         return None
-    vr, _ = _resolve(head, (), context)
+    vr = head.vr if head.vr and head.vr != "UN" else _resolve(head, (), context)[0]
     if vr == "SQ":
         return None
     hit = element_hit(head.tag, vr, raw[head.size :], little=encoding.little, charset=context.charset)
