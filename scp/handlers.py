@@ -172,18 +172,20 @@ class Handlers:
         if not isinstance(event.request, C_FIND) or event.context.abstract_syntax not in contexts.FIND_MODELS:
             yield UNRECOGNIZED, None
             return
-        session, started, matches, final = self._sessions[event.assoc], time.monotonic(), 0, SUCCESS
-        request = _find_request(event, session)
-        for answer in self._find.answers(request, cancelled=lambda: bool(event.is_cancelled)):
-            matches += answer.identifier is not None
-            final = SUCCESS if answer.identifier is not None else answer.status
-            yield _status(answer.status, answer.comment, answer.offending), answer.identifier
-            _wait_for_room(event.assoc)
-        session.found += matches
-        log.info(
-            "find id=%s model=%s matches=%d status=0x%04X ms=%.1f",
-            session.id, request.model, matches, final, 1000 * (time.monotonic() - started),
-        )  # fmt: skip
+        session, started = self._sessions[event.assoc], time.monotonic()
+        request, matches, final = _find_request(event, session), 0, SUCCESS
+        try:
+            for answer in self._find.answers(request, cancelled=lambda: bool(event.is_cancelled)):
+                matches += answer.identifier is not None
+                final = SUCCESS if answer.identifier is not None else answer.status
+                yield _status(answer.status, answer.comment, answer.offending), answer.identifier
+                _wait_for_room(event.assoc)
+        finally:  # after a failure or a cancel nobody asks for more, and this generator is closed
+            session.found += matches
+            log.info(
+                "find id=%s model=%s matches=%d status=0x%04X ms=%.1f",
+                session.id, request.model, matches, final, 1000 * (time.monotonic() - started),
+            )  # fmt: skip
 
 
 def _store_request(request: Any, session: Session, transfer_syntax: str) -> StoreRequest:

@@ -108,7 +108,7 @@ def orthanc(archive: Archive, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 def some_studies(archive: Archive) -> list[str]:
     """The study of most series, that of most instances, and that of the first UID."""
-    studies = archive.series
+    studies = {study: series for study, series in archive.series.items() if archive.patients[study]}
     most_series = max(studies, key=lambda uid: len(studies[uid]))
     most_instances = max(studies, key=lambda uid: sum(map(len, studies[uid].values())))
     return sorted({most_series, most_instances, min(studies)})
@@ -183,7 +183,7 @@ def test_findscu_in_every_character_set(archive: Archive, tmp_path: Path, charse
     wanted = {study for study, named in archive.names.items() if named == (name, charset)}
     assert wanted
     assert wanted <= {answer.StudyInstanceUID for answer in answers}
-    assert {str(answer.PatientName) for answer in answers} == {name}
+    assert all(str(answer.PatientName).startswith(name) for answer in answers)  # a group matches alone, too
 
 
 def _name_query(charset: str, name: str) -> Dataset:
@@ -233,7 +233,7 @@ def test_orthanc_queries_names_in_every_character_set(archive: Archive, orthanc:
         answers = query(orthanc, "Study", {"PatientName": name, "StudyInstanceUID": ""})
         wanted = {study for study, named in archive.names.items() if named == (name, charset)}
         assert wanted <= {answer["StudyInstanceUID"] for answer in answers}, charset
-        assert {answer["PatientName"] for answer in answers} == {name}
+        assert all(answer["PatientName"].startswith(name) for answer in answers), charset
     orthanc.put("/tools/default-encoding", b"Utf8")
 
 
@@ -260,7 +260,7 @@ def statuses(receiver: Receiver, identifier: Dataset, sop_class: str, *, extensi
 @pytest.mark.parametrize(
     ("keys", "level", "sop_class", "offending"),
     [
-        ({}, "", STUDY_FIND, 0x00080052),
+        ({"PatientID": "*"}, "", STUDY_FIND, 0x00080052),
         ({}, "WARD", STUDY_FIND, 0x00080052),
         ({}, "PATIENT", STUDY_FIND, 0x00080052),
         ({"PatientID": ""}, "STUDY", PATIENT_FIND, 0x00100020),
@@ -314,7 +314,7 @@ def test_findscu_cancels(archive: Archive) -> None:
     run = run_tool("findscu", *arguments, "127.0.0.1", archive.receiver.port)
     assert run.returncode == 0, run.stdout
     assert "Sending Cancel Request" in run.stdout, run.stdout
-    assert "status=0xFE00" in archive.receiver.log or run.stdout.count("Find Response") >= len(archive.series)
+    assert "status=0xFE00" in archive.receiver.log or run.stdout.count("Received Find Response") == len(archive.series)
 
 
 def test_unknown_attributes_do_not_end_a_query(archive: Archive, tmp_path: Path) -> None:

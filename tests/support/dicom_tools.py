@@ -74,8 +74,8 @@ def findscu(
     """The answers that findscu got to `keys`, or to those and a file of keys; fails the test when the query did."""
     folder.mkdir(parents=True, exist_ok=True)
     arguments = [*options, *(item for key in keys for item in ("-k", key)), "127.0.0.1", port]
-    run = run_tool("findscu", "-aec", "SPHERE", "-X", "-od", folder, *arguments, *([query] if query else []))
-    assert run.returncode == 0 and "Failed" not in run.stdout, run.stdout
+    run = run_tool("findscu", "-v", "-aec", "SPHERE", "-X", "-od", folder, *arguments, *([query] if query else []))
+    assert run.returncode == 0 and "(Success)" in run.stdout, run.stdout
     return [pydicom.dcmread(path) for path in sorted(folder.glob("rsp*.dcm"))]
 
 
