@@ -30,6 +30,7 @@ Event = Any  # pynetdicom's Event, whose attributes depend on what happened
 
 UNRECOGNIZED = 0x0211  # unrecognized operation (PS3.7 C.5.18)
 CLASS_NOT_SUPPORTED = 0x0122  # PS3.7 C.5.6
+LOCAL_LIMIT_EXCEEDED = (0x02, 0x03, 0x02)  # transient, by the service provider (PS3.8 9.3.4)
 CALLING_AE_NOT_RECOGNIZED = (0x01, 0x01, 0x03)  # permanent, by the service user (PS3.8 9.3.4)
 MAX_QUEUED = 32  # responses waiting to be sent before the next match is asked for: what a slow reader costs
 
@@ -58,8 +59,9 @@ class Session:
 class Handlers:
     """One per receiver process."""
 
-    def __init__(self, policy: CallingPolicy, store: StoreService, find: FindService) -> None:
+    def __init__(self, policy: CallingPolicy, store: StoreService, find: FindService, *, max_associations: int) -> None:
         self._policy = policy
+        self._max_associations = max_associations
         self._store = store
         self._find = find
         self._numbers = count(1)
@@ -74,7 +76,6 @@ class Handlers:
             (evt.EVT_SOP_EXTENDED, self.on_sop_extended),
             (evt.EVT_SOP_COMMON, self.on_sop_common),
             (evt.EVT_ACCEPTED, self.on_accepted),
-            (evt.EVT_REJECTED, self.on_rejected),
             (evt.EVT_C_ECHO, self.on_echo),
             (evt.EVT_C_STORE, self.on_store),
             (evt.EVT_C_FIND, self.on_find),
@@ -105,13 +106,22 @@ class Handlers:
         session = self._sessions[assoc]
         session.calling = request.calling_ae_title.strip()
         if not self._policy.admits(session.calling, session.address):
-            assoc.acse.send_reject(*CALLING_AE_NOT_RECOGNIZED)
-            self.on_rejected(event)
-            assoc.kill()  # returns when the rejection is out
-            return
-        narrowed = contexts.narrow(request.presentation_context_definition_list)
-        request.presentation_context_definition_list = narrowed
-        assoc.acceptor.supported_contexts = contexts.supported(narrowed)
+            self._reject(event, CALLING_AE_NOT_RECOGNIZED)
+        elif sum(other.is_established for other in assoc.ae.active_associations) >= self._max_associations:
+            self._reject(event, LOCAL_LIMIT_EXCEEDED)
+        else:
+            narrowed = contexts.narrow(request.presentation_context_definition_list)
+            request.presentation_context_definition_list = narrowed
+            assoc.acceptor.supported_contexts = contexts.supported(narrowed)
+
+    def _reject(self, event: Event, reason: tuple[int, int, int]) -> None:
+        event.assoc.acse.send_reject(*reason)
+        session, answer = self._sessions[event.assoc], event.assoc.acceptor.primitive
+        log.warning(
+            "association rejected id=%s calling=%s address=%s source=%s reason=%s",
+            session.id, session.calling, session.address, answer.result_source, answer.diagnostic,
+        )  # fmt: skip
+        event.assoc.kill()  # returns when the rejection is out
 
     def on_sop_extended(self, event: Event) -> dict[str, bytes]:
         """SOP Class Extended Negotiation (PS3.7 D.3.3.5), for the FIND classes."""
@@ -134,14 +144,6 @@ class Handlers:
             "association accepted id=%s calling=%s called=%s address=%s contexts=%d refused=%d",
             session.id, session.calling, assoc.requestor.primitive.called_ae_title.strip(), session.address,
             len(assoc.accepted_contexts), len(assoc.rejected_contexts),
-        )  # fmt: skip
-
-    def on_rejected(self, event: Event) -> None:
-        """A-ASSOCIATE-RJ was sent."""
-        session, answer = self._sessions[event.assoc], event.assoc.acceptor.primitive
-        log.warning(
-            "association rejected id=%s calling=%s address=%s source=%s reason=%s",
-            session.id, session.calling, session.address, answer.result_source, answer.diagnostic,
         )  # fmt: skip
 
     def on_echo(self, event: Event) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -43,7 +44,12 @@ def run_receiver(settings: Settings, *, ready: Callable[[int], None]) -> None:
     writer = BundleWriter(storage, settings)
     try:
         with QueryService(settings) as finder:
-            handlers = Handlers(CallingPolicy(settings.peers), StoreService(writer), FindService(finder))
+            handlers = Handlers(
+                CallingPolicy(settings.peers),
+                StoreService(writer),
+                FindService(finder),
+                max_associations=settings.dimse.max_associations,
+            )
             _serve(listen(settings, handlers), stop, ready)
     finally:
         writer.close()
@@ -77,7 +83,7 @@ def listen(settings: Settings, handlers: Handlers) -> ReceiverServer:
     ae = AE(ae_title=settings.archive.ae_title)
     ae.implementation_class_uid = IMPLEMENTATION_CLASS_UID
     ae.implementation_version_name = IMPLEMENTATION_VERSION_NAME
-    ae.maximum_associations = settings.dimse.max_associations
+    ae.maximum_associations = sys.maxsize  # Handlers.on_requested counts those that are established
     ae.maximum_pdu_size = settings.dimse.max_pdu
     ae.acse_timeout = settings.dimse.artim_s or None
     ae.dimse_timeout = settings.dimse.dimse_timeout_s or None
