@@ -176,17 +176,7 @@ def status(ctx: click.Context, as_json: bool) -> None:
 
 @main.command()
 @click.argument("statement", metavar='"SELECT ..."')
-@click.option(
-    "--format",
-    "format_",
-    type=click.Choice(["table", "csv", "json", "parquet"]),
-    default="table",
-    show_default=True,
-    help="How rows are written.",
-)
-@click.option(
-    "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="File instead of standard output."
-)
+@format_options
 @click.pass_context
 def sql(ctx: click.Context, statement: str, format_: Format, output: Path | None) -> None:
     """Ask the catalog in Spark SQL; tables: instances, series, studies, patients, quarantine, conflicts, bundles.
