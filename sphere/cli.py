@@ -14,7 +14,7 @@ from sphere.conf.errors import SettingsError, SphereError
 from sphere.conf.settings import Settings, from_dict, load
 from sphere.dimse_commands import echo, find, store
 from sphere.output import Format, format_options, write_rows
-from sphere.progress import import_progress, step_progress
+from sphere.progress import import_progress
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
@@ -153,8 +153,10 @@ def extract(ctx: click.Context) -> None:
     Example:
       sphere extract
     """
+    from sphere.jobs.progress import step_bar
+
     archive = Archive(settings_of(ctx))
-    with step_progress() as on_step:
+    with step_bar() as on_step:
         report = archive.extract(on_step=on_step)
     click.echo(str(report))
 
