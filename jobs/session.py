@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -51,6 +52,7 @@ def spark_session(settings: Settings, *, app_name: str) -> SparkSession:
     os.environ.setdefault("JAVA_HOME", str(program.resolve().parent.parent))
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)  # the only place where PySpark looks for it
     become_hdfs_user(settings)
+    logging.getLogger("SQLQueryContextLogger").disabled = True  # PySpark prints every error that it raises as well
     builder = SparkSession.builder.appName(app_name).master(settings.spark.master)
     for key, value in _options(settings).items():
         builder = builder.config(key, value)
