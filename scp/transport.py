@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import logging
 import math
+import queue
 import socket
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 from socketserver import BaseServer
@@ -89,6 +91,21 @@ class ArrivingDataSet(BytesIO):
         self.truncate()
 
 
+class _Requests(queue.Queue[Any]):
+    """Messages to be served. pynetdicom drops one that cannot be, and leaves its sender waiting: here it is refused."""
+
+    def __init__(self, refuse: Callable[[str], None]) -> None:
+        super().__init__()
+        self._refuse = refuse
+
+    def put(self, item: Any, block: bool = True, timeout: float | None = None) -> None:
+        """Add (context id, message); None for the message says that the connection has ended."""
+        if item[1] is not None and not item[1].is_valid_request:
+            self._refuse("a message that is no request, or lacks what it must have")
+        else:
+            super().put(item, block, timeout)
+
+
 class BoundedDimse(DIMSEServiceProvider):
     """Puts messages together from P-DATA; whoever sends without end is aborted."""
 
@@ -96,6 +113,7 @@ class BoundedDimse(DIMSEServiceProvider):
         super().__init__(assoc)
         self._memory = memory
         self._folder = folder
+        self.msg_queue = _Requests(self._abort)
 
     def receive_primitive(self, primitive: P_DATA) -> None:
         """Take one P-DATA primitive (PS3.8 8.3)."""
@@ -103,10 +121,14 @@ class BoundedDimse(DIMSEServiceProvider):
             self.message = DIMSEMessage()
             self.message.data_set = ArrivingDataSet(memory=self._memory, folder=self._folder)
         super().receive_primitive(primitive)
-        command = self.message.encoded_command_set.tell() if self.message else 0
-        if command > MAX_COMMAND or self.msg_queue.qsize() > MAX_PENDING:
-            log.warning("association %s aborted: command_bytes=%d pending=%d", self.assoc.name, command, MAX_PENDING)
-            self.dul.event_queue.put("Evt19")  # invalid PDU: A-ABORT by the provider (PS3.8 9.2)
+        if self.message and self.message.encoded_command_set.tell() > MAX_COMMAND:
+            self._abort("a command set without end")
+        elif self.msg_queue.qsize() > MAX_PENDING:
+            self._abort("messages without waiting for answers")
+
+    def _abort(self, reason: str) -> None:
+        log.warning("association %s aborted: %s", self.assoc.name, reason)
+        self.dul.event_queue.put("Evt19")  # invalid PDU: A-ABORT by the provider (PS3.8 9.2)
 
     def abandon(self) -> None:
         """The connection has ended: drop a message that was not complete."""
