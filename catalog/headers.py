@@ -39,10 +39,11 @@ def read_headers(
     """From the identifying values (`ORDER[level]`) of entities to a DICOM JSON object of the `tags` they have."""
     names = [f"{tag:08X}" for tag in sorted(tags)]
     studies = _studies(cursor, level, keys)
-    files = index.instance_files(studies)
-    if not files or not names:
+    columns = ("StudyInstanceUID", "SeriesInstanceUID", "received_at", "bundle", "offset", "dataset")
+    instances = index.instances(index.instance_files(studies), columns)
+    if instances is None or not names:
         return {}
-    source, identity = _source(level)
+    source, identity = _source(level, instances[0])
     elements = ", ".join(map(_element_sql, names))
     text = (
         f"SELECT {', '.join(identity)}, {elements} FROM {source} "
@@ -50,7 +51,7 @@ def read_headers(
     )
     width = len(identity)
     headers: dict[Row, Header] = {}
-    for row in cursor.execute(text, [files, *studies]).fetchall():
+    for row in cursor.execute(text, [*instances[1], *studies]).fetchall():
         found = zip(names, row[width:], strict=True)
         headers[row[:width]] = {name: orjson.loads(element) for name, element in found if element is not None}
     return headers
@@ -64,8 +65,8 @@ def _studies(cursor: duckdb.DuckDBPyConnection, level: Level, keys: Sequence[Row
     return [row[0] for row in cursor.execute(sql, [[row[0] for row in keys]]).fetchall()]
 
 
-def _source(level: Level) -> tuple[str, tuple[str, ...]]:
-    files = "read_parquet(?, union_by_name = true) i"
+def _source(level: Level, instances: str) -> tuple[str, tuple[str, ...]]:
+    files = f"{instances} i"
     if level == "PATIENT":
         return f"{files} JOIN studies t ON t.StudyInstanceUID = i.StudyInstanceUID", ("t.patient_key",)
     return files, tuple(column.replace(column.partition(".")[0], "i", 1) for column in ORDER[level])

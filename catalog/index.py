@@ -1,9 +1,10 @@
 """The index: a DuckDB file derived from one version of the Delta tables, shared by the serving processes of a host.
 
 It holds the rows of `patients`, `studies` and `series`, sorted by key, and for `instances` only which files hold which
-study, so that a question about instances opens the few files that matter. It is a cache: every version is built under
-a temporary name and renamed into `<state_dir>/index/`, may be deleted at any time, and is never written again, so that
-readers and the builder of the next version do not wait for each other.
+study and which instance (by a hash of its UID), so that a question about instances opens the few files that matter. It
+is a cache: every version is built under a temporary name and renamed into `<state_dir>/index/`, may be deleted at any
+time, and is never written again, so that readers and the builder of the next version do not wait for each other. Each
+process has the recent arrivals beside it, in memory (see sphere.catalog.recent).
 """
 
 from __future__ import annotations
@@ -20,24 +21,33 @@ from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import duckdb
 
+from sphere.catalog.arrivals import HeadersOfMembers
+from sphere.catalog.conflicts import Conflicts
 from sphere.catalog.match import TRAILING_ONLY_VRS, normal_name_sql
+from sphere.catalog.recent import FILES_OF_INSTANCES, FILES_OF_STUDIES, Recent, Sources, column_of
 from sphere.catalog.schema import BY_KEYWORD, TABLES
 from sphere.catalog.tables import CatalogTables, Snapshot
+from sphere.catalog.tail import JournalTail
 from sphere.conf.errors import CatalogError
 from sphere.conf.settings import Settings
+from sphere.ingest.journal import Landed
+from sphere.ingest.storage import open_storage
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 """Raised when the layout of the file changes: files of another format are built anew."""
 
-WATCHED = ("instances", "series", "studies", "patients", "bundles")
-"""Tables whose versions an index belongs to, in the order in which extraction commits them."""
+WATCHED = ("bundles", "instances", "series", "studies", "patients")
+"""Tables whose versions an index belongs to, in the order in which they are looked at: the reverse of that in which
+extraction commits them (but for `patients` and `studies`, see sphere.catalog.recent), so that whatever `bundles` calls
+catalogued is in the others; what these have beyond it counts as a recent arrival."""
 
-INDEXED = ("patients", "studies", "series")
+INDEXED = ("bundles", "patients", "studies", "series")
 MEMORY_LIMIT = "1GB"
 THREADS = 2
 REFRESH_WAIT_S = 2.0
@@ -66,41 +76,77 @@ class Index:
     versions: Mapping[str, int]
     connection: duckdb.DuckDBPyConnection
     instance_columns: frozenset[str]
+    recent: Recent | None = None
 
     @contextmanager
     def cursor(self) -> Iterator[duckdb.DuckDBPyConnection]:
-        """A connection of one's own to the same database, for one query of one thread."""
+        """A connection of one's own to the same database, for one query of one thread.
+
+        It sees `patients`, `studies` and `series` with the recent arrivals.
+        """
         cursor = self.connection.cursor()
         try:
+            cursor.execute("USE recent" if self._has_arrivals else "USE base")
             yield cursor
         finally:
             cursor.close()
+
+    @property
+    def _has_arrivals(self) -> bool:
+        return self.recent is not None and self.recent.members > 0
+
+    def catch_up(self) -> None:
+        """Take up what arrived since."""
+        if self.recent is not None:
+            self.recent.catch_up()
+
+    def instances(self, files: Sequence[str], names: Sequence[str]) -> tuple[str, list[Any]] | None:
+        """SQL of a relation with the columns `names` of the instances in `files` and of the recent ones, and its
+        values; None where there are neither."""
+        read = "read_parquet(?, union_by_name = true)"
+        if not self._has_arrivals:
+            return (read, [list(files)]) if files else None
+        recent = ", ".join(f'{column_of(name)} AS "{name}"' for name in names)
+        arrived = f"SELECT {recent} FROM recent.arrivals WHERE shown"
+        if not files:
+            return f"({arrived})", []
+        known = self.instance_columns
+        catalogued = ", ".join(f'b."{name}"' if name in known else f'NULL AS "{name}"' for name in names)
+        hidden = "ANTI JOIN recent.hidden h ON h.SOPInstanceUID = b.SOPInstanceUID"
+        return f"(SELECT {catalogued} FROM {read} b {hidden} UNION ALL {arrived})", [list(files)]
 
     def is_sound(self) -> bool:
         """Whether the whole file can be read (every block has a checksum). Slow: for when something went wrong."""
         try:
             with self.cursor() as cursor:
-                for name in (*INDEXED, "study_files"):
-                    cursor.execute(f"SELECT bit_xor(hash(x)) FROM {name} x").fetchall()
+                for name in (*INDEXED, "study_files", "sop_files", "files"):
+                    cursor.execute(f"SELECT bit_xor(hash(x)) FROM base.{name} x").fetchall()
         except duckdb.Error:
             return False
         return True
 
     def instance_files(self, study_instance_uids: Sequence[str] | None) -> list[str]:
         """The files of `instances` that hold any of the studies; None: all of them."""
-        where, values = "true", []
-        if study_instance_uids is not None:
-            where, values = "StudyInstanceUID IN (SELECT unnest(?::VARCHAR[]))", [list(study_instance_uids)]
+        if study_instance_uids is None:
+            return self._files("SELECT file FROM base.files ORDER BY file", [])
+        return self._files(FILES_OF_STUDIES, [list(study_instance_uids)])
+
+    def files_of_instances(self, sop_instance_uids: Sequence[str]) -> list[str]:
+        """The files that hold any of the instances (rarely one more, as hashes are compared)."""
+        return self._files(FILES_OF_INSTANCES, [list(sop_instance_uids)])
+
+    def _files(self, sql: str, values: list[Any]) -> list[str]:
         with self.cursor() as cursor:
-            rows = cursor.execute(f"SELECT DISTINCT file FROM study_files WHERE {where} ORDER BY file", values)
-            return [row[0] for row in rows.fetchall()]
+            return [row[0] for row in cursor.execute(sql, values).fetchall()]
 
 
 class IndexCache:
     """Gives the index of the newest catalog version, building it when nobody of this host has. Thread-safe."""
 
     def __init__(self, settings: Settings) -> None:
+        self._settings = settings
         self._tables = CatalogTables(settings)
+        self._storage = open_storage(settings.storage.root, user=settings.storage.user)
         self._folder = settings.archive.state_dir / "index"
         self._lock = threading.Lock()
         self._index: Index | None = None
@@ -172,6 +218,7 @@ class IndexCache:
     def _load(self) -> Index:
         try:
             index = self._open_or_build()
+            index.catch_up()
             with self._lock:
                 self._index, self._looked, self._unsettled = index, time.monotonic(), ()
             return index
@@ -197,7 +244,7 @@ class IndexCache:
 
     def _file_name(self, snapshots: Mapping[str, Snapshot | None]) -> str:
         """One name per catalog root and its versions; the table ids tell a catalog from its successor at that place."""
-        parts = [str(FORMAT), self._tables.root]
+        parts = [str(FORMAT), duckdb.__version__, self._tables.root]  # hashes are those of one version of DuckDB
         parts += [f"{s.table_id}@{s.version}" if s else "none" for s in snapshots.values()]
         return f"{self._prefix()}{hashlib.sha256('|'.join(parts).encode()).hexdigest()[:16]}.duckdb"
 
@@ -213,21 +260,38 @@ class IndexCache:
     def _open(self, path: Path, snapshots: Mapping[str, Snapshot | None]) -> Index:
         if not path.exists():
             raise FileNotFoundError(path)
-        connection = self._tables.connect(path, read_only=True, memory_limit=MEMORY_LIMIT, threads=THREADS)
-        connection.execute("SELECT count(*) FROM study_files").fetchall()
+        connection = self._tables.connect(None, memory_limit=MEMORY_LIMIT, threads=THREADS)
+        quoted = str(path).replace("'", "''")
+        connection.execute(f"ATTACH '{quoted}' AS base (READ_ONLY)")
+        connection.execute("SELECT count(*) FROM base.study_files").fetchall()
         instances = snapshots["instances"]
         versions = {name: snapshot.version if snapshot else -1 for name, snapshot in snapshots.items()}
-        return Index(path, versions, connection, instances.columns if instances else frozenset())
+        columns = instances.columns if instances else frozenset(TABLES["instances"].schema.names)
+        return Index(path, versions, connection, columns, self._recent(connection, columns))
+
+    def _recent(self, connection: duckdb.DuckDBPyConnection, columns: frozenset[str]) -> Recent:
+        rows = connection.execute("SELECT bundle, journal_bytes, sealed FROM base.bundles").fetchall()
+        positions = {bundle: size for bundle, size, sealed in rows if not sealed}
+        sealed = {row[0] for row in rows if row[2]}
+        state_dir = self._settings.archive.state_dir
+        sources = Sources(
+            JournalTail(self._storage, state_dir, positions, sealed),
+            HeadersOfMembers(self._storage, self._settings.extract.max_header_mib << 20),
+            self._settings.ingest.on_conflict,
+            Conflicts(self._tables, connection, Landed(self._storage, state_dir)).versions,
+            columns,
+        )
+        return Recent(connection, sources, _selected)
 
     def _build(self, path: Path, snapshots: Mapping[str, Snapshot | None]) -> None:
         began = time.monotonic()
         building = path.with_suffix(f".{os.getpid()}.building")
         building.unlink(missing_ok=True)
-        connection = self._tables.connect(building, read_only=False, memory_limit=MEMORY_LIMIT, threads=THREADS)
+        connection = self._tables.connect(building, memory_limit=MEMORY_LIMIT, threads=THREADS)
         try:
             for name in INDEXED:
                 _copy_table(connection, name, snapshots[name])
-            _map_studies(connection, snapshots["instances"])
+            _map_files(connection, snapshots["instances"])
         except duckdb.Error as error:
             raise CatalogError(f"no index can be built from {self._tables.root}: {error}") from None
         finally:
@@ -268,14 +332,22 @@ def trimmed_sql(x: str, vr: str, *, multiple: bool) -> str:
     return f"nullif({trim}({x}), '')"
 
 
-def _map_studies(connection: duckdb.DuckDBPyConnection, snapshot: Snapshot | None) -> None:
-    """Which files of `instances` hold which study: exact, as Delta's statistics cut UIDs at 32 characters."""
+def _map_files(connection: duckdb.DuckDBPyConnection, snapshot: Snapshot | None) -> None:
+    """Which files of `instances` hold which study, and which instance: Delta's statistics cut UIDs at 32 characters."""
     connection.execute("CREATE TABLE study_files (StudyInstanceUID VARCHAR, file VARCHAR)")
+    connection.execute("CREATE TABLE files (id INTEGER, file VARCHAR)")
+    connection.execute("CREATE TABLE sop_files (hash UBIGINT, id INTEGER)")
     if snapshot is None or not snapshot.files:
         return
     connection.execute(
         "INSERT INTO study_files SELECT DISTINCT StudyInstanceUID, filename "
         "FROM read_parquet(?, filename = true) ORDER BY ALL",
+        [list(snapshot.files)],
+    )
+    connection.execute("INSERT INTO files SELECT row_number() OVER (), unnest(?)", [list(snapshot.files)])
+    connection.execute(
+        "INSERT INTO sop_files SELECT hash(i.SOPInstanceUID) AS hash, f.id "
+        "FROM read_parquet(?, filename = true) i JOIN files f ON f.file = i.filename ORDER BY hash",
         [list(snapshot.files)],
     )
 

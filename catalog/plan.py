@@ -14,6 +14,8 @@ from sphere.catalog.schema import BY_KEYWORD, COMPUTED, LEVELS, TABLES, UNIQUE_K
 
 _TABLE_OF: dict[str, str] = {"p": "patients", "t": "studies", "s": "series"}
 _BASE: dict[Level, str] = {"PATIENT": "p", "STUDY": "t", "SERIES": "s", "IMAGE": "i"}
+INSTANCES = "(instances)"
+"""Stands in SQL for the relation that `Index.instances` gives."""
 ORDER: dict[Level, tuple[str, ...]] = {
     "PATIENT": ("p.patient_key",),
     "STUDY": ("t.StudyInstanceUID",),
@@ -34,6 +36,7 @@ class Columns:
         self._level = level
         self._instance_columns = instance_columns
         self.used = {_BASE[level]}
+        self.of_instances = dict.fromkeys(name.partition(".")[2] for name in ORDER["IMAGE"])
 
     def resolve(self, keyword: str) -> ColumnSql | None:
         """The column of a keyword; None where no column holds it at this level."""
@@ -45,6 +48,8 @@ class Columns:
         if keyword not in known:
             return None
         self.used.add(alias)
+        if alias == "i":
+            self.of_instances[keyword] = None
         return column_sql(alias, keyword)
 
     def _alias(self, keyword: str, level: Level) -> str:
@@ -57,9 +62,9 @@ class Columns:
         return _BASE[level]
 
     def source(self) -> str:
-        """The FROM clause; at IMAGE level with one ``?`` for the list of files."""
+        """The FROM clause; at IMAGE level with INSTANCES in place of the relation of instances."""
         base = _BASE[self._level]
-        text = "read_parquet(?, union_by_name = true) i" if base == "i" else f"{_TABLE_OF[base]} {base}"
+        text = f"{INSTANCES} i" if base == "i" else f"{_TABLE_OF[base]} {base}"
         if "s" in self.used and base == "i":
             text += " JOIN series s ON s.StudyInstanceUID = i.StudyInstanceUID"
             text += " AND s.SeriesInstanceUID = i.SeriesInstanceUID"
@@ -89,7 +94,7 @@ class Plan:
     """A query put to an index.
 
     `keys` are what every answer holds; the n-th value of a row is that of the n-th of `selected`. `rest` and
-    `header_keys` need the headers (`dataset`) of instances.
+    `header_keys` need the headers (`dataset`) of instances. `of_instances` names the columns of `instances` in use.
     """
 
     query: Query
@@ -99,6 +104,7 @@ class Plan:
     compiled: Compiled
     expressions: tuple[str, ...]
     source: str
+    of_instances: tuple[str, ...]
     order: tuple[str, ...] = field(default=())
 
     @property
@@ -146,6 +152,7 @@ def make_plan(query: Query, instance_columns: frozenset[str]) -> Plan:
         compiled,
         tuple(expressions),
         columns.source(),
+        (*columns.of_instances, "dataset"),
         ORDER[query.level],
     )
 

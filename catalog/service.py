@@ -13,8 +13,9 @@ import orjson
 from sphere.catalog.answer import Match
 from sphere.catalog.headers import read_headers, tags_of
 from sphere.catalog.index import Index, IndexCache, is_damage
+from sphere.catalog.match import Exact
 from sphere.catalog.match_header import Header, holds
-from sphere.catalog.plan import Plan, make_plan, studies_sql
+from sphere.catalog.plan import INSTANCES, Plan, make_plan, studies_sql
 from sphere.catalog.query import ANSWERED, Query
 from sphere.conf.errors import CatalogError
 from sphere.conf.settings import Settings
@@ -101,6 +102,7 @@ class QueryService:
         """Answers of `ask`; where the index turns out damaged before the first, once more with a new one."""
         for last in (False, True):
             index = self._indexes.current()
+            index.catch_up()
             answers = ask(index)
             try:
                 first = next(answers, None)
@@ -132,9 +134,8 @@ class QueryService:
             yield sum(1 for _ in _rows(plan, index))
         else:
             with index.cursor() as cursor:
-                scope = _scope(query, index, cursor)
-                values = [*scope.values, *plan.compiled.values]
-                row = cursor.execute(plan.count(where=scope.where), values).fetchone() if scope.any else None
+                scope = _scope(plan, index, cursor, plan.of_instances)
+                row = cursor.execute(*scope.ask(plan, plan.count(where=scope.where))).fetchone() if scope else None
             yield row[0] if row else 0
 
     def _constants(self, query: Query) -> Mapping[int, str] | None:
@@ -148,36 +149,46 @@ class QueryService:
 
 @dataclass(frozen=True, slots=True)
 class _Scope:
-    """Which files a query reads: the conditions and values that go before those of the plan."""
+    """Which instances a query reads: their relation, and the conditions and values that go before those of the plan."""
 
-    any: bool = True
+    instances: str = ""
     where: tuple[str, ...] = ()
     values: tuple[Any, ...] = ()
 
+    def ask(self, plan: Plan, sql: str) -> tuple[str, list[Any]]:
+        """What DuckDB is to be asked for SQL of the plan, which has `where` in it."""
+        return sql.replace(INSTANCES, self.instances), [*self.values, *plan.compiled.values]
 
-def _scope(query: Query, index: Index, cursor: duckdb.DuckDBPyConnection) -> _Scope:
-    """At IMAGE level, the files that hold the studies that the other keys leave."""
-    if query.level != "IMAGE":
+
+def _scope(plan: Plan, index: Index, cursor: duckdb.DuckDBPyConnection, names: Sequence[str]) -> _Scope | None:
+    """At IMAGE level, the columns `names` in the files that hold what the other keys leave; None where nothing is."""
+    if plan.query.level != "IMAGE":
         return _Scope()
+    files, studies = _files(plan.query, index, cursor)
+    instances = index.instances(files, names)
+    if instances is None:
+        return None
+    where = (f"i.StudyInstanceUID IN ({', '.join('?' * len(studies))})",) if studies else ()
+    return _Scope(instances[0], where, (*instances[1], *studies))
+
+
+def _files(query: Query, index: Index, cursor: duckdb.DuckDBPyConnection) -> tuple[list[str], list[str]]:
+    """The files to look into, and the studies to look for where they are few."""
     asked = studies_sql(query, STUDIES_LISTED + 1)
-    if asked is None:
-        files = index.instance_files(None)
-        return _Scope(bool(files), values=(files,))
-    studies = [row[0] for row in cursor.execute(*asked).fetchall()]
-    if len(studies) > STUDIES_LISTED:
-        return _Scope(values=(index.instance_files(None),))
-    files = index.instance_files(studies)
-    where = f"i.StudyInstanceUID IN ({', '.join('?' * len(studies))})"
-    return _Scope(bool(files), (where,), (files, *studies))
+    studies = [row[0] for row in cursor.execute(*asked).fetchall()] if asked else []
+    if asked and len(studies) <= STUDIES_LISTED:
+        return index.instance_files(studies), studies or [""]
+    uids = next((key.test for key in query.keys if key.keyword == "SOPInstanceUID"), None)
+    return (index.files_of_instances(uids.texts) if isinstance(uids, Exact) else index.instance_files(None)), []
 
 
 def _rows(plan: Plan, index: Index) -> Iterator[tuple[Mapping[int, Any], Header]]:
     """(values of columns by tag, header) of every entity that matches, columns and headers considered."""
     with index.cursor() as cursor:
-        scope = _scope(plan.query, index, cursor)
-        if not scope.any:
+        scope = _scope(plan, index, cursor, plan.of_instances)
+        if scope is None:
             return
-        cursor.execute(plan.select(where=scope.where), [*scope.values, *plan.compiled.values])
+        cursor.execute(*scope.ask(plan, plan.select(where=scope.where)))
         while rows := cursor.fetchmany(PAGE):
             for row, header in zip(rows, _headers(plan, index, rows), strict=True):
                 if holds(plan.rest, header):
@@ -204,11 +215,12 @@ _STORED = ", ".join(f'i."{name}"' for name in StoredInstance.__dataclass_fields_
 def _stored(query: Query, index: Index) -> Iterator[StoredInstance]:
     plan = make_plan(query, index.instance_columns)
     with index.cursor() as cursor:
-        scope = _scope(query, index, cursor)
-        if not scope.any:
+        names = dict.fromkeys((*plan.of_instances, *StoredInstance.__dataclass_fields__))
+        scope = _scope(plan, index, cursor, tuple(names))
+        if scope is None:
             return
         where = " AND ".join([*scope.where, plan.compiled.where])
         sql = f'SELECT {_STORED} FROM {plan.source} WHERE {where} ORDER BY i.bundle, i."offset"'
-        cursor.execute(sql, [*scope.values, *plan.compiled.values])
+        cursor.execute(*scope.ask(plan, sql))
         while rows := cursor.fetchmany(PAGE):
             yield from (StoredInstance(*row) for row in rows)

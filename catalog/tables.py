@@ -76,14 +76,14 @@ class CatalogTables:
             raise CatalogError(f"{self.root} does not answer: {_plain(error)}") from None
         return True
 
-    def connect(self, path: Path, *, read_only: bool, memory_limit: str, threads: int) -> duckdb.DuckDBPyConnection:
-        """A DuckDB database that can read the tables' files; raises duckdb.Error where `path` is damaged or gone."""
+    def connect(self, path: Path | None, *, memory_limit: str, threads: int) -> duckdb.DuckDBPyConnection:
+        """A DuckDB database (None: in memory) that can read the tables' files; raises duckdb.Error."""
         config: dict[str, str | bool | int | float | list[str]] = {
             "memory_limit": memory_limit,
             "threads": threads,
             "autoinstall_known_extensions": False,
         }
-        connection = duckdb.connect(str(path), read_only=read_only, config=config)
+        connection = duckdb.connect(str(path) if path else ":memory:", config=config)
         if self._hdfs is not None:
             host, _, port = self._netloc.partition(":")
             connection.register_filesystem(HdfsFileSystem(host, int(port) if port else None))

@@ -7,7 +7,7 @@ commit that wrote it. `patients` goes first, as the patients of before are found
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import duckdb
@@ -15,7 +15,8 @@ import pyarrow as pa
 from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError
 
-from sphere.catalog.schema import PATIENT_KEY_SQL, TABLES, Aggregate, RollUp
+from sphere.catalog.rollup import roll_up_sql, source_columns
+from sphere.catalog.schema import TABLES
 from sphere.conf.settings import Settings
 from sphere.jobs.tables import Tables, changed, read, reader
 
@@ -26,14 +27,6 @@ MEMORY_LIMIT = "1GB"
 """Memory that a roll-up takes before it goes on in temporary files."""
 
 _KEYS = ("StudyInstanceUID",)
-_SQL: Mapping[str, str] = {
-    "count": "count(*)",
-    "count_distinct": 'count(DISTINCT "{0}")',
-    "collect_set": 'list_sort(list(DISTINCT "{0}") FILTER ("{0}" IS NOT NULL))',
-    "sum": 'sum("{0}")',
-    "min": 'min("{0}")',
-    "max": 'max("{0}")',
-}
 
 
 def refresh(tables: Tables, settings: Settings, *, on_step: Callable[[str], None]) -> None:
@@ -81,12 +74,12 @@ def _roll_up(
     """The new rows of every roll-up for the touched studies; they stay in `db` under their tables' names."""
     db.execute("SET TimeZone = 'UTC'")
     db.register("touched", touched)
-    columns = _columns("series") | _columns("studies")
+    columns = source_columns("series") | source_columns("studies")
     _load(db, "rows", instances, tuple(columns), "SEMI JOIN touched USING (StudyInstanceUID)")
     _compute(db, "series", "rows")
     _compute(db, "studies", "rows")
     # Patients of touched studies, as they were and as they are, and all the other studies of these patients.
-    _load(db, "before", studies, tuple(_columns("patients") | {"patient_key": None}), "")
+    _load(db, "before", studies, tuple(source_columns("patients") | {"patient_key": None}), "")
     db.execute(
         "CREATE TEMP TABLE affected AS SELECT patient_key FROM before SEMI JOIN touched USING (StudyInstanceUID) "
         "UNION SELECT patient_key FROM studies"
@@ -108,19 +101,7 @@ def _load(db: duckdb.DuckDBPyConnection, name: str, table: DeltaTable, columns: 
 
 def _compute(db: duckdb.DuckDBPyConnection, name: str, source: str) -> None:
     """Make the temporary table `name` from the rows of `source`, as the catalog's schema describes it."""
-    roll_up = _description(name)
-    keys = ", ".join(f'"{key}"' for key in roll_up.keys)
-    order = ", ".join(f'"{column}"' for column in roll_up.order)
-    chosen = [
-        f'arg_min("{column}", place) AS "{column}"' for column in roll_up.attributes if column not in roll_up.keys
-    ]
-    chosen += [f'{_sql(aggregate)} AS "{aggregate.column}"' for aggregate in roll_up.aggregates]
-    grouped = (
-        f"SELECT {keys}, {', '.join(chosen)} FROM "
-        f"(SELECT *, row_number() OVER (ORDER BY {order}) AS place FROM {source}) GROUP BY {keys}"
-    )
-    patient = f", {_duckdb(PATIENT_KEY_SQL)} AS patient_key" if name == "studies" else ""
-    db.execute(f"CREATE TEMP TABLE {name} AS SELECT *{patient} FROM ({grouped})")
+    db.execute(f"CREATE TEMP TABLE {name} AS {roll_up_sql(name, source)}")
 
 
 def _gone(db: duckdb.DuckDBPyConnection, name: str, table: DeltaTable) -> list[dict[str, Any]]:
@@ -131,32 +112,3 @@ def _gone(db: duckdb.DuckDBPyConnection, name: str, table: DeltaTable) -> list[d
     names = ", ".join(f'"{key}"' for key in keys)
     found = db.execute(f"SELECT {names} FROM {name}_before EXCEPT SELECT {names} FROM {name}").fetchall()
     return [dict(zip(keys, row, strict=True)) for row in found]
-
-
-def _columns(name: str) -> dict[str, None]:
-    """Columns of the source that a roll-up needs, in order."""
-    roll_up = _description(name)
-    sources = (aggregate.source for aggregate in roll_up.aggregates if aggregate.source)
-    return dict.fromkeys((*roll_up.keys, *roll_up.order, *roll_up.attributes, *sources))
-
-
-def _description(name: str) -> RollUp:
-    roll_up = TABLES[name].roll_up
-    assert roll_up is not None
-    return roll_up
-
-
-def _sql(aggregate: Aggregate) -> str:
-    return f"CAST({_SQL[aggregate.kind].format(aggregate.source)} AS {_type(aggregate.arrow)})"
-
-
-def _type(arrow: pa.DataType) -> str:
-    if pa.types.is_list(arrow):
-        return f"{_type(arrow.value_type)}[]"
-    if pa.types.is_timestamp(arrow):
-        return "TIMESTAMPTZ"
-    return "BIGINT" if pa.types.is_integer(arrow) else "VARCHAR"
-
-
-def _duckdb(sql: str) -> str:
-    return sql.replace("AS STRING", "AS VARCHAR")

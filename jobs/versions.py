@@ -9,24 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from datetime import datetime
-from typing import Any, Literal
+from typing import Any
 
+from sphere.catalog.versions import Order, Place, Policy, in_line, order, place
 from sphere.ingest.records import MemberRecord
 
-Policy = Literal["keep-first", "replace"]
-Order = tuple[datetime, str, int]
-Place = tuple[str, int]
-
-
-def order(record: MemberRecord) -> Order:
-    """Where a member stands in time; no two members stand at the same place."""
-    return record.received_at, record.bundle, record.offset
-
-
-def place(record: MemberRecord) -> Place:
-    """Where a member's bytes are: bundle and offset."""
-    return record.bundle, record.offset
+__all__ = ["Order", "Place", "Settled", "order", "place", "settle"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +31,7 @@ def settle(uid: str, versions: Iterable[MemberRecord], policy: Policy) -> Settle
     ``keep-first`` shows the version that arrived first, ``replace`` the newest one. Each version but the first has one
     row in `conflicts`, keyed by its place: kept against the first one, or put in the place of the one before.
     """
-    first: dict[str, MemberRecord] = {}
-    for record in sorted(versions, key=order):
-        first.setdefault(record.sha256, record)
-    line = list(first.values())
+    line = in_line(versions)
     if policy == "keep-first":
         return Settled(line[0], tuple(_row(uid, line[0], later, later, policy) for later in line[1:]))
     pairs = zip(line[1:], line, strict=False)

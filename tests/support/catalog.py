@@ -9,7 +9,7 @@ from typing import Any
 
 import orjson
 import pyarrow as pa
-from deltalake import write_deltalake
+from deltalake import DeltaTable, QueryBuilder, write_deltalake
 
 from sphere.catalog.schema import BY_KEYWORD, TABLES, RollUp, Table, patient_key
 from sphere.conf import settings as conf
@@ -66,7 +66,9 @@ def _json(value: Any, vr: str) -> Any:
     return value
 
 
-def write_catalog(settings: Settings, rows: Sequence[Row], *, files: int = 2) -> None:
+def write_catalog(
+    settings: Settings, rows: Sequence[Row], *, files: int = 2, bundles: Sequence[Row] | None = None
+) -> None:
     """All tables from nothing, in the order in which extraction commits them; `instances` in several files."""
     studies = [
         {**row, "patient_key": patient_key(row["PatientID"], row["IssuerOfPatientID"], row["StudyInstanceUID"])}
@@ -75,15 +77,19 @@ def write_catalog(settings: Settings, rows: Sequence[Row], *, files: int = 2) ->
     ordered = sorted(rows, key=lambda row: (row["StudyInstanceUID"], row["SOPInstanceUID"]))
     size = max(1, -(-len(ordered) // files))
     for start in range(0, len(ordered), size):
-        _write(settings, TABLES["instances"], ordered[start : start + size], "overwrite" if not start else "append")
-    _write(settings, TABLES["series"], roll_up(TABLES["series"].roll_up, rows))
-    _write(settings, TABLES["studies"], studies)
-    _write(settings, TABLES["patients"], roll_up(TABLES["patients"].roll_up, studies))
-    bundles = sorted({row["bundle"] for row in rows})
-    _write(settings, TABLES["bundles"], [{"bundle": bundle, "journal_bytes": 1, "members": 4} for bundle in bundles])
+        write_table(
+            settings, TABLES["instances"], ordered[start : start + size], "overwrite" if not start else "append"
+        )
+    write_table(settings, TABLES["series"], roll_up(TABLES["series"].roll_up, rows))
+    write_table(settings, TABLES["studies"], studies)
+    write_table(settings, TABLES["patients"], roll_up(TABLES["patients"].roll_up, studies))
+    if bundles is None:
+        names = sorted({row["bundle"] for row in rows})
+        bundles = [{"bundle": bundle, "journal_bytes": 1, "members": 4} for bundle in names]
+    write_table(settings, TABLES["bundles"], bundles)
 
 
-def _write(settings: Settings, table: Table, rows: Iterable[Row], mode: Any = "overwrite") -> None:
+def write_table(settings: Settings, table: Table, rows: Iterable[Row], mode: Any = "overwrite") -> None:
     data = pa.Table.from_pylist([dict(row) for row in rows], schema=table.schema)
     write_deltalake(f"{settings.catalog_root}/{table.name}", data, mode=mode)
 
@@ -112,3 +118,11 @@ def _rolled(spec: RollUp, key: tuple[Any, ...], group: list[Row]) -> Row:
             "max": lambda values: max(values, default=None),
         }[aggregate.kind](values)
     return row
+
+
+def table_positions(settings: Settings) -> list[Row]:
+    """The rows of `bundles`."""
+    found = (
+        QueryBuilder().register("rows", DeltaTable(f"{settings.catalog_root}/bundles")).execute("SELECT * FROM rows")
+    )
+    return list(pa.table(found).to_pylist())

@@ -1,0 +1,103 @@
+"""Headers of members that no table has yet: read once, kept as rows of `RECENT`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+import orjson
+import pyarrow as pa
+
+from sphere.catalog.schema import INSTANCE_FIELDS, TABLES
+from sphere.conf.errors import StorageError
+from sphere.ingest.header import Header, HeaderReader
+from sphere.ingest.records import MemberRecord
+from sphere.ingest.storage.base import Storage
+
+log = logging.getLogger(__name__)
+
+PREFIX = 16 * 1024
+"""Bytes of a member read at first; most headers are smaller."""
+
+_INSTANCES = TABLES["instances"].schema
+UIDS = ("SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "SOPClassUID")
+RECENT = pa.schema(
+    [
+        *((name, pa.string()) for name in UIDS),
+        *INSTANCE_FIELDS.items(),
+        ("columns", pa.string()),  # the typed columns as a JSON object: hundreds of mostly empty ones cost too much
+        ("dataset", pa.string()),
+    ]
+)
+"""A recent arrival; `column_of` gives the columns of `instances` that are in `columns`."""
+
+
+class HeadersOfMembers:
+    """Turns journal records into rows of RECENT. Not for several threads at once."""
+
+    def __init__(self, storage: Storage, max_header: int) -> None:
+        self._storage = storage
+        self._reader = HeaderReader(max_header=max_header)
+
+    def read(self, records: Iterable[MemberRecord]) -> tuple[list[dict[str, Any]], list[MemberRecord]]:
+        """(rows, records whose bytes cannot be read yet); the latter have a row of what the journal says of them.
+
+        Members that extraction will quarantine have no row.
+        """
+        rows, unread = [], []
+        for record in records:
+            try:
+                header = self._header(record)
+            except StorageError as error:
+                log.debug("a member of %s cannot be read yet: %s", record.bundle, error)
+                unread.append(record)
+                header = _of_journal(record)
+            if header is not None:
+                rows.append(_row(header, record))
+        return rows, unread
+
+    def _header(self, record: MemberRecord) -> Header | None:
+        def fetch(start: int, count: int) -> bytes:
+            wanted = max(0, min(count, record.length - start))
+            data = self._storage.read(record.bundle, record.offset + start, wanted) if wanted else b""
+            if len(data) < wanted:
+                raise StorageError(f"{record.bundle} is not readable up to byte {record.offset + start + wanted} yet")
+            return data
+
+        found = self._reader.read(fetch(0, PREFIX), size=record.length, fetch=fetch)
+        return found if isinstance(found, Header) else None
+
+
+def _of_journal(record: MemberRecord) -> Header | None:
+    """What is known before the bytes can be read (an open bundle on HDFS, for less than a second)."""
+    values = {name: getattr(record, name) for name in UIDS if getattr(record, name)}
+    if not all(name in values for name in UIDS[:3]):
+        return None
+    tags = ("00080018", "0020000D", "0020000E", "00080016")
+    named = [(tag, values[name]) for tag, name in zip(tags, UIDS, strict=True) if name in values]
+    dataset = {tag: {"vr": "UI", "Value": [uid]} for tag, uid in named}
+    return Header(values, orjson.dumps(dataset), None, record.TransferSyntaxUID, record.dataset_offset, [])
+
+
+def _row(header: Header, record: MemberRecord) -> dict[str, Any]:
+    values = header.values
+    return {
+        **{name: values.get(name) for name in UIDS},
+        "bundle": record.bundle,
+        "offset": record.offset,
+        "length": record.length,
+        "dataset_offset": record.dataset_offset,
+        "pixel_offset": header.pixel_offset,
+        "transfer_syntax_uid": header.TransferSyntaxUID or None,
+        "sha256": record.sha256,
+        "received_at": record.received_at,
+        "source_aet": record.source_aet,
+        "origin": record.origin,
+        "header_warnings": header.warnings,
+        "columns": orjson.dumps({name: value for name, value in values.items() if name in _KNOWN}).decode(),
+        "dataset": header.dataset.decode(),
+    }
+
+
+_KNOWN = frozenset(_INSTANCES.names)

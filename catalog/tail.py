@@ -1,0 +1,137 @@
+"""The tail of the journals: members that landed beyond what a catalog version has, for a few `stat` calls a query."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Set
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+
+from sphere.ingest.journal import BUNDLES, Landed
+from sphere.ingest.records import MemberRecord
+from sphere.ingest.storage.base import Storage
+from sphere.ingest.storage.local import LocalStorage
+
+FAR_S = 1.0
+"""Seconds between looks at a storage on which looking costs a call to a server; other hosts publish as often."""
+COARSE_NS = 50_000_000
+"""A folder changed less than this before it was read may change again with the same modification time."""
+
+_JOURNAL = ".journal"
+_Stamp = tuple[int, int]
+
+
+class JournalTail:
+    """Gives each member once that journals have beyond `positions` (bytes by bundle). For one thread at a time.
+
+    `sealed` bundles are never looked at. On local disk, only the folders of today and of yesterday (UTC) are watched
+    for new bundles: bundles are begun in the folder of the day. Elsewhere this host's own journals are read from their
+    local mirror at once, those of other hosts from the storage, at most every FAR_S.
+    """
+
+    def __init__(
+        self, storage: Storage, state_dir: Path, positions: Mapping[str, int], sealed: Set[str] = frozenset()
+    ) -> None:
+        self._storage = storage
+        self._landed = Landed(storage, state_dir)
+        self._mirrors = state_dir / "journal"
+        self._positions = dict(positions)
+        self._sealed = set(sealed)
+        self._open: set[str] = set()  # bundles whose journals are looked at
+        self._queue: deque[MemberRecord] = deque()
+        self._stamps: dict[Path, _Stamp] = {}
+        self._walked = False
+        self._next_far = 0.0
+
+    def take(self, most: int) -> list[MemberRecord]:
+        """Up to `most` further members; raises StorageError and BundleDamaged where journals cannot be read."""
+        if not self._queue:
+            self._look()
+        return [self._queue.popleft() for _ in range(min(most, len(self._queue)))]
+
+    def give_back(self, records: list[MemberRecord]) -> None:
+        """Have `take` give these again."""
+        self._queue.extendleft(reversed(records))
+
+    def _look(self) -> None:
+        if not self._walked:
+            self._grown(self._walk(BUNDLES))
+            self._walked = True
+        elif isinstance(self._storage, LocalStorage):
+            self._grown(self._local(self._storage.root))
+        else:
+            self._grown(self._mirrored())
+            now = time.monotonic()
+            if now >= self._next_far:
+                self._next_far = now + FAR_S
+                self._grown(entry for day in _days() for entry in self._walk(day))
+
+    def _walk(self, prefix: str) -> Iterator[tuple[str, int]]:
+        for entry in self._storage.walk(prefix):
+            if entry.path.endswith(_JOURNAL):
+                bundle = entry.path.removesuffix(_JOURNAL) + ".tar"
+                if bundle not in self._sealed:
+                    yield bundle, entry.size
+
+    def _local(self, root: Path) -> Iterator[tuple[str, int]]:
+        for day in _days():
+            if self._changed(root / day):
+                for name in _names(root / day):
+                    bundle = f"{day}/{name.removesuffix(_JOURNAL)}.tar"
+                    if bundle not in self._sealed:
+                        self._open.add(bundle)
+        for bundle in sorted(self._open):
+            size = _size(f"{root}/{bundle.removesuffix('.tar')}{_JOURNAL}")
+            if size:
+                yield bundle, size
+
+    def _mirrored(self) -> Iterator[tuple[str, int]]:
+        for name in _names(self._mirrors):
+            identity = name.removesuffix(_JOURNAL)  # begins with YYYYMMDD
+            yield f"{BUNDLES}/{name[:4]}/{name[4:6]}/{name[6:8]}/{identity}.tar", _size(f"{self._mirrors}/{name}")
+
+    def _changed(self, folder: Path) -> bool:
+        try:
+            stamp = folder.stat().st_mtime_ns
+        except FileNotFoundError:
+            return False
+        before = self._stamps.get(folder)
+        read_at = time.time_ns()
+        self._stamps[folder] = stamp, read_at
+        return before is None or before[0] != stamp or before[1] - stamp < COARSE_NS
+
+    def _grown(self, sizes: Iterator[tuple[str, int]]) -> None:
+        """Queue what the journals have beyond what was read of them."""
+        for bundle, size in list(sizes):
+            if bundle in self._sealed:
+                continue
+            self._open.add(bundle)
+            position = self._positions.get(bundle, 0)
+            if size > position:
+                records, end, sealed = self._landed.records(bundle, from_byte=position, unpublished=True)
+                self._queue.extend(records)
+                self._positions[bundle] = end
+                if sealed:
+                    self._sealed.add(bundle)
+                    self._open.discard(bundle)
+
+
+def _days() -> tuple[str, str]:
+    now = datetime.now(timezone.utc)
+    return f"{BUNDLES}/{now - timedelta(days=1):%Y/%m/%d}", f"{BUNDLES}/{now:%Y/%m/%d}"
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return sorted(entry.name for entry in os.scandir(folder) if entry.name.endswith(_JOURNAL))
+    except FileNotFoundError:
+        return []
+
+
+def _size(path: str) -> int:
+    try:
+        return os.stat(path).st_size  # noqa: PTH116  a few per query: Path costs ten times as much
+    except FileNotFoundError:
+        return 0
