@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from datetime import date
 from typing import Any
 
 import orjson
 import pyarrow as pa
 
-from sphere.catalog.schema import INSTANCE_FIELDS, TABLES
+from sphere.catalog.schema import INSTANCE_FIELDS
 from sphere.conf.errors import StorageError
 from sphere.ingest.header import Header, HeaderReader
+from sphere.ingest.header.columns import COLUMNS
 from sphere.ingest.records import MemberRecord
 from sphere.ingest.storage.base import Storage
 
@@ -20,7 +22,6 @@ log = logging.getLogger(__name__)
 PREFIX = 16 * 1024
 """Bytes of a member read at first; most headers are smaller."""
 
-_INSTANCES = TABLES["instances"].schema
 UIDS = ("SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "SOPClassUID")
 RECENT = pa.schema(
     [
@@ -95,9 +96,17 @@ def _row(header: Header, record: MemberRecord) -> dict[str, Any]:
         "source_aet": record.source_aet,
         "origin": record.origin,
         "header_warnings": header.warnings,
-        "columns": orjson.dumps({name: value for name, value in values.items() if name in _KNOWN}).decode(),
+        "columns": orjson.dumps(values).decode(),
         "dataset": header.dataset.decode(),
     }
 
 
-_KNOWN = frozenset(_INSTANCES.names)
+def values_of(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of RECENT with the columns of `instances` that roll-ups are made of."""
+    columns = orjson.loads(row["columns"])
+    for name in _DATES & columns.keys():
+        columns[name] = date.fromisoformat(columns[name])
+    return {**columns, **row}
+
+
+_DATES = {column.keyword for column in COLUMNS if column.vr == "DA" and not column.multiple}

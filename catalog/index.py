@@ -51,7 +51,7 @@ INDEXED = ("bundles", "patients", "studies", "series")
 MEMORY_LIMIT = "1GB"
 THREADS = 2
 REFRESH_WAIT_S = 2.0
-"""Seconds that a query waits for a newer index before it answers from the one at hand."""
+"""Seconds from the start of a refresh for which queries wait for it; later ones answer from the index at hand."""
 SETTLE_S = 5.0
 """Seconds between looks at the tables other than `bundles`: a change that no batch completes is taken up after two."""
 
@@ -156,6 +156,7 @@ class IndexCache:
         self._suspected = False
         self._builder = ThreadPoolExecutor(1, thread_name_prefix="index")
         self._refresh: Future[Index] | None = None
+        self._wait_until = 0.0
 
     def current(self) -> Index:
         """The newest index; the one before it while a newer one takes longer than REFRESH_WAIT_S to build, or while
@@ -169,11 +170,12 @@ class IndexCache:
                 return index
             if self._refresh is None:
                 self._refresh = self._builder.submit(self._load)
-            refresh = self._refresh
+                self._wait_until = time.monotonic() + REFRESH_WAIT_S
+            refresh, wait = self._refresh, max(0.0, self._wait_until - time.monotonic())
         if index is None:
             return refresh.result()
         try:
-            return refresh.result(REFRESH_WAIT_S)
+            return refresh.result(wait)
         except FutureTimeout:
             return index
         except CatalogError as error:

@@ -10,19 +10,20 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
 import duckdb
 import pyarrow as pa
 
-from sphere.catalog.arrivals import RECENT, HeadersOfMembers
+from sphere.catalog.arrivals import RECENT, HeadersOfMembers, values_of
+from sphere.catalog.fold import FoldedStudy
 from sphere.catalog.rollup import duckdb_type, roll_up_sql, source_columns
 from sphere.catalog.schema import BY_KEYWORD, TABLES
 from sphere.catalog.tail import JournalTail
-from sphere.catalog.versions import Place, Policy, Version, place, shown
+from sphere.catalog.versions import Policy, Version, place, shown
 from sphere.conf.errors import SphereError
 from sphere.ingest.records import MemberRecord
 
@@ -39,8 +40,6 @@ RETRY_S = 0.2
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 _ROLLED = tuple(source_columns("series") | source_columns("studies"))
-_BASE = tuple(dict.fromkeys((*_ROLLED, "SOPInstanceUID", "sha256")))
-_TYPES = {name: duckdb_type(TABLES["instances"].schema.field(name).type) for name in _BASE}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +48,16 @@ class _Version:
     bundle: str
     offset: int
     sha256: str
+
+
+@dataclass(slots=True)
+class _Known:
+    """An instance: its versions, the catalogued one among them, and the studies that they are of."""
+
+    uid: str
+    versions: list[Version] = field(default_factory=list)
+    studies: set[str] = field(default_factory=set)
+    base: _Version | None = None
 
 
 FindVersions = Callable[[Sequence[str]], dict[str, list[MemberRecord]]]
@@ -87,6 +96,7 @@ class Recent:
         self._sources = sources
         self._selected = selected
         self._lock = threading.Lock()
+        self._studies: dict[str, FoldedStudy] = {}
         self._unread: list[MemberRecord] = []
         self._retry_at = 0.0
         self._full = False
@@ -103,16 +113,19 @@ class Recent:
             end = time.monotonic() + CATCH_UP_S
             while self._step() and time.monotonic() < end:
                 continue
+        except duckdb.OutOfMemoryException:
+            log.warning("recent arrivals take too much memory: further ones are found when they are extracted")
+            self._full = True
         except SphereError as error:
             log.warning("recent arrivals cannot be seen for now: %s", error)
         finally:
             self._lock.release()
 
     def _step(self) -> bool:
-        if self.members >= MAX_MEMBERS:
-            if not self._full:
-                log.warning("more than %d members wait for extraction: further ones are found after it", MAX_MEMBERS)
+        if not self._full and self.members >= MAX_MEMBERS:
+            log.warning("more than %d members wait for extraction: further ones are found after it", MAX_MEMBERS)
             self._full = True
+        if self._full:
             return False
         again: list[MemberRecord] = []
         if self._unread and time.monotonic() >= self._retry_at:
@@ -138,16 +151,17 @@ class Recent:
         try:
             for record in again:
                 db.execute('DELETE FROM recent.arrivals WHERE bundle = ? AND "offset" = ?', list(place(record)))
-            uids = sorted({row["SOPInstanceUID"] for row in rows})
-            studies = {row["StudyInstanceUID"] for row in rows} | {record.StudyInstanceUID for record in again}
-            studies |= self._load_base(uids, studies)
             self._insert(rows)
-            studies |= self._settle(uids)
-            _roll_up(db, sorted(studies - {""}), self._selected)
+            known = self._versions(sorted({row["SOPInstanceUID"] for row in rows}))
+            self._show(known)
+            studies = self._folded(rows, again, known)
+            _replace_rolled(db, studies, self._selected)
             db.execute("COMMIT")
         except BaseException:
             db.execute("ROLLBACK")
+            self._studies.clear()  # they may hold what was rolled back: computed anew when touched again
             raise
+        self._studies |= studies
 
     def _insert(self, rows: Sequence[dict[str, Any]]) -> None:
         if rows:
@@ -155,67 +169,76 @@ class Recent:
             self._db.execute("INSERT INTO recent.arrivals SELECT *, true FROM incoming")
             self._db.unregister("incoming")
 
-    def _load_base(self, uids: list[str], studies: Iterable[str]) -> set[str]:
-        """Bring in what the catalog has of the studies, and of the studies in which it has the instances `uids`.
-
-        Returns the latter.
-        """
-        db = self._db
-        files = db.execute(FILES_OF_INSTANCES, [uids]).fetchall()
-        others: set[str] = set()
-        if files:
-            sql = "SELECT DISTINCT StudyInstanceUID FROM read_parquet(?, union_by_name = true) WHERE SOPInstanceUID IN "
-            others = {
-                row[0] for row in db.execute(f"{sql}(SELECT unnest(?))", [[f[0] for f in files], uids]).fetchall()
-            }
-        sql = "SELECT unnest(?::VARCHAR[]) EXCEPT SELECT StudyInstanceUID FROM recent.touched"
-        new = [row[0] for row in db.execute(sql, [sorted({*studies, *others} - {""})]).fetchall()]
-        db.execute("INSERT INTO recent.touched SELECT unnest(?::VARCHAR[])", [new])
-        files = db.execute(FILES_OF_STUDIES, [new]).fetchall()
-        if files:
-            known = self._sources.columns
-            columns = ", ".join(f'"{c}"' if c in known else f'CAST(NULL AS {_TYPES[c]}) AS "{c}"' for c in _BASE)
-            db.execute(
-                f"INSERT INTO recent.catalogued SELECT {columns} FROM read_parquet(?, union_by_name = true) "
-                "WHERE StudyInstanceUID IN (SELECT unnest(?))",
-                [[row[0] for row in files], new],
-            )
-        return others
-
-    def _settle(self, uids: list[str]) -> set[str]:
-        """Say which version of each instance is shown; returns the studies of all versions."""
-        found = self._db.execute(
-            'SELECT SOPInstanceUID, epoch_us(received_at), bundle, "offset", sha256, StudyInstanceUID, true '
-            "FROM recent.arrivals WHERE SOPInstanceUID IN (SELECT unnest(?)) UNION ALL "
-            'SELECT SOPInstanceUID, epoch_us(received_at), bundle, "offset", sha256, StudyInstanceUID, false '
-            "FROM recent.catalogued WHERE SOPInstanceUID IN (SELECT unnest(?))",
-            [uids, uids],
-        ).fetchall()
-        base: dict[str, _Version] = {}
-        versions: dict[str, list[Version]] = {}
-        for uid, micros, bundle, offset, sha256, _, arrived in found:
+    def _versions(self, uids: list[str]) -> list[_Known]:
+        """All that is known of the instances that have more than one version."""
+        columns = 'SOPInstanceUID, epoch_us(received_at), bundle, "offset", sha256, StudyInstanceUID'
+        condition = "WHERE SOPInstanceUID IN (SELECT unnest(?))"
+        found = self._db.execute(f"SELECT {columns}, true FROM recent.arrivals {condition}", [uids]).fetchall()
+        if files := [row[0] for row in self._db.execute(FILES_OF_INSTANCES, [uids]).fetchall()]:
+            sql = f"SELECT {columns}, false FROM read_parquet(?, union_by_name = true) {condition}"
+            found += self._db.execute(sql, [files, uids]).fetchall()
+        known: dict[str, _Known] = {}
+        for uid, micros, bundle, offset, sha256, study, arrived in found:
             version = _Version(_EPOCH + timedelta(microseconds=micros), bundle, offset, sha256)
-            versions.setdefault(uid, []).append(version)
-            if not arrived:
-                base[uid] = version
-        contested = [uid for uid in base if len({version.sha256 for version in versions[uid]}) > 1]
+            one = known.setdefault(uid, _Known(uid))
+            one.versions.append(version)
+            one.studies.add(study)
+            one.base = one.base if arrived else version
+        several = [one for one in known.values() if len(one.versions) > 1]
+        contested = [one.uid for one in several if one.base and len({v.sha256 for v in one.versions}) > 1]
         for uid, more in (self._sources.conflicting(contested) if contested else {}).items():
-            versions[uid] += more
-        self._show({uid: place(shown(known, self._sources.policy)) for uid, known in versions.items()}, base, versions)
-        return {row[5] for row in found}
+            known[uid].versions += more
+        return several
 
-    def _show(self, winners: dict[str, Place], base: dict[str, _Version], versions: dict[str, list[Version]]) -> None:
-        several = [uid for uid in winners if len(versions[uid]) > 1]
-        hidden = [uid for uid in base if winners[uid] != place(base[uid])]
-        arrived = [winners[uid] for uid in several if uid not in base or uid in hidden]
-        if several:
-            self._db.execute(
-                "UPDATE recent.arrivals SET shown = (bundle || '/' || \"offset\") IN (SELECT unnest(?::VARCHAR[])) "
-                "WHERE SOPInstanceUID IN (SELECT unnest(?))",
-                [[f"{bundle}/{offset}" for bundle, offset in arrived], several],
-            )
-            self._db.execute("DELETE FROM recent.hidden WHERE SOPInstanceUID IN (SELECT unnest(?))", [several])
-            self._db.execute("INSERT INTO recent.hidden SELECT unnest(?::VARCHAR[])", [hidden])
+    def _show(self, known: Sequence[_Known]) -> None:
+        """Say which version of each instance is shown: an arrival, or the catalogued one."""
+        if not known:
+            return
+        winners = {one.uid: place(shown(one.versions, self._sources.policy)) for one in known}
+        hidden = [one.uid for one in known if one.base and winners[one.uid] != place(one.base)]
+        arrived = [winners[one.uid] for one in known if not one.base or one.uid in hidden]
+        uids = list(winners)
+        self._db.execute(
+            "UPDATE recent.arrivals SET shown = (bundle || '/' || \"offset\") IN (SELECT unnest(?::VARCHAR[])) "
+            "WHERE SOPInstanceUID IN (SELECT unnest(?))",
+            [[f"{bundle}/{offset}" for bundle, offset in arrived], uids],
+        )
+        self._db.execute("DELETE FROM recent.hidden WHERE SOPInstanceUID IN (SELECT unnest(?))", [uids])
+        self._db.execute("INSERT INTO recent.hidden SELECT unnest(?::VARCHAR[])", [hidden])
+
+    def _folded(
+        self, rows: Sequence[dict[str, Any]], again: Sequence[MemberRecord], known: Sequence[_Known]
+    ) -> dict[str, FoldedStudy]:
+        """The studies that change: those that only grow with the new rows added, the others computed anew."""
+        anew = {study for one in known for study in one.studies} | {record.StudyInstanceUID for record in again}
+        touched = {row["StudyInstanceUID"] for row in rows}
+        anew |= touched - self._studies.keys()
+        anew.discard("")
+        studies = {uid: self._studies[uid] for uid in touched - anew} | {uid: FoldedStudy(uid) for uid in anew}
+        for row in rows:
+            if row["StudyInstanceUID"] not in anew:
+                studies[row["StudyInstanceUID"]].add(values_of(row))
+        for row in [*self._catalogued(sorted(anew)), *self._arrived(sorted(anew))]:
+            studies[row["StudyInstanceUID"]].add(row)
+        return studies
+
+    def _catalogued(self, studies: list[str]) -> list[dict[str, Any]]:
+        """What the catalog shows of some studies."""
+        files = [row[0] for row in self._db.execute(FILES_OF_STUDIES, [studies]).fetchall()]
+        if not files:
+            return []
+        columns = ", ".join(f'"{name}"' for name in _ROLLED if name in self._sources.columns)
+        sql = (
+            f"SELECT {columns} FROM read_parquet(?, union_by_name = true) ANTI JOIN recent.hidden "
+            "USING (SOPInstanceUID) WHERE StudyInstanceUID IN (SELECT unnest(?))"
+        )
+        return list(self._db.sql(sql, params=[files, studies]).to_arrow_table().to_pylist())
+
+    def _arrived(self, studies: list[str]) -> list[dict[str, Any]]:
+        """What is shown of some studies that arrived since."""
+        names = ", ".join(f'"{name}"' for name in RECENT.names if name != "dataset")
+        sql = f"SELECT {names} FROM recent.arrivals WHERE shown AND StudyInstanceUID IN (SELECT unnest(?::VARCHAR[]))"
+        return [values_of(row) for row in self._db.sql(sql, params=[studies]).to_arrow_table().to_pylist()]
 
 
 FILES_OF_STUDIES = (
@@ -232,8 +255,6 @@ def _create(db: duckdb.DuckDBPyConnection) -> None:
     db.register("arrivals_", RECENT.empty_table())
     db.execute("CREATE TABLE recent.arrivals AS SELECT *, true AS shown FROM arrivals_")
     db.unregister("arrivals_")
-    columns = ", ".join(f'"{name}" {type_}' for name, type_ in _TYPES.items())
-    db.execute(f"CREATE TABLE recent.catalogued ({columns})")
     for name in ("touched", "affected"):
         db.execute(f"CREATE TABLE recent.{name} (StudyInstanceUID VARCHAR)")
     db.execute("CREATE TABLE recent.hidden (SOPInstanceUID VARCHAR)")
@@ -251,41 +272,41 @@ def _create(db: duckdb.DuckDBPyConnection) -> None:
         )
 
 
-def _rows_of_affected() -> str:
-    """What is shown of the affected studies: columns that the roll-ups need."""
-    catalogued = ", ".join(f'"{name}"' for name in _ROLLED)
-    arrived = ", ".join(f'{column_of(name)} AS "{name}"' for name in _ROLLED)
-    return (
-        f"(SELECT {catalogued} FROM recent.catalogued SEMI JOIN recent.affected USING (StudyInstanceUID) "
-        "ANTI JOIN recent.hidden USING (SOPInstanceUID) UNION ALL "
-        f"SELECT {arrived} FROM recent.arrivals SEMI JOIN recent.affected USING (StudyInstanceUID) WHERE shown)"
-    )
-
-
 _KEYS_OF_AFFECTED = (
     "INSERT INTO recent.affected_patients SELECT patient_key FROM {} SEMI JOIN recent.affected USING (StudyInstanceUID)"
 )
 
 
-def _roll_up(db: duckdb.DuckDBPyConnection, studies: list[str], selected: Callable[[str], str]) -> None:
-    """Compute the studies, their series, and the patients that these are or were of."""
+def _replace_rolled(
+    db: duckdb.DuckDBPyConnection, studies: Mapping[str, FoldedStudy], selected: Callable[[str], str]
+) -> None:
+    """Put in the studies, their series, and the patients that these are or were of."""
     db.execute("DELETE FROM recent.affected")
     db.execute("DELETE FROM recent.affected_patients")
-    db.execute("INSERT INTO recent.affected SELECT unnest(?::VARCHAR[])", [studies])
+    db.execute("INSERT INTO recent.affected SELECT unnest(?::VARCHAR[])", [list(studies)])
+    db.execute("INSERT INTO recent.touched SELECT * FROM recent.affected EXCEPT SELECT * FROM recent.touched")
     for source in ("base.studies", "recent.new_studies"):
         db.execute(_KEYS_OF_AFFECTED.format(source))
     for name in ("series", "studies"):
+        folded = [row for one in studies.values() for row in (one.series() if name == "series" else one.study())]
         db.execute(
             f"DELETE FROM recent.new_{name} WHERE StudyInstanceUID IN (SELECT StudyInstanceUID FROM recent.affected)"
         )
-        _insert_rolled(db, name, _rows_of_affected(), selected)
+        db.register("folded", pa.Table.from_pylist(folded, schema=TABLES[name].schema))
+        _insert(db, name, "folded", selected)
+        db.unregister("folded")
     db.execute(_KEYS_OF_AFFECTED.format("recent.new_studies"))
     of_affected = "patient_key IN (SELECT patient_key FROM recent.affected_patients)"
     db.execute(f"DELETE FROM recent.new_patients WHERE {of_affected}")
-    _insert_rolled(db, "patients", f"(SELECT * FROM recent.studies WHERE {of_affected})", selected)
-    db.execute("INSERT INTO recent.touched_patients SELECT DISTINCT patient_key FROM recent.affected_patients")
+    theirs = ", ".join(f'"{name}"' for name in source_columns("patients"))
+    rolled = roll_up_sql("patients", f"(SELECT {theirs} FROM recent.studies WHERE {of_affected})")
+    _insert(db, "patients", f"({rolled})", selected)
+    db.execute(
+        "INSERT INTO recent.touched_patients SELECT * FROM recent.affected_patients "
+        "EXCEPT SELECT * FROM recent.touched_patients"
+    )
 
 
-def _insert_rolled(db: duckdb.DuckDBPyConnection, name: str, source: str, selected: Callable[[str], str]) -> None:
+def _insert(db: duckdb.DuckDBPyConnection, name: str, source: str, selected: Callable[[str], str]) -> None:
     columns = ", ".join(selected(column) for column in TABLES[name].schema.names)
-    db.execute(f"INSERT INTO recent.new_{name} BY NAME SELECT {columns} FROM ({roll_up_sql(name, source)})")
+    db.execute(f"INSERT INTO recent.new_{name} BY NAME SELECT {columns} FROM {source}")

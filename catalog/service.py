@@ -102,9 +102,9 @@ class QueryService:
         """Answers of `ask`; where the index turns out damaged before the first, once more with a new one."""
         for last in (False, True):
             index = self._indexes.current()
-            index.catch_up()
             answers = ask(index)
             try:
+                index.catch_up()
                 first = next(answers, None)
             except duckdb.Error as error:
                 if not is_damage(error):

@@ -28,8 +28,16 @@ pytestmark = pytest.mark.unit
 
 ASKED: dict[Level, tuple[str, ...]] = {
     "PATIENT": ("PatientName", "PatientID", "NumberOfPatientRelatedStudies", "NumberOfPatientRelatedInstances"),
-    "STUDY": ("PatientName", "StudyDate", "ModalitiesInStudy", "NumberOfStudyRelatedSeries", "PatientComments")
-    + ("NumberOfStudyRelatedInstances", "NumberOfPatientRelatedStudies", "StudyDescription"),
+    "STUDY": (
+        "PatientName",
+        "StudyDate",
+        "ModalitiesInStudy",
+        "NumberOfStudyRelatedSeries",
+        "NumberOfStudyRelatedInstances",
+        "NumberOfPatientRelatedStudies",
+        "PatientComments",
+        "StudyDescription",
+    ),
     "SERIES": ("Modality", "SeriesNumber", "NumberOfSeriesRelatedInstances", "PatientID", "RequestAttributesSequence"),
     "IMAGE": ("InstanceNumber", "ImageType", "PatientID", "SeriesNumber", "PatientComments", "PixelSpacing"),
 }
