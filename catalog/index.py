@@ -15,7 +15,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager
@@ -26,6 +26,7 @@ from typing import Any
 import duckdb
 
 from sphere.catalog.arrivals import HeadersOfMembers
+from sphere.catalog.asof import AsOf, snapshots_as_of
 from sphere.catalog.conflicts import Conflicts
 from sphere.catalog.match import TRAILING_ONLY_VRS, normal_name_sql
 from sphere.catalog.recent import FILES_OF_INSTANCES, FILES_OF_STUDIES, Recent, Sources, column_of
@@ -56,6 +57,8 @@ SETTLE_S = 5.0
 """Seconds between looks at the tables other than `bundles`: a change that no batch completes is taken up after two."""
 
 OPEN_ATTEMPTS = 5
+PAST = 4
+"""Indexes of earlier versions that are kept."""
 
 NAME_SUFFIX = "$name"
 """Column `PatientName$name` holds the normalised form of `PatientName`."""
@@ -66,6 +69,10 @@ _DAMAGE = (duckdb.IOException, duckdb.SerializationException, duckdb.InternalExc
 def is_damage(error: duckdb.Error) -> bool:
     """Whether DuckDB says that a file is damaged or gone (a bad checksum is a plain Error)."""
     return isinstance(error, _DAMAGE) or type(error) is duckdb.Error
+
+
+Snapshots = Mapping[str, Snapshot | None]
+"""The version of each of the WATCHED tables; None where there is no table."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +161,8 @@ class IndexCache:
         self._unsettled: tuple[bool, ...] = ()
         self._away_until = 0.0
         self._suspected = False
+        self._past: dict[Path, Index] = {}
+        self._past_lock = threading.Lock()
         self._builder = ThreadPoolExecutor(1, thread_name_prefix="index")
         self._refresh: Future[Index] | None = None
         self._wait_until = 0.0
@@ -182,6 +191,20 @@ class IndexCache:
             log.warning("answering from the index at hand: %s", error)
             return index
 
+    def at(self, as_of: AsOf) -> Index:
+        """The index of an earlier version, without recent arrivals; the last PAST of them are kept.
+
+        Raises CatalogError where there is no such version, or its files are gone.
+        """
+        snapshots = snapshots_as_of(self._tables, WATCHED, as_of)
+        path = self._path(snapshots, past=True)
+        with self._past_lock:
+            index = self._past.pop(path, None) or self._opened(lambda: snapshots, past=True)
+            self._past[path] = index
+            while len(self._past) > PAST:
+                del self._past[next(iter(self._past))]
+            return index
+
     def suspect(self, index: Index) -> None:
         """Something could not be read: delete the index where it is damaged, and look for a newer version in any case,
         as data files that are gone were replaced by one."""
@@ -191,12 +214,14 @@ class IndexCache:
             if not sound:
                 log.warning("index %s is damaged: building it anew", index.path.name)
                 index.path.unlink(missing_ok=True)
+                self._past.pop(index.path, None)
                 self._index = None if self._index is index else self._index
 
     def close(self) -> None:
         """Let go of the index; a build under way ends first."""
         self._builder.shutdown()
         self._index = None
+        self._past.clear()
 
     def _is_stale(self, index: Index) -> bool:
         """Extraction commits `bundles` last: its next version means a complete batch."""
@@ -229,26 +254,37 @@ class IndexCache:
                 self._refresh, self._suspected = None, False
 
     def _open_or_build(self) -> Index:
+        return self._opened(lambda: {name: self._tables.snapshot(name) for name in WATCHED})
+
+    def _opened(self, look: Callable[[], Snapshots], *, past: bool = False) -> Index:
+        """The index of the versions that `look` gives, built where it is not there or damaged."""
         self._folder.mkdir(parents=True, exist_ok=True)
         for _ in range(OPEN_ATTEMPTS):
-            snapshots = {name: self._tables.snapshot(name) for name in WATCHED}
-            path = self._folder / self._file_name(snapshots)
+            snapshots = look()
+            path = self._path(snapshots, past=past)
             if not path.exists():
                 with _flock(self._folder / "build.lock"):
                     if not path.exists():
                         self._build(path, snapshots)
-                        self._remove_others(path)
+                        self._remove_past() if past else self._remove_others(path)
             try:
-                return self._open(path, snapshots)
+                return self._open(path, snapshots, past=past)
             except (FileNotFoundError, duckdb.Error):  # damaged, or removed since by the builder of a newer version
                 path.unlink(missing_ok=True)
         raise CatalogError(f"no index can be opened in {self._folder}: its files vanish or are damaged at once")
 
-    def _file_name(self, snapshots: Mapping[str, Snapshot | None]) -> str:
+    def _remove_past(self) -> None:
+        """Keep the PAST files of earlier versions that were made last."""
+        files = sorted(self._folder.glob(f"past-{self._prefix()}*.duckdb"), key=lambda path: path.stat().st_mtime)
+        for path in files[:-PAST]:
+            path.unlink(missing_ok=True)
+
+    def _path(self, snapshots: Snapshots, *, past: bool) -> Path:
         """One name per catalog root and its versions; the table ids tell a catalog from its successor at that place."""
         parts = [str(FORMAT), duckdb.__version__, self._tables.root]  # hashes are those of one version of DuckDB
         parts += [f"{s.table_id}@{s.version}" if s else "none" for s in snapshots.values()]
-        return f"{self._prefix()}{hashlib.sha256('|'.join(parts).encode()).hexdigest()[:16]}.duckdb"
+        digest = hashlib.sha256("|".join(parts).encode()).hexdigest()[:16]
+        return self._folder / f"{'past-' if past else ''}{self._prefix()}{digest}.duckdb"
 
     def _prefix(self) -> str:
         return f"catalog-{hashlib.sha256(self._tables.root.encode()).hexdigest()[:8]}-"
@@ -259,7 +295,7 @@ class IndexCache:
             if other != path and not other.is_dir():
                 other.unlink(missing_ok=True)
 
-    def _open(self, path: Path, snapshots: Mapping[str, Snapshot | None]) -> Index:
+    def _open(self, path: Path, snapshots: Snapshots, *, past: bool) -> Index:
         if not path.exists():
             raise FileNotFoundError(path)
         connection = self._tables.connect(None, memory_limit=MEMORY_LIMIT, threads=THREADS)
@@ -269,7 +305,7 @@ class IndexCache:
         instances = snapshots["instances"]
         versions = {name: snapshot.version if snapshot else -1 for name, snapshot in snapshots.items()}
         columns = instances.columns if instances else frozenset(TABLES["instances"].schema.names)
-        return Index(path, versions, connection, columns, self._recent(connection, columns))
+        return Index(path, versions, connection, columns, None if past else self._recent(connection, columns))
 
     def _recent(self, connection: duckdb.DuckDBPyConnection, columns: frozenset[str]) -> Recent:
         rows = connection.execute("SELECT bundle, journal_bytes, sealed FROM base.bundles").fetchall()
@@ -285,7 +321,7 @@ class IndexCache:
         )
         return Recent(connection, sources, _selected)
 
-    def _build(self, path: Path, snapshots: Mapping[str, Snapshot | None]) -> None:
+    def _build(self, path: Path, snapshots: Snapshots) -> None:
         began = time.monotonic()
         building = path.with_suffix(f".{os.getpid()}.building")
         building.unlink(missing_ok=True)

@@ -11,6 +11,7 @@ import duckdb
 import orjson
 
 from sphere.catalog.answer import Match
+from sphere.catalog.asof import AsOf
 from sphere.catalog.headers import read_headers, tags_of
 from sphere.catalog.index import Index, IndexCache, is_damage
 from sphere.catalog.match import Exact
@@ -70,17 +71,20 @@ class QueryService:
         """Let go of the index; iterators that are still open may be read to their end."""
         self._indexes.close()
 
-    def find(self, query: Query) -> Iterator[Match]:
+    def find(self, query: Query, *, as_of: AsOf | None = None) -> Iterator[Match]:
         """The entities that match, in the order of their unique keys, a page at a time.
+
+        With `as_of`, those of an earlier version of the catalog (see sphere.catalog.asof); else what arrived since the
+        last extraction is among them.
 
         Closing the iterator cancels the query. Attributes that no column holds are read from the headers of the
         candidates that the other keys leave (see sphere.catalog.headers for the cost). Raises CatalogError.
         """
-        return self._retried(lambda index: self._find(query, index))
+        return self._retried(lambda index: self._find(query, index), as_of)
 
-    def count(self, query: Query) -> int:
+    def count(self, query: Query, *, as_of: AsOf | None = None) -> int:
         """How many entities match. Raises CatalogError."""
-        return next(self._retried(lambda index: self._count(query, index)))
+        return next(self._retried(lambda index: self._count(query, index), as_of))
 
     def lookup_instances(
         self,
@@ -88,6 +92,7 @@ class QueryService:
         study: Sequence[str] = (),
         series: Sequence[str] = (),
         sop: Sequence[str] = (),
+        as_of: AsOf | None = None,
     ) -> Iterator[StoredInstance]:
         """Where the instances of some studies, series or with some SOPInstanceUIDs are, in the order of the bundles.
 
@@ -96,12 +101,12 @@ class QueryService:
         wanted = {"StudyInstanceUID": study, "SeriesInstanceUID": series, "SOPInstanceUID": sop}
         match = {keyword: list(uids) for keyword, uids in wanted.items() if uids}
         query = Query.build("IMAGE", match)
-        return self._retried(lambda index: _stored(query, index))
+        return self._retried(lambda index: _stored(query, index), as_of)
 
-    def _retried(self, ask: Callable[[Index], Iterator[T]]) -> Iterator[T]:
+    def _retried(self, ask: Callable[[Index], Iterator[T]], as_of: AsOf | None) -> Iterator[T]:
         """Answers of `ask`; where the index turns out damaged before the first, once more with a new one."""
         for last in (False, True):
-            index = self._indexes.current()
+            index = self._indexes.current() if as_of is None else self._indexes.at(as_of)
             answers = ask(index)
             try:
                 index.catch_up()

@@ -47,10 +47,13 @@ class CatalogTables:
             self._hdfs = Client(f"hdfs://{parts.netloc}")
         self._netloc = parts.netloc
 
-    def snapshot(self, name: str) -> Snapshot | None:
-        """The newest version of a table; None where it does not exist. Raises CatalogError where it cannot be read."""
+    def snapshot(self, name: str, version: int | None = None) -> Snapshot | None:
+        """A version of a table, the newest by default; None where the table does not exist.
+
+        Raises CatalogError where it cannot be read.
+        """
         try:
-            table = DeltaTable(f"{self.root}/{name}")
+            table = DeltaTable(f"{self.root}/{name}", version=version)
             paths = table.get_add_actions().column("path").to_pylist()
         except TableNotFoundError:
             return None
@@ -59,6 +62,19 @@ class CatalogTables:
         files = tuple(sorted(f"{self._folder}/{name}/{unquote(path)}" for path in paths))
         columns = frozenset(field.name for field in table.schema().fields)
         return Snapshot(name, table.version(), str(table.metadata().id), files, columns)
+
+    def commits(self, name: str) -> dict[int, int]:
+        """Versions of a table, as far as its log reaches back, with their times in ms since 1970 (UTC).
+
+        Empty where there is no table. Raises CatalogError where it cannot be read.
+        """
+        try:
+            history = DeltaTable(f"{self.root}/{name}").history()
+        except TableNotFoundError:
+            return {}
+        except (DeltaError, OSError) as error:
+            raise CatalogError(f"catalog table {name} below {self.root} cannot be read: {_plain(error)}") from None
+        return {commit["version"]: commit["timestamp"] for commit in history}
 
     def has_moved(self, name: str, version: int) -> bool:
         """Whether a table has a commit after `version` (-1: the table did not exist). One look at one file name.

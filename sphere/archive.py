@@ -16,6 +16,8 @@ from sphere.conf.errors import QueryError
 from sphere.conf.settings import Settings, load
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
     import pyarrow as pa
     from pyspark.sql import SparkSession
 
@@ -86,18 +88,25 @@ class Archive:
             raise QueryError(str(error).split("\n\nJVM stacktrace")[0].split(";\n'")[0].strip()) from None
 
     def find(
-        self, level: Level, keys: Mapping[str, Any] | None = None, *, return_keys: Iterable[str] = ()
+        self,
+        level: Level,
+        keys: Mapping[str, Any] | None = None,
+        *,
+        return_keys: Iterable[str] = (),
+        as_of: int | datetime | None = None,
     ) -> Iterator[dict[str, Any]]:
         """Entities of a level that match the keys (keyword to value, as in a C-FIND identifier), one dict each.
 
-        Raises QueryError for keys that break PS3.4 C.2.2.2.
+        `as_of` asks an earlier catalog: a version of table `bundles`, which counts batches of extraction, or a time
+        (UTC where it has no zone). Raises QueryError for keys that break PS3.4 C.2.2.2, CatalogError for a version
+        that is not known.
         """
         from sphere.catalog.query import Query
         from sphere.catalog.service import QueryService
 
         query = Query.build(level, dict(keys or {}), return_keys=tuple(return_keys))
         with QueryService(self.settings) as service:
-            for match in service.find(query):
+            for match in service.find(query, as_of=as_of):
                 identifier = match.identifier()
                 yield {element.keyword or str(element.tag): element.value for element in identifier}
 

@@ -13,6 +13,7 @@ from sphere.ingest.records import MemberRecord
 from sphere.ingest.storage import open_storage
 from sphere.jobs.versions import place, settle
 from tests.support.catalog import Row, write_catalog, write_table
+from tests.support.headers import Source
 
 
 def extract(settings: Settings, *, only: Callable[[MemberRecord], bool] = lambda record: True) -> None:
@@ -28,7 +29,7 @@ def extract(settings: Settings, *, only: Callable[[MemberRecord], bool] = lambda
         bundles.append({"bundle": state.bundle, "journal_bytes": end, "members": len(records), "sealed": sealed})
         for record in filter(only, records):
             data = storage.read(record.bundle, record.offset, record.length)
-            found = reader.read(data, size=len(data), fetch=lambda start, count, data=data: data[start : start + count])
+            found = reader.read(data, size=len(data), fetch=Source(data).fetch)
             if isinstance(found, Header):
                 headers[place(record)] = found
                 versions.setdefault(found.values["SOPInstanceUID"], []).append(record)

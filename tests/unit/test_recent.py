@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from sphere.catalog import recent
 from sphere.catalog.query import Query
-from sphere.catalog.schema import Level
+from sphere.catalog.schema import TABLES, Level
 from sphere.catalog.service import QueryService
 from sphere.conf.settings import Settings, from_dict
 from sphere.ingest.bundle import BundleWriter
@@ -162,7 +162,7 @@ def test_never_twice_in_the_middle_of_a_batch(settings: Settings, writer: Bundle
     shown = {member.SOPInstanceUID for member in members} | {stored[0].SOPInstanceUID}
     bundles = catalog.table_positions(settings)
     extract(settings, only=lambda record: record.SOPInstanceUID in shown)
-    catalog.write_table(settings, catalog.TABLES["bundles"], bundles)
+    catalog.write_table(settings, TABLES["bundles"], bundles)
     with QueryService(settings) as service:
         assert len(answers(service, "IMAGE")) == 6
         assert answers(service, "STUDY")[0]["00201208"]["Value"] == [6]

@@ -1,0 +1,42 @@
+"""An earlier state of the catalog: which version of each table belongs to a batch of extraction, or to a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+
+from sphere.catalog.tables import CatalogTables, Snapshot
+from sphere.conf.errors import CatalogError
+
+AsOf = int | datetime
+"""A version of table `bundles`, which extraction commits last in each batch; or a time (UTC where it has no zone): the
+last batch that was complete by then."""
+
+
+def snapshots_as_of(tables: CatalogTables, names: Sequence[str], as_of: AsOf) -> Mapping[str, Snapshot | None]:
+    """The versions of the tables as of then.
+
+    A batch begins after the one before is complete, and one process writes at a time: what was committed up to the
+    commit of `bundles` is that batch. Raises CatalogError where there is no such version, or the log no longer has it.
+    """
+    batch, moment = _batch(tables, as_of)
+    found = {name: batch if name == "bundles" else _last(tables.commits(name), moment) for name in names}
+    return {name: None if version is None else tables.snapshot(name, version) for name, version in found.items()}
+
+
+def _batch(tables: CatalogTables, as_of: AsOf) -> tuple[int, int]:
+    """The version of `bundles`, and when it was committed, in ms since 1970."""
+    commits = tables.commits("bundles")
+    if isinstance(as_of, datetime):
+        aware = as_of if as_of.tzinfo else as_of.replace(tzinfo=timezone.utc)
+        version = _last(commits, int(aware.timestamp() * 1000))
+    else:
+        version = as_of if as_of in commits else None
+    if version is None:
+        known = f"versions {min(commits)} to {max(commits)} are known" if commits else "nothing was extracted yet"
+        raise CatalogError(f"the catalog has no version as of {as_of}: {known}")
+    return version, commits[version]
+
+
+def _last(commits: Mapping[int, int], moment: int) -> int | None:
+    return max((version for version, time in commits.items() if time <= moment), default=None)
