@@ -3,7 +3,7 @@
 ``python -m tests.bench.bench_extract [--sizes 10000,100000] [--repeat 1] [--cores 2]``
 
 Instances are landed in bundles first; what is timed is `sphere extract` from the lock to the last commit, in a session
-that has done a few small extractions before (its start is printed apart). "per core" divides by the cores that Spark may
+that did a few small extractions before (its start is printed apart). "per core" divides by the cores that Spark may
 use; "CPU" is what the processes of the job took, and is the figure to go by on a machine that does other work too.
 The naive way is Spark's ``binaryFile`` source, pydicom and its DICOM JSON, written as Parquet.
 """
