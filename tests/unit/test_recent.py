@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -20,6 +21,7 @@ from sphere.conf.settings import Settings, from_dict
 from sphere.ingest.bundle import BundleWriter
 from sphere.ingest.records import MemberRecord
 from sphere.ingest.storage import open_storage
+from sphere.ingest.storage.local import LocalStorage
 from tests.support import catalog
 from tests.support.extracted import extract
 from tests.support.landing import changed, new_member, slices
@@ -183,3 +185,62 @@ def test_no_more_than_the_bound_is_held(
         extract(settings)
         assert len(answers(service, "IMAGE")) == 4
     assert caplog.text.count("wait for extraction") == 1
+
+
+def test_an_older_version_sent_anew_does_not_come_back(tmp_path: Path) -> None:
+    settings = archive(tmp_path, ingest={"on_conflict": "replace"})
+    old, corrected = POOL[0][:2]
+    with QueryService(settings) as service:
+        for number, data in enumerate((old, corrected, old)):
+            writer = BundleWriter(open_storage(settings.storage.root), settings)
+            writer.store(new_member(data, second=number))
+            writer.close()
+            if number < 2:
+                extract(settings)
+        [found] = answers(service, "IMAGE")
+        assert found["00104000"]["Value"] == ["another text"]
+
+
+def test_bytes_that_are_not_published_yet(
+    settings: Settings, writer: BundleWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recent, "RETRY_S", 0.0)
+    read = LocalStorage.read
+
+    def hidden(self: LocalStorage, path: str, offset: int = 0, length: int | None = None) -> bytes:
+        return b"" if path.endswith(".tar") else read(self, path, offset, length)
+
+    member = new_member(slices(1)[0])
+    with QueryService(settings) as service:
+        with monkeypatch.context() as patch:
+            patch.setattr(LocalStorage, "read", hidden)
+            writer.store(member)
+            [found] = answers(service, "IMAGE", {"SOPInstanceUID": member.SOPInstanceUID})
+            assert "Value" not in found["00100020"], "the journal knows no PatientID"
+            assert answers(service, "STUDY")[0]["00201208"]["Value"] == [1]
+        [found] = answers(service, "IMAGE", {"StudyInstanceUID": member.StudyInstanceUID})
+        assert found["00100020"]["Value"]
+        assert len(answers(service, "STUDY", {"PatientID": found["00100020"]["Value"][0]})) == 1
+
+
+def test_threads_that_store_and_ask(settings: Settings, writer: BundleWriter) -> None:
+    data = slices(24)
+    missed: list[int] = []
+    with QueryService(settings) as service:
+
+        def store(part: int) -> None:
+            for one in data[part::3]:
+                uid = writer.store(new_member(one)).SOPInstanceUID
+                if len(answers(service, "IMAGE", {"SOPInstanceUID": uid})) != 1:
+                    missed.append(part)
+
+        threads = [threading.Thread(target=store, args=(part,)) for part in range(3)]
+        for thread in threads:
+            thread.start()
+        for _ in range(3):
+            [*study] = service.find(Query.build("STUDY", return_keys=["NumberOfStudyRelatedInstances"]))
+            assert len(study) <= 1
+        for thread in threads:
+            thread.join()
+        assert not missed
+        assert answers(service, "STUDY")[0]["00201208"]["Value"] == [24]
