@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections import deque
@@ -9,10 +10,13 @@ from collections.abc import Iterator, Mapping, Set
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
+from sphere.conf.errors import BundleDamaged
 from sphere.ingest.journal import BUNDLES, Landed
 from sphere.ingest.records import MemberRecord
 from sphere.ingest.storage.base import Storage
 from sphere.ingest.storage.local import LocalStorage
+
+log = logging.getLogger(__name__)
 
 FAR_S = 1.0
 """Seconds between looks at a storage on which looking costs a call to a server; other hosts publish as often."""
@@ -46,7 +50,7 @@ class JournalTail:
         self._next_far = 0.0
 
     def take(self, most: int) -> list[MemberRecord]:
-        """Up to `most` further members; raises StorageError and BundleDamaged where journals cannot be read."""
+        """Up to `most` further members; raises StorageError where the storage does not answer."""
         if not self._queue:
             self._look()
         return [self._queue.popleft() for _ in range(min(most, len(self._queue)))]
@@ -110,7 +114,13 @@ class JournalTail:
             self._open.add(bundle)
             position = self._positions.get(bundle, 0)
             if size > position:
-                records, end, sealed = self._landed.records(bundle, from_byte=position, unpublished=True)
+                try:
+                    records, end, sealed = self._landed.records(bundle, from_byte=position, unpublished=True)
+                except BundleDamaged as error:  # the others go on
+                    log.warning("recent arrivals leave out a bundle: %s", error)
+                    self._sealed.add(bundle)
+                    self._open.discard(bundle)
+                    continue
                 self._queue.extend(records)
                 self._positions[bundle] = end
                 if sealed:

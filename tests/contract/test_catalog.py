@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,11 @@ from sphere.catalog.query import Query
 from sphere.catalog.service import QueryService
 from sphere.conf.errors import LockHeld
 from sphere.conf.settings import Settings, from_dict
+from sphere.ingest.bundle import BundleWriter
+from sphere.ingest.storage import open_storage
 from tests.contract.backends import Backend, Hdfs, Local
 from tests.support.catalog import Row, instance, write_catalog
+from tests.support.landing import new_member, slices
 
 
 def rows(studies: int) -> list[Row]:
@@ -48,6 +52,25 @@ class CatalogContract(Backend):
             write_catalog(archive, rows(5))
             assert service.count(Query.build("STUDY")) == 5
             assert len(list(service.lookup_instances(study=["9.4"]))) == 2
+
+    def test_what_was_stored_is_found_at_once(self, archive: Settings) -> None:
+        member = new_member(slices(1)[0])
+        uids = {"StudyInstanceUID": member.StudyInstanceUID, "SOPInstanceUID": member.SOPInstanceUID}
+        writer = BundleWriter(open_storage(archive.storage.root), archive)
+        other_host = archive.model_copy(
+            update={"archive": archive.archive.model_copy(update={"state_dir": archive.archive.state_dir / "other"})}
+        )
+        with QueryService(archive) as service, QueryService(other_host) as other:
+            assert (service.count(Query.build("IMAGE")), other.count(Query.build("IMAGE"))) == (0, 0)
+            writer.store(member)
+            assert service.count(Query.build("IMAGE", uids)) == 1
+            until = time.monotonic() + 20
+            for one in (service, other):
+                while not one.count(Query.build("STUDY", {"PatientID": "*?"})) and time.monotonic() < until:
+                    time.sleep(0.05)
+                assert one.count(Query.build("STUDY", {"PatientID": "*?"})) == 1, "by its header, once published"
+            writer.close()
+            assert service.count(Query.build("IMAGE")) == other.count(Query.build("IMAGE")) == 1
 
     def test_one_writer_at_a_time(self, archive: Settings) -> None:
         for _ in range(2):

@@ -244,3 +244,22 @@ def test_threads_that_store_and_ask(settings: Settings, writer: BundleWriter) ->
             thread.join()
         assert not missed
         assert answers(service, "STUDY")[0]["00201208"]["Value"] == [24]
+
+
+def test_a_damaged_journal_hides_no_other(settings: Settings, caplog: pytest.LogCaptureFixture) -> None:
+    first, second = slices(2)
+    for data in (first, second):
+        writer = BundleWriter(open_storage(settings.storage.root), settings)
+        record = writer.store(new_member(data))
+        if data is first:
+            with (
+                (Path(settings.storage.root.removeprefix("file://").replace("%20", " ")) / record.bundle)
+                .with_suffix(".journal")
+                .open("ab") as journal
+            ):
+                journal.write(b"no record\n")
+            writer.close()
+    with QueryService(settings) as service:
+        assert len(answers(service, "IMAGE")) == 1
+    writer.close()
+    assert caplog.text.count("leave out a bundle") == 1
