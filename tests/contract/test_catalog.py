@@ -73,6 +73,6 @@ def test_a_process_that_asked_hdfs_can_still_fork(hdfs_cluster: HdfsCluster, tmp
     """As PySpark does when it starts Java: closing a client in the child of a fork would hang it for good."""
     settings = from_dict({"storage": {"root": f"{hdfs_cluster.hdfs_url}/contract/fork"}}, base=tmp_path)
     connection = CatalogTables(settings).connect(tmp_path / "x.duckdb", read_only=False, memory_limit="64MB", threads=1)
-    child = subprocess.run(["true"], preexec_fn=lambda: None, timeout=60, check=False)  # noqa: PLW1509  the case at hand
+    child = subprocess.run(["true"], preexec_fn=lambda: None, timeout=60, check=False)
     assert child.returncode == 0
     connection.close()
