@@ -105,4 +105,5 @@ def _value_text(value: Any) -> str:
         return value
     if isinstance(value, Sequence):
         return "\\".join(_value_text(one) for one in value)
-    return str(getattr(value, "original_string", None) or value)
+    original = getattr(value, "original_string", None)  # of a DS as it was written; bytes for a PersonName
+    return original if isinstance(original, str) else str(value)

@@ -178,7 +178,7 @@ class IndexCache:
         if not path.exists():
             raise FileNotFoundError(path)
         connection = self._tables.connect(path, read_only=True, memory_limit=MEMORY_LIMIT, threads=THREADS)
-        connection.execute("SELECT count(*) FROM study_files")
+        connection.execute("SELECT count(*) FROM study_files").fetchall()
         instances = snapshots["instances"]
         versions = {name: snapshot.version if snapshot else -1 for name, snapshot in snapshots.items()}
         return Index(path, versions, connection, instances.columns if instances else frozenset())

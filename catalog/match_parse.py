@@ -147,9 +147,9 @@ def _first_moment(text: str) -> str:
 
 
 def _last_moment(text: str) -> str:
-    """The last microsecond of a time of any precision, in full."""
+    """The last microsecond of a time of any precision, in full; of a minute, that of its leap second."""
     whole, _, fraction = text.partition(".")
-    return f"{whole}{'5959'[len(whole) - 2 :]}.{fraction.ljust(6, '9')}"
+    return f"{whole}{'5960'[len(whole) - 2 :]}.{fraction.ljust(6, '9')}"
 
 
 _INSTANT_RANGE = re.compile(f"({DATETIME_RE})?-({DATETIME_RE})?", re.ASCII)

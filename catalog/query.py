@@ -182,7 +182,7 @@ def _tested(tag: int, keyword: str, vr: str, text: str) -> Key:
 
 
 def _built(name: str, value: Any) -> Key:
-    tag = tag_for_keyword(name)
+    tag = tag_for_keyword(name) if name else None
     if tag is None:
         try:
             tag = int(name, 16) if len(name) == 8 else None

@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from types import TracebackType
 
 from pydicom.dataset import Dataset
-from pydicom.uid import UID
+from pydicom.uid import UID, DeflatedExplicitVRLittleEndian
 from pynetdicom.association import Association
 from pynetdicom.dimse_primitives import C_STORE
 from pynetdicom.presentation import PresentationContext, build_context
@@ -200,7 +201,10 @@ class _Sender:
         request.Priority = 0  # medium (PS3.7 9.1.1.1.5)
         request.AffectedSOPClassUID = UID(item.SOPClassUID)
         request.AffectedSOPInstanceUID = UID(item.SOPInstanceUID)
-        request._dataset_path = (item.path, item.dataset_offset)
+        if item.TransferSyntaxUID == DeflatedExplicitVRLittleEndian:
+            request.DataSet = BytesIO(_padded(item))
+        else:
+            request._dataset_path = (item.path, item.dataset_offset)
         assoc._reactor_checkpoint.clear()  # the reactor must not take the response
         while not assoc._is_paused:
             time.sleep(0.0001)
@@ -215,6 +219,14 @@ class _Sender:
         if self._assoc is not None and self._assoc.is_established:
             self._assoc.release()
         self._assoc = None
+
+
+def _padded(item: _Outgoing) -> bytes:
+    """A deflated data set, made even with a NUL as PS3.5 A.5 wants: DCMTK ends an association over an odd one."""
+    with item.path.open("rb") as file:
+        file.seek(item.dataset_offset)
+        data = file.read()
+    return data + bytes(len(data) % 2)
 
 
 def _context_for(assoc: Association, item: _Outgoing) -> PresentationContext | None:

@@ -38,7 +38,7 @@ def run_receiver(settings: Settings, *, ready: Callable[[int], None]) -> None:
     writer = BundleWriter(storage, settings)
     try:
         handlers = Handlers(CallingPolicy(settings.peers), StoreService(writer), FindService(QueryService(settings)))
-        server = Server(settings, _acceptor(settings, handlers))
+        server = listen(settings, handlers)
         threading.Thread(target=server.serve, daemon=True, name="accept").start()
         log.info("receiver listens host=%s port=%d", settings.dimse.host, server.port)
         ready(server.port)
@@ -63,9 +63,10 @@ def _stop_signal() -> threading.Event:
     return stop
 
 
-def _acceptor(settings: Settings, handlers: Handlers) -> Acceptor:
+def listen(settings: Settings, handlers: Handlers) -> Server:
+    """A server that is bound and not yet serving; raises SettingsError when the port cannot be had."""
     dimse = settings.dimse
-    return Acceptor(
+    acceptor = Acceptor(
         services=handlers.services(),
         admit=handlers.admit,
         places=threading.BoundedSemaphore(dimse.max_associations),
@@ -78,3 +79,4 @@ def _acceptor(settings: Settings, handlers: Handlers) -> Acceptor:
         max_pdu=dimse.max_pdu,
         artim_s=dimse.artim_s,
     )
+    return Server(settings, acceptor)

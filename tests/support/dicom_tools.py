@@ -22,6 +22,7 @@ from tests.support.receiver import free_port
 
 START_S = 30  # seconds that a server may take to listen
 RUN_S = 120  # seconds that a client may take
+NO_NAGLE = os.environ | {"TCP_NODELAY": "1"}  # DCMTK's own programs stall for 45 ms an instance on each other otherwise
 
 # storescu's option that proposes a transfer syntax; without one it proposes the uncompressed ones
 STORESCU_OPTIONS = {
@@ -91,7 +92,7 @@ def wait_for_port(port: int, process: subprocess.Popen[Any]) -> None:
 def running(command: Sequence[str | Path], port: int, log_path: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A server process that listens on `port`, ended by its process id."""
     with log_path.open("wb") as log:
-        process = subprocess.Popen([str(part) for part in command], stdout=log, stderr=subprocess.STDOUT)
+        process = subprocess.Popen([str(part) for part in command], env=NO_NAGLE, stdout=log, stderr=subprocess.STDOUT)
     try:
         wait_for_port(port, process)
         yield process
