@@ -15,7 +15,7 @@ from sphere.scp.upper.protocol import Ended, Violation
 
 CONTROL_PDU = 1 << 20  # bytes; an A-ASSOCIATE-RQ may be longer than any P-DATA-TF that we announce
 SLACK = 1024  # bytes by which a P-DATA-TF PDU may be longer than announced: some senders count otherwise
-TICK_S = 1.0  # seconds after which a blocked receive looks at its deadline and whether it should stop
+TICK_S = 0.25  # seconds after which a blocked receive looks at its deadline and whether it should stop
 LINGER_S = 2.0  # seconds for the peer to read an A-ABORT or A-ASSOCIATE-RJ before the connection is closed
 QUICKACK = getattr(socket, "TCP_QUICKACK", None)  # Linux only
 
@@ -28,7 +28,7 @@ class Connection:
     returns only after `keep` fell, which `spill` has to bring about.
     """
 
-    def __init__(self, sock: socket.socket, *, budget: Budget, max_pdu: int, tick_s: float = TICK_S) -> None:
+    def __init__(self, sock: socket.socket, *, budget: Budget, max_pdu: int) -> None:
         self._sock = sock
         self._budget = budget
         self._max_pdu = max_pdu + SLACK
@@ -40,7 +40,7 @@ class Connection:
         self.stopping = False  # set by another thread: to be ended at the next tick
         sock.setblocking(True)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        timeval = struct.pack("ll", int(tick_s), int(tick_s % 1 * 1e6))
+        timeval = struct.pack("ll", 0, int(TICK_S * 1e6))
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
 

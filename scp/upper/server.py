@@ -22,7 +22,7 @@ ARRIVING_MEMORY = 32 << 20  # bytes of arriving data sets beyond the first buffe
 
 
 class Server:
-    """One receiver's listening socket and its associations; other receivers may listen on the same port."""
+    """One receiver's listening socket and its associations; other receivers may listen on the same TCP `port`."""
 
     def __init__(self, settings: Settings, acceptor: Acceptor) -> None:
         """Bind and listen; raises SettingsError when the port cannot be had."""
@@ -33,11 +33,7 @@ class Server:
         self._open: set[Association] = set()
         self._stopping = False
         self._socket = _listen(settings.dimse.host, settings.dimse.port)
-
-    @property
-    def port(self) -> int:
-        """The TCP port that is listened on."""
-        return int(self._socket.getsockname()[1])
+        self.port = int(self._socket.getsockname()[1])
 
     def serve(self) -> None:
         """Accept until `stop`."""
@@ -80,22 +76,23 @@ class Server:
             sock.close()
             return
         try:
-            thread = threading.Thread(target=self._run, args=(sock, address), daemon=True)
-            thread.start()
-        except (OSError, RuntimeError) as error:
-            log.error("connection closed unread address=%s: %s", address, error)
-            sock.close()
-
-    def _run(self, sock: socket.socket, address: str) -> None:
-        try:
             connection = Connection(sock, budget=self._budget, max_pdu=self._acceptor.max_pdu)
-        except OSError as error:  # the peer is gone already, or there is no memory
+        except OSError as error:  # the peer is gone already
             log.warning("connection lost address=%s: %s", address, error.strerror)
             sock.close()
             return
         association = Association(connection, address, self._acceptor)
         with self._lock:
             self._open.add(association)
+        try:
+            threading.Thread(target=self._run, args=(association,), daemon=True).start()
+        except RuntimeError as error:  # no room for another thread
+            log.error("connection closed unread address=%s: %s", address, error)
+            connection.close()
+            with self._lock:
+                self._open.discard(association)
+
+    def _run(self, association: Association) -> None:
         try:
             association.run()
         finally:
