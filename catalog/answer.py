@@ -82,8 +82,8 @@ def _item(key: Key, header: Header) -> Dataset:
 
 def _add(dataset: Dataset, tag: int, vr: str, value: Any) -> None:
     texts = [_wire(one, vr) for one in value] if isinstance(value, list) else _wire(value, vr)
-    if vr == "SQ":
-        texts = []
+    if value is None:
+        texts = [] if vr == "SQ" else None
     elif vr == "US or SS":
         low = min(value, default=0) if isinstance(value, list) else value or 0
         vr = "SS" if low < 0 else "US"
@@ -92,9 +92,11 @@ def _add(dataset: Dataset, tag: int, vr: str, value: Any) -> None:
 
 def _wire(value: Any, vr: str) -> Any:
     """A value in column form as pydicom takes it: dates as YYYYMMDD, decimals as DS text, tags as numbers."""
+    if value is None:  # an empty value, also between others
+        return ""
     if isinstance(value, date):
         return f"{value.year:04}{value:%m%d}"
-    if vr == "DS" and value is not None:
+    if vr == "DS":
         return _decimal(value)
     if vr == "AT" and isinstance(value, str):
         return int(value, 16)

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import duckdb
@@ -26,6 +26,7 @@ import duckdb
 from sphere.catalog.match import TRAILING_ONLY_VRS, normal_name_sql
 from sphere.catalog.schema import BY_KEYWORD, TABLES
 from sphere.catalog.tables import CatalogTables, Snapshot
+from sphere.conf.errors import CatalogError
 from sphere.conf.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -44,11 +45,17 @@ REFRESH_WAIT_S = 2.0
 SETTLE_S = 5.0
 """Seconds between looks at the tables other than `bundles`: a change that no batch completes is taken up after two."""
 
+OPEN_ATTEMPTS = 5
+
 NAME_SUFFIX = "$name"
 """Column `PatientName$name` holds the normalised form of `PatientName`."""
 
-DAMAGE = (duckdb.IOException, duckdb.SerializationException, duckdb.InternalException, duckdb.FatalException)
-"""What DuckDB raises for a file that is damaged or gone."""
+_DAMAGE = (duckdb.IOException, duckdb.SerializationException, duckdb.InternalException, duckdb.FatalException)
+
+
+def is_damage(error: duckdb.Error) -> bool:
+    """Whether DuckDB says that a file is damaged or gone (a bad checksum is a plain Error)."""
+    return isinstance(error, _DAMAGE) or type(error) is duckdb.Error
 
 
 @dataclass(frozen=True)
@@ -58,7 +65,7 @@ class Index:
     path: Path
     versions: Mapping[str, int]
     connection: duckdb.DuckDBPyConnection
-    instance_columns: frozenset[str] = field(default_factory=frozenset)
+    instance_columns: frozenset[str]
 
     @contextmanager
     def cursor(self) -> Iterator[duckdb.DuckDBPyConnection]:
@@ -146,7 +153,7 @@ class IndexCache:
 
     def _open_or_build(self) -> Index:
         self._folder.mkdir(parents=True, exist_ok=True)
-        while True:
+        for _ in range(OPEN_ATTEMPTS):
             snapshots = {name: self._tables.snapshot(name) for name in WATCHED}
             path = self._folder / self._file_name(snapshots)
             if not path.exists():
@@ -156,8 +163,9 @@ class IndexCache:
                         self._remove_others(path)
             try:
                 return self._open(path, snapshots)
-            except (FileNotFoundError, *DAMAGE):  # damaged, or removed since by the builder of a newer version
+            except (FileNotFoundError, duckdb.Error):  # damaged, or removed since by the builder of a newer version
                 path.unlink(missing_ok=True)
+        raise CatalogError(f"no index can be opened in {self._folder}: its files vanish or are damaged at once")
 
     def _file_name(self, snapshots: Mapping[str, Snapshot | None]) -> str:
         """One name per catalog root and its versions; the table ids tell a catalog from its successor at that place."""
@@ -192,6 +200,8 @@ class IndexCache:
             for name in INDEXED:
                 _copy_table(connection, name, snapshots[name])
             _map_studies(connection, snapshots["instances"])
+        except duckdb.Error as error:
+            raise CatalogError(f"no index can be built from {self._tables.root}: {error}") from None
         finally:
             connection.close()
         building.rename(path)

@@ -12,7 +12,7 @@ import orjson
 
 from sphere.catalog.answer import Match
 from sphere.catalog.headers import read_headers, tags_of
-from sphere.catalog.index import DAMAGE, Index, IndexCache
+from sphere.catalog.index import Index, IndexCache, is_damage
 from sphere.catalog.match_header import Header, holds
 from sphere.catalog.plan import Plan, make_plan, studies_sql
 from sphere.catalog.query import ANSWERED, Query
@@ -104,7 +104,9 @@ class QueryService:
             answers = ask(index)
             try:
                 first = next(answers, None)
-            except DAMAGE as error:
+            except duckdb.Error as error:
+                if not is_damage(error):
+                    raise
                 self._indexes.discard(index)
                 if last:
                     raise CatalogError(f"the catalog cannot be read: {error}") from None

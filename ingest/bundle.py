@@ -34,12 +34,13 @@ _log = logging.getLogger(__name__)
 class _Job:
     """What waits for its turn: a member to be written, or something to be done while nothing is written."""
 
-    __slots__ = ("action", "prepared", "record")
+    __slots__ = ("action", "error", "prepared", "record")
 
     def __init__(self, prepared: Prepared | None = None, action: Callable[[], None] | None = None) -> None:
         self.prepared = prepared
         self.action = action
         self.record: MemberRecord | None = None
+        self.error: StorageError | None = None
 
 
 class BundleWriter:
@@ -72,7 +73,8 @@ class BundleWriter:
         """
         job = _Job(prepare(member))
         self._groups.submit(job)
-        assert job.record is not None
+        if job.record is None:
+            raise job.error or StorageError("the bundle writer ended without storing the instance")
         return job.record
 
     def close(self) -> None:
@@ -106,7 +108,11 @@ class BundleWriter:
     def _commit(self, group: list[_Job]) -> None:
         members = [job for job in group if job.prepared is not None]
         if members:
-            self._write(members)
+            try:
+                self._write(members)
+            except StorageError as error:
+                for job in members:
+                    job.error = error
         for job in group:
             if job.action is not None:
                 job.action()

@@ -10,11 +10,12 @@ Job = TypeVar("Job")
 
 
 class _Waiting(Generic[Job]):
-    __slots__ = ("done", "error", "job", "turn")
+    __slots__ = ("done", "error", "job", "leads", "turn")
 
     def __init__(self, job: Job) -> None:
         self.job = job
         self.done = False
+        self.leads = False  # chosen to commit the next group
         self.error: BaseException | None = None
         self.turn = threading.Lock()  # released when the job is done, or when it is this thread's turn to lead
         self.turn.acquire()
@@ -42,7 +43,11 @@ class GroupCommit(Generic[Job]):
             follow = self._led
             self._led = True
         if follow:
-            mine.turn.acquire()
+            try:
+                mine.turn.acquire()
+            except BaseException:  # Ctrl-C in the main thread
+                self._give_up(mine)
+                raise
         if not mine.done:
             self._lead(mine)
         if mine.error is not None:
@@ -57,11 +62,22 @@ class GroupCommit(Generic[Job]):
             for waiting in group:
                 waiting.error = error
         with self._mutex:
-            self._led = bool(self._queue)
-            successor = self._queue[0] if self._queue else None
-        if successor is not None:
-            successor.turn.release()
+            self._choose_leader()
         for waiting in group:
             waiting.done = True
             if waiting is not mine:
                 waiting.turn.release()
+
+    def _choose_leader(self) -> None:
+        self._led = bool(self._queue)
+        if self._led:
+            self._queue[0].leads = True
+            self._queue[0].turn.release()
+
+    def _give_up(self, mine: _Waiting[Job]) -> None:
+        """Take an interrupted job out of the queue; one that is being committed already stays committed."""
+        with self._mutex:
+            if mine in self._queue:
+                self._queue.remove(mine)
+                if mine.leads:
+                    self._choose_leader()

@@ -182,7 +182,7 @@ class _Sender:
         return StoreResult(item.path, status.Status, failure(status) if status.Status != SUCCESS else "")
 
     def _association(self, needed: frozenset[tuple[str, str]]) -> Association:
-        if self._assoc is not None and self._assoc.is_established and needed <= self._proposed:
+        if self._assoc is not None and needed <= self._proposed and not self._assoc.acse.is_aborted():
             return self._assoc
         self._release()
         contexts = [build_context(sop_class, syntax) for sop_class, syntax in sorted(needed)]
@@ -205,19 +205,16 @@ class _Sender:
             request.DataSet = BytesIO(_padded(item))
         else:
             request._dataset_path = (item.path, item.dataset_offset)
-        assoc._reactor_checkpoint.clear()  # the reactor must not take the response
-        while not assoc._is_paused:
-            time.sleep(0.0001)
-        try:
-            assoc.dimse.send_msg(request, context.context_id or 0)
-            _, response = assoc.dimse.get_msg(block=True)
-        finally:
-            assoc._reactor_checkpoint.set()
+        assoc.dimse.send_msg(request, context.context_id or 0)
+        _, response = assoc.dimse.get_msg(block=True)
         return Dataset() if response is None else assoc._check_received_status(response)
 
     def _release(self) -> None:
-        if self._assoc is not None and self._assoc.is_established:
-            self._assoc.release()
+        if self._assoc is not None:
+            if self._assoc.acse.is_aborted():
+                self._assoc.abort()  # it is over already: ends our threads
+            else:
+                self._assoc.release()
         self._assoc = None
 
 

@@ -37,17 +37,30 @@ def run_receiver(settings: Settings, *, ready: Callable[[int], None]) -> None:
     storage = open_storage(settings.storage.root, user=settings.storage.user)
     writer = BundleWriter(storage, settings)
     try:
-        handlers = Handlers(CallingPolicy(settings.peers), StoreService(writer), FindService(QueryService(settings)))
-        server = listen(settings, handlers)
-        threading.Thread(target=server.serve, daemon=True, name="accept").start()
-        log.info("receiver listens host=%s port=%d", settings.dimse.host, server.port)
-        ready(server.port)
-        stop.wait()
-        server.stop()
-        server.drain(DRAIN_S)
+        with QueryService(settings) as finder:
+            handlers = Handlers(CallingPolicy(settings.peers), StoreService(writer), FindService(finder))
+            _serve(listen(settings, handlers), stop, ready)
     finally:
         writer.close()
     log.info("receiver stopped")
+
+
+def _serve(server: ReceiverServer, stop: threading.Event, ready: Callable[[int], None]) -> None:
+    threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True, name="accept").start()
+    log.info("receiver listens address=%s:%d", *server.server_address[:2])
+    ready(server.port)
+    stop.wait()
+    server.stop_accepting()
+    _drain(server)
+
+
+def _serve(server: Server, stop: threading.Event, ready: Callable[[int], None]) -> None:
+    threading.Thread(target=server.serve, daemon=True, name="accept").start()
+    log.info("receiver listens port=%d", server.port)
+    ready(server.port)
+    stop.wait()
+    server.stop()
+    server.drain(DRAIN_S)
 
 
 def _log_thread_error(args: threading.ExceptHookArgs) -> None:

@@ -24,6 +24,7 @@ MODELS: dict[str, Model] = {
     "study": "STUDY_ROOT",
     "patient-study": "PATIENT_STUDY_ONLY",
 }
+SAME = (0x00080005, 0x00080052)  # SpecificCharacterSet (text is decoded), QueryRetrieveLevel (it was asked for)
 
 
 @click.command()
@@ -162,8 +163,11 @@ def split_key(text: str) -> tuple[str, str]:
 
 
 def answers_table(answers: Iterable[Dataset]) -> pa.Table:
-    """One row an answer, one column of text a keyword, in the order of the tags."""
-    rows = [{element.keyword or str(element.tag): text_of(element.value) for element in answer} for answer in answers]
+    """One row an answer, one column of text a keyword, in the order of the tags, without what is the same for all."""
+    rows = [
+        {element.keyword or str(element.tag): text_of(element.value) for element in answer if element.tag not in SAME}
+        for answer in answers
+    ]
     names = dict.fromkeys(name for row in rows for name in row)
     columns = {name: pa.array([row.get(name) for row in rows], pa.string()) for name in names}
     return pa.table(columns)

@@ -86,4 +86,3 @@ COLUMNS: Final[tuple[Column, ...]] = tuple(
         key=lambda column: column.tag,
     )
 )
-BY_TAG: Final[Mapping[int, Column]] = {column.tag: column for column in COLUMNS}

@@ -57,6 +57,7 @@ def identify(prefix: bytes, *, transfer_syntax_uid: str | None = None, size: int
         found, complete = _walk(layout)
     except (HeaderTooLarge, InflateFailed):
         found, complete = {}, True
+    complete = complete or len(prefix) >= size
     return Identity(
         found.get(_SOP_INSTANCE) or layout.meta.MediaStorageSOPInstanceUID,
         found.get(_SOP_CLASS) or layout.meta.MediaStorageSOPClassUID,
@@ -93,4 +94,6 @@ def _walk(layout: Layout) -> tuple[dict[int, str], bool]:
             if len(value) < head.length:
                 return found, False
             found[head.tag] = value.decode("latin-1").strip("\0 ")
+            if head.tag == _SERIES:
+                return found, True
         pos += head.length

@@ -17,7 +17,7 @@ from sphere.ingest.header.element import (
     read_head,
 )
 from sphere.ingest.header.window import Fetch, InflateFailed, Inflater, Window
-from sphere.ingest.part10 import FileMeta, read_file_meta
+from sphere.ingest.part10 import SHORT_VRS, FileMeta, read_file_meta
 
 IMPLICIT_VR_LITTLE_ENDIAN: Final = "1.2.840.10008.1.2"
 EXPLICIT_VR_LITTLE_ENDIAN: Final = "1.2.840.10008.1.2.1"
@@ -115,13 +115,14 @@ def _deflated(window: Window, meta: FileMeta, declared: str, start: int, fetch: 
         return prefix[pos : pos + count] if pos < len(prefix) else fetch(pos, count)
 
     source = Inflater(raw, offset=start, size=window.size, limit=limit)
-    inflated = Window(b"", size=source.size, fetch=source.fetch, limit=limit + 1)
+    inflated = Window(b"", size=source.size, fetch=source.fetch, limit=source.size)
     try:
         inflated.load(0, 1)
     except InflateFailed:
-        plain = _plain(window, meta, "", start)
-        if isinstance(plain, Layout):
-            plain.warnings.append(f"transfer syntax {declared} is declared, but the data set is not deflated")
+        if _recognise(window, start) is not None:
+            plain = _plain(window, meta, "", start)
+            if isinstance(plain, Layout):
+                plain.warnings.append(f"transfer syntax {declared} is declared, but the data set is not deflated")
             return plain
         return Rejected(RejectReason.MALFORMED, "the data set is declared deflated and cannot be inflated")
     return Layout(meta, declared, EXPLICIT_LE, inflated, start, 0, True, [])
@@ -132,10 +133,11 @@ def _plain(window: Window, meta: FileMeta, declared: str, start: int) -> Layout 
         if meta.elements or meta.has_prefix:
             return Rejected(RejectReason.TRUNCATED, "no data set follows the File Meta Information")
         return Rejected(RejectReason.NOT_DICOM, "no data element could be recognised")
-    seen = _recognise(window, start)
+    known_as_dicom = bool(meta.elements or meta.has_prefix or declared)
+    seen = _recognise(window, start, last_group=0x7FE0 if known_as_dicom else 0x0020)
     expected = _expected(declared)
     if seen is None:
-        return _unrecognised(meta, declared, expected) or Layout(
+        return _unrecognised(known_as_dicom, declared, expected) or Layout(
             meta, declared, expected or EXPLICIT_LE, window, start, start, False, []
         )
     if expected is None and declared and not seen.explicit:
@@ -147,9 +149,9 @@ def _plain(window: Window, meta: FileMeta, declared: str, start: int) -> Layout 
     return Layout(meta, uid, seen, window, start, start, False, warnings)
 
 
-def _unrecognised(meta: FileMeta, declared: str, expected: Encoding | None) -> Rejected | None:
+def _unrecognised(known_as_dicom: bool, declared: str, expected: Encoding | None) -> Rejected | None:
     """Why a data set whose first element looks like none cannot be tried; None where it can."""
-    if not meta.elements and not meta.has_prefix and not declared:
+    if not known_as_dicom:
         return Rejected(RejectReason.NOT_DICOM, "no data element could be recognised")
     if declared and expected is None:
         return Rejected(RejectReason.TRANSFER_SYNTAX, f"the encoding of transfer syntax {declared} is not known")
@@ -163,17 +165,22 @@ def _expected(declared: str) -> Encoding | None:
     return EXPLICIT_LE if declared.startswith(_STANDARD_ROOT) else None
 
 
-def _recognise(window: Window, pos: int) -> Encoding | None:
-    """The encoding of the element at `pos`; None where it looks like no first element of a data set."""
+def _recognise(window: Window, pos: int, *, last_group: int = 0x7FE0) -> Encoding | None:
+    """The encoding of the element at `pos`; None where it looks like no first element of a data set.
+
+    Bytes that nothing else calls DICOM are believed only where they begin with a group up to `last_group`.
+    """
     index = window.load(pos, 12) if pos >= window.base else 0
     first = window.buf[index : index + 12]
     if len(first) < 8:
         return None
+    if first[0] and not first[1] and first[4:6] in SHORT_VRS and first[0] <= last_group:
+        return EXPLICIT_LE  # how nearly all data sets begin
     little = int.from_bytes(first[:2], "little") <= int.from_bytes(first[:2], "big")
     explicit = first[4:6] in VRS
     encoding = Encoding(explicit=explicit, little=little)
     head = read_head(first, 0, encoding, window.size - pos)
-    if head is None or head.tag < 0x00040000 or head.tag > 0x7FE00010:
+    if head is None or not 1 <= head.tag >> 16 <= last_group:
         return None
     if head.length == UNDEFINED:
         fits = (head.vr or standard_vr(head.tag) or "UN") in ("SQ", "UN")

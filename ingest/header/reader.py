@@ -18,7 +18,8 @@ _MEDIA_STORAGE_DIRECTORY: Final = "1.2.840.10008.1.3.10"
 _DIRECTORY_RECORD_SEQUENCE: Final = 0x00041220
 _IDENTIFYING: Final = ("SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID")
 _LAST_IDENTIFYING: Final = 0x0020000E
-_UID: Final = re.compile(r"[0-9.]{1,64}", re.ASCII)
+_UID_LENGTH: Final = 64  # characters (PS3.5 9.1)
+_UID: Final = re.compile(rf"[0-9.]{{1,{_UID_LENGTH}}}", re.ASCII)
 _STRICT_UID: Final = re.compile(r"(?:0|[1-9]\d*)(?:\.(?:0|[1-9]\d*))+", re.ASCII)
 
 
@@ -58,20 +59,36 @@ class HeaderReader:
         save for at most 16 KiB or as much as the header has already taken. What `fetch` raises goes through; bad bytes
         raise nothing.
         """
+        failures: list[BaseException] = []
+
+        def guarded(offset: int, count: int) -> bytes:
+            try:
+                return fetch(offset, count)
+            except BaseException as error:
+                failures.append(error)
+                raise
+
         try:
-            layout = find_layout(prefix, size=size, fetch=fetch, limit=self._max_header)
-            if isinstance(layout, Rejected):
-                return layout
-            if layout.meta.MediaStorageSOPClassUID == _MEDIA_STORAGE_DIRECTORY:
-                return Rejected(RejectReason.MEDIA_DIRECTORY, "Media Storage Directory")
-            walker = Walker(layout.window, inflated=layout.inflated)
-            hits = walker.walk(layout.start, self._memo.context(layout.encoding, DEFAULT))
+            return self._read(prefix, size, guarded)
         except InflatesTooLarge:
             return Rejected(RejectReason.INFLATE_LIMIT, f"inflates to more than {self._max_header} bytes of header")
         except HeaderTooLarge:
             return Rejected(RejectReason.TOO_LARGE, f"more than {self._max_header} bytes of header")
+        except Exception as error:  # a defect of the reader costs one file, not the job
+            if failures:
+                raise
+            return Rejected(RejectReason.INTERNAL, f"{type(error).__name__} in the header reader")
         finally:
             self._memo.trim()
+
+    def _read(self, prefix: bytes, size: int, fetch: Fetch) -> Header | Rejected:
+        layout = find_layout(prefix, size=size, fetch=fetch, limit=self._max_header)
+        if isinstance(layout, Rejected):
+            return layout
+        if layout.meta.MediaStorageSOPClassUID == _MEDIA_STORAGE_DIRECTORY:
+            return Rejected(RejectReason.MEDIA_DIRECTORY, "Media Storage Directory")
+        walker = Walker(layout.window, inflated=layout.inflated)
+        hits = walker.walk(layout.start, self._memo.context(layout.encoding, DEFAULT))
         return _header(layout, walker, hits)
 
 
@@ -111,10 +128,11 @@ def _check_uids(values: dict[str, Any], hits: list[Hit], walker: Walker, warning
         return _missing(missing, hits, walker)
     for keyword in _IDENTIFYING:
         uid = values[keyword]
+        if _STRICT_UID.fullmatch(uid) and len(uid) <= _UID_LENGTH:
+            continue
         if not _UID.fullmatch(uid):
             return Rejected(RejectReason.BAD_UID, f"{keyword} is no UID ({len(uid)} characters)")
-        if not _STRICT_UID.fullmatch(uid):
-            warnings.append(f"{keyword}: a component is empty or has leading zeros")
+        warnings.append(f"{keyword}: a component is empty or has leading zeros")
     return None
 
 

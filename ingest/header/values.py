@@ -13,7 +13,7 @@ from typing import Any, Final, NamedTuple
 import orjson
 
 from sphere.ingest.header.charset import Charset, decode
-from sphere.ingest.header.columns import BY_TAG, Column
+from sphere.ingest.header.columns import COLUMNS
 from sphere.ingest.header.dictionary import label
 
 INLINE_LIMIT: Final = 1024  # bytes of a binary value up to which it stands in the JSON itself
@@ -68,16 +68,19 @@ def element_hit(tag: int, vr: str, value: bytes, *, little: bool, charset: Chars
     if vr in BINARY_VRS:
         return _binary(tag, vr, value, little)
     try:
-        decoded = _decoder(vr)(value, vr, little, charset)
+        decoded = _DECODERS.get(vr, _codes)(value, vr, little, charset)
     except (ValueError, struct.error):
         hit = _binary(tag, "UN", value, little)
         return hit._replace(warnings=(f"{label(tag)}: {len(value)} bytes are not a value of {vr}",))
-    column = BY_TAG.get(tag)
-    json = member(tag, vr, b',"Value":' + decoded.json if decoded.json else b"")
-    problems = [decoded.problem] if decoded.problem else []
-    typed = _typed(column, decoded.values, problems) if column is not None and decoded.json else None
-    warnings = tuple(f"{label(tag)}: {problem}" for problem in problems)
-    return Hit(tag, json, column.keyword if column and typed is not None else None, typed, warnings)
+    json, values, problem = decoded
+    if not json:
+        return Hit(tag, member(tag, vr), None, None, ())
+    problems = [problem] if problem else []
+    target = _TARGETS.get(tag)
+    typed = _typed(target, values, problems) if target is not None else None
+    warnings = tuple([f"{label(tag)}: {problem}" for problem in problems]) if problems else ()
+    keyword = target.keyword if target is not None and typed is not None else None
+    return Hit(tag, member(tag, vr, b',"Value":' + json), keyword, typed, warnings)
 
 
 def bulk_hit(tag: int, vr: str, *, offset: int, length: int, inflated: bool) -> Hit:
@@ -94,16 +97,11 @@ def _binary(tag: int, vr: str, value: bytes, little: bool) -> Hit:
     if not little and word > 1 and len(value) % word == 0:
         value = b"".join(value[i : i + word][::-1] for i in range(0, len(value), word))
     rest = b',"InlineBinary":"%s"' % b64encode(value)
-    column = BY_TAG.get(tag)
-    warnings = (f"{label(tag)}: has VR {vr}, so its column stays empty",) if column else ()
+    warnings = (f"{label(tag)}: has VR {vr}, so its column stays empty",) if tag in _TARGETS else ()
     return Hit(tag, member(tag, vr, rest), None, None, warnings)
 
 
 _Decoder = Callable[[bytes, str, bool, Charset], _Decoded]
-
-
-def _decoder(vr: str) -> _Decoder:
-    return _DECODERS.get(vr, _codes)
 
 
 def _codes(value: bytes, vr: str, little: bool, charset: Charset) -> _Decoded:
@@ -128,7 +126,7 @@ def _text(value: bytes, vr: str, little: bool, charset: Charset) -> _Decoded:
 def _names(value: bytes, vr: str, little: bool, charset: Charset) -> _Decoded:
     """PN: up to three component groups (PS3.5 6.2.1)."""
     text, clean = decode(value.rstrip(b" \0"), charset)
-    parts: list[str | None] = [part.rstrip(" \0") or None for part in text.split("\\")]
+    parts: list[str | None] = [part.rstrip(" \0=") or None for part in text.split("\\")]
     if parts == [None]:
         return _Decoded(b"", ())
     problem = "" if clean else f"has bytes that are not {charset.encodings[0]}"
@@ -221,15 +219,22 @@ _DECODERS: Final[dict[str, _Decoder]] = {
 }
 
 
-def _typed(column: Column, values: Sequence[Any], problems: list[str]) -> Any:
+class _Target(NamedTuple):
+    """A column, as values are put into it."""
+
+    keyword: str
+    multiple: bool
+    convert: Callable[[Any], Any]
+
+
+def _typed(target: _Target, values: Sequence[Any], problems: list[str]) -> Any:
     """The column's value; what cannot be typed becomes None and is told in `problems`."""
-    convert = _CONVERTERS[str(column.arrow.value_type if column.multiple else column.arrow)]
-    if column.multiple:
-        typed = [_converted(convert, value, problems) for value in values]
+    if target.multiple:
+        typed = [_converted(target.convert, value, problems) for value in values]
         return None if all(value is None for value in typed) else typed
     if len(values) > 1:
         problems.append(f"has {len(values)} values where one is allowed, the first is taken")
-    return _converted(convert, values[0], problems)
+    return _converted(target.convert, values[0], problems)
 
 
 def _converted(convert: Callable[[Any], Any], value: Any, problems: list[str]) -> Any:
@@ -275,4 +280,12 @@ _CONVERTERS: Final[dict[str, Callable[[Any], Any]]] = {
     "double": _to_float,
     "int64": _to_int,
     "date32[day]": _to_date,
+}
+_TARGETS: Final[dict[int, _Target]] = {
+    column.tag: _Target(
+        column.keyword,
+        column.multiple,
+        _CONVERTERS[str(column.arrow.value_type if column.multiple else column.arrow)],
+    )
+    for column in COLUMNS
 }

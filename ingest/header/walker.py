@@ -209,7 +209,10 @@ class Walker:
             inner = context.written(inner_encoding(self._window, value, context.encoding))
         hit, end_pos = self._items(head.tag, value, end, inner, place, closed=False)
         hits.append(hit)
-        return end_pos if end_pos >= 0 else self._stop(_LOST)
+        if end_pos >= 0:
+            return end_pos
+        self.cut = self.cut or RejectReason.MALFORMED
+        return self._stop(_LOST)
 
     def _items(self, tag: int, pos: int, end: int, context: Context, place: _Place, *, closed: bool) -> tuple[Hit, int]:
         """The items from `pos`, and the position after them; `closed` where the length of the sequence is known."""
@@ -404,6 +407,8 @@ def _resolve(head: Head, hits: Sequence[Hit], context: Context) -> tuple[str, st
 def _creator(tag: int, hits: Sequence[Hit]) -> str:
     """Who defined a private element: the value of (gggg,00bb) for (gggg,bbxx) (PS3.5 7.8.1)."""
     block = tag & 0xFFFF0000 | tag >> 8 & 0xFF
+    if block & 0xFF < 0x10:
+        return ""
     for hit in reversed(hits):
         if hit.tag == block:
             return _creator_name(hit.json)

@@ -1,0 +1,93 @@
+"""Rows to one Parquet file of a Delta table, with the statistics that Delta keeps of its first columns."""
+
+from __future__ import annotations
+
+import io
+import math
+import time
+import uuid
+from datetime import date, datetime, timedelta
+from typing import Any
+
+import orjson
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from sphere.ingest.storage.base import Storage
+from sphere.jobs.tables import NewFile
+
+INDEXED = 32
+"""Columns with statistics (delta.dataSkippingNumIndexedCols)."""
+ROW_GROUP = 8192
+"""Rows of a row group at most: what a reader takes into memory at once."""
+_TEXT = 64  # characters of a text bound: a UID whole (PS3.5 9.1)
+
+
+class FileWriter:
+    """One Parquet file, built in memory and put on the storage as a whole when it is finished."""
+
+    def __init__(self, schema: pa.Schema) -> None:
+        self._schema = schema
+        self._sink = io.BytesIO()
+        dictionary = [name for name in schema.names if name not in ("dataset", "sha256", "SOPInstanceUID")]
+        self._writer = pq.ParquetWriter(
+            self._sink, schema, compression="zstd", compression_level=1, use_dictionary=dictionary
+        )
+        self._indexed: list[pa.RecordBatch] = []
+        self.rows = 0
+
+    def add(self, batch: pa.RecordBatch) -> None:
+        """Append rows of the schema as one row group."""
+        self._writer.write_batch(batch, row_group_size=len(batch))
+        self._indexed.append(batch.select(self._schema.names[:INDEXED]))
+        self.rows += len(batch)
+
+    def finish(self, storage: Storage, folder: str) -> NewFile:
+        """Write the file under a new name below `folder`; the path in the answer is relative to it."""
+        self._writer.close()
+        name = f"part-{uuid.uuid4()}.zstd.parquet"
+        data = self._sink.getvalue()
+        storage.write(f"{folder}/{name}", data)
+        stats = statistics(pa.Table.from_batches(self._indexed))
+        return NewFile(name, len(data), int(time.time() * 1000), stats)
+
+
+def statistics(rows: pa.Table) -> str:
+    """Per-file statistics of the Delta protocol as JSON: number of rows, bounds and nulls of the columns.
+
+    Bounds may be wider than the values, never narrower: long texts are cut, times are rounded to milliseconds.
+    """
+    low: dict[str, Any] = {}
+    high: dict[str, Any] = {}
+    for name, column in zip(rows.column_names, rows.columns, strict=True):
+        if pa.types.is_list(column.type) or column.null_count == len(column):
+            continue
+        bounds = pc.min_max(column)
+        low[name] = _bound(bounds["min"].as_py(), up=False)
+        high[name] = _bound(bounds["max"].as_py(), up=True)
+    nulls = {name: column.null_count for name, column in zip(rows.column_names, rows.columns, strict=True)}
+    known = [name for name in low if low[name] is not None and high[name] is not None]
+    return orjson.dumps(
+        {
+            "numRecords": len(rows),
+            "minValues": {name: low[name] for name in known},
+            "maxValues": {name: high[name] for name in known},
+            "nullCount": nulls,
+        }
+    ).decode()
+
+
+def _bound(value: Any, *, up: bool) -> Any:
+    """The JSON form of a bound, None where there is none."""
+    if isinstance(value, str):
+        return value[:_TEXT] + ("\U0010ffff" if up else "") if len(value) > _TEXT else value
+    if isinstance(value, datetime):
+        if up and value.microsecond % 1000:
+            value += timedelta(milliseconds=1)
+        return f"{value:%Y-%m-%dT%H:%M:%S}.{value.microsecond // 1000:03}Z"
+    if isinstance(value, date):
+        return value.isoformat()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

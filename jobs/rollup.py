@@ -1,0 +1,144 @@
+"""series, studies and patients, recomputed for what changed in `instances` since they were last written.
+
+What changed comes from the change data feed, so that the roll-ups follow every writer of `instances`, and a killed run
+is made good by the next one: each roll-up carries the version of `instances` that it was computed from in the very
+commit that wrote it. `patients` goes first, as the patients of before are found through `studies`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+from deltalake import DeltaTable
+
+from sphere.catalog.schema import PATIENT_KEY_SQL, TABLES, Aggregate, RollUp
+from sphere.jobs.tables import Tables, changed, reader
+
+MARK = "sphere.rollup"
+"""Application of the Delta transaction identifier that holds the version of `instances`."""
+
+_KEYS = ("StudyInstanceUID",)
+_SQL: Mapping[str, str] = {
+    "count": "count(*)",
+    "count_distinct": 'count(DISTINCT "{0}")',
+    "collect_set": 'list_sort(list(DISTINCT "{0}") FILTER ("{0}" IS NOT NULL))',
+    "sum": 'sum("{0}")',
+    "min": 'min("{0}")',
+    "max": 'max("{0}")',
+}
+
+
+def refresh(tables: Tables, *, on_step: Callable[[str], None]) -> None:
+    """Bring the roll-ups to the present version of `instances`; calls `on_step` before each table's commit."""
+    instances = tables.open("instances")
+    if instances is None:
+        return
+    rolled = {name: tables.ensure(name) for name in ("patients", "studies", "series")}
+    since = min(_seen(table) for table in rolled.values())
+    if since >= instances.version():
+        return
+    touched = changed(instances, _KEYS, since=since)
+    if not len(touched):
+        return
+    with duckdb.connect() as db:
+        rows = _roll_up(db, instances, rolled["studies"], touched)
+        mark = (MARK, instances.version())
+        for name, table in rolled.items():
+            on_step(name)
+            tables.merge(name, rows[name], gone=_gone(db, name, table), onto=table, mark=mark)
+
+
+def _seen(table: DeltaTable) -> int:
+    """The version of `instances` that a roll-up shows, -1 before the first."""
+    mark = table.transaction_version(MARK)
+    return -1 if mark is None else mark
+
+
+def _roll_up(
+    db: duckdb.DuckDBPyConnection, instances: DeltaTable, studies: DeltaTable, touched: pa.Table
+) -> dict[str, pa.Table]:
+    """The new rows of every roll-up for the touched studies; they stay in `db` under their tables' names."""
+    db.execute("SET TimeZone = 'UTC'")
+    db.register("touched", touched)
+    columns = _columns("series") | _columns("studies")
+    _load(db, "rows", instances, tuple(columns), "SEMI JOIN touched USING (StudyInstanceUID)")
+    _compute(db, "series", "rows")
+    _compute(db, "studies", "rows")
+    # Patients of touched studies, as they were and as they are, and all the other studies of these patients.
+    _load(db, "before", studies, tuple(_columns("patients") | {"patient_key": None}), "")
+    db.execute(
+        "CREATE TEMP TABLE affected AS SELECT patient_key FROM before SEMI JOIN touched USING (StudyInstanceUID) "
+        "UNION SELECT patient_key FROM studies"
+    )
+    db.execute(
+        "CREATE TEMP VIEW theirs AS SELECT * FROM studies UNION ALL BY NAME "
+        "SELECT * FROM before ANTI JOIN touched USING (StudyInstanceUID) SEMI JOIN affected USING (patient_key)"
+    )
+    _compute(db, "patients", "theirs")
+    return {name: db.sql(f"SELECT * FROM {name}").to_arrow_table() for name in ("patients", "studies", "series")}
+
+
+def _load(db: duckdb.DuckDBPyConnection, name: str, table: DeltaTable, columns: tuple[str, ...], where: str) -> None:
+    stream = reader(table, columns)
+    db.register("stream", stream)
+    db.execute(f"CREATE TEMP TABLE {name} AS SELECT * FROM stream {where}")
+    db.unregister("stream")
+
+
+def _compute(db: duckdb.DuckDBPyConnection, name: str, source: str) -> None:
+    """Make the temporary table `name` from the rows of `source`, as the catalog's schema describes it."""
+    roll_up = _description(name)
+    keys = ", ".join(f'"{key}"' for key in roll_up.keys)
+    order = ", ".join(f'"{column}"' for column in roll_up.order)
+    chosen = [
+        f'arg_min("{column}", place) AS "{column}"' for column in roll_up.attributes if column not in roll_up.keys
+    ]
+    chosen += [f'{_sql(aggregate)} AS "{aggregate.column}"' for aggregate in roll_up.aggregates]
+    grouped = (
+        f"SELECT {keys}, {', '.join(chosen)} FROM "
+        f"(SELECT *, row_number() OVER (ORDER BY {order}) AS place FROM {source}) GROUP BY {keys}"
+    )
+    patient = f", {_duckdb(PATIENT_KEY_SQL)} AS patient_key" if name == "studies" else ""
+    db.execute(f"CREATE TEMP TABLE {name} AS SELECT *{patient} FROM ({grouped})")
+
+
+def _gone(db: duckdb.DuckDBPyConnection, name: str, table: DeltaTable) -> list[dict[str, Any]]:
+    """Keys of rows that are in the table, belong to what was touched, and have nothing left to show."""
+    keys = TABLES[name].key
+    scope = "affected USING (patient_key)" if name == "patients" else "touched USING (StudyInstanceUID)"
+    _load(db, f"{name}_before", table, keys, f"SEMI JOIN {scope}")
+    names = ", ".join(f'"{key}"' for key in keys)
+    found = db.execute(f"SELECT {names} FROM {name}_before EXCEPT SELECT {names} FROM {name}").fetchall()
+    return [dict(zip(keys, row, strict=True)) for row in found]
+
+
+def _columns(name: str) -> dict[str, None]:
+    """Columns of the source that a roll-up needs, in order."""
+    roll_up = _description(name)
+    sources = (aggregate.source for aggregate in roll_up.aggregates if aggregate.source)
+    return dict.fromkeys((*roll_up.keys, *roll_up.order, *roll_up.attributes, *sources))
+
+
+def _description(name: str) -> RollUp:
+    roll_up = TABLES[name].roll_up
+    assert roll_up is not None
+    return roll_up
+
+
+def _sql(aggregate: Aggregate) -> str:
+    return f"CAST({_SQL[aggregate.kind].format(aggregate.source)} AS {_type(aggregate.arrow)})"
+
+
+def _type(arrow: pa.DataType) -> str:
+    if pa.types.is_list(arrow):
+        return f"{_type(arrow.value_type)}[]"
+    if pa.types.is_timestamp(arrow):
+        return "TIMESTAMPTZ"
+    return "BIGINT" if pa.types.is_integer(arrow) else "VARCHAR"
+
+
+def _duckdb(sql: str) -> str:
+    return sql.replace("AS STRING", "AS VARCHAR")

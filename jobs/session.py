@@ -1,0 +1,76 @@
+"""The Spark session of this archive: Delta, quiet, and reachable from nowhere else."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from pyspark.sql import SparkSession
+
+from sphere.catalog.schema import TABLES
+from sphere.conf import jars
+from sphere.conf.java import java
+from sphere.conf.settings import Settings
+from sphere.jobs.tables import Tables, become_hdfs_user
+
+_DELTA = {
+    "spark.sql.extensions": "io.delta.sql.DeltaSparkSessionExtension",
+    "spark.sql.catalog.spark_catalog": "org.apache.spark.sql.delta.catalog.DeltaCatalog",
+    # Tasks that rebuild a table's state from its log: 50 by default, most of them empty here.
+    "spark.databricks.delta.snapshotPartitions": "2",
+    # Files and change data stay where a table's history needs them; nothing here shortens it.
+    "spark.databricks.delta.schema.autoMerge.enabled": "false",
+}
+_QUIET = {
+    "spark.ui.enabled": "false",
+    "spark.ui.showConsoleProgress": "false",
+    "spark.log.level": "ERROR",
+    "spark.sql.debug.maxToStringFields": "20",  # of the hundreds of columns, in plans and messages
+}
+_DATA = {
+    "spark.sql.session.timeZone": "UTC",
+    "spark.sql.execution.arrow.pyspark.enabled": "true",
+    "spark.sql.execution.arrow.maxRecordsPerBatch": "16384",
+    "spark.sql.parquet.compression.codec": "zstd",
+    "spark.sql.catalogImplementation": "in-memory",
+}
+
+
+def spark_session(settings: Settings, *, app_name: str) -> SparkSession:
+    """A session for this archive's tables, as `spark` of the settings says; ``spark.conf`` there wins.
+
+    Executors of a cluster need Python with this package installed, of the driver's version. Raises ExternalMissing
+    where Java or the Delta JARs cannot be had.
+    """
+    program = java()
+    os.environ.setdefault("JAVA_HOME", str(program.resolve().parent.parent))
+    os.environ.setdefault("PYSPARK_PYTHON", sys.executable)  # the only place where PySpark looks for it
+    become_hdfs_user(settings)
+    builder = SparkSession.builder.appName(app_name).master(settings.spark.master)
+    for key, value in _options(settings).items():
+        builder = builder.config(key, value)
+    return builder.getOrCreate()
+
+
+def register_tables(spark: SparkSession, settings: Settings) -> None:
+    """Make every table that exists a temporary view of its name, as of now."""
+    tables = Tables(settings)
+    for name in TABLES:
+        if tables.open(name) is None:
+            spark.catalog.dropTempView(name)
+        else:
+            spark.read.format("delta").load(tables.spark_url(name)).createOrReplaceTempView(name)
+
+
+def _options(settings: Settings) -> dict[str, str]:
+    state = settings.archive.state_dir / "spark"
+    options = {**_DELTA, **_QUIET, **_DATA}
+    options["spark.jars"] = ",".join(str(path) for path in jars.paths("spark"))
+    options["spark.driver.memory"] = settings.spark.driver_memory
+    options["spark.sql.shuffle.partitions"] = str(settings.spark.shuffle_partitions)
+    options["spark.sql.warehouse.dir"] = (state / "warehouse").as_uri()
+    if settings.spark.master.startswith("local"):
+        options["spark.driver.host"] = options["spark.driver.bindAddress"] = "127.0.0.1"
+    if settings.storage.user:
+        options["spark.executorEnv.HADOOP_USER_NAME"] = settings.storage.user
+    return {**options, **settings.spark.conf}

@@ -1,0 +1,203 @@
+"""The index: one file per catalog version, made by whoever comes first, replaced without waiting."""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sphere.catalog import index as index_module
+from sphere.catalog.index import IndexCache
+from sphere.catalog.query import Query
+from sphere.catalog.service import QueryService
+from sphere.conf.errors import CatalogError
+from sphere.conf.settings import Settings
+from tests.support.catalog import Row, archive, instance, write_catalog
+
+pytestmark = pytest.mark.unit
+
+
+def rows(studies: int, *, per_study: int = 2) -> list[Row]:
+    return [
+        instance(
+            study * 100 + number,
+            StudyInstanceUID=f"9.{study}",
+            SeriesInstanceUID=f"9.{study}.1",
+            PatientID=f"P{study}",
+            IssuerOfPatientID=None,
+            Modality="CT",
+            StudyDescription=" padded ",
+        )
+        for study in range(studies)
+        for number in range(per_study)
+    ]
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    settings = archive(tmp_path)
+    write_catalog(settings, rows(4), files=4)
+    return settings
+
+
+def files(settings: Settings) -> list[Path]:
+    return sorted((settings.archive.state_dir / "index").glob("*.duckdb"))
+
+
+def count(service: QueryService) -> int:
+    return service.count(Query.build("STUDY"))
+
+
+def test_one_file_serves_all_and_stays(settings: Settings) -> None:
+    with QueryService(settings) as one, QueryService(settings) as two:
+        assert (count(one), count(two)) == (4, 4)
+    [path] = files(settings)
+    made = path.stat().st_mtime_ns
+    with QueryService(settings) as again:
+        assert count(again) == 4
+    assert files(settings) == [path]
+    assert path.stat().st_mtime_ns == made
+
+
+def test_a_new_version_is_seen_by_the_next_query(settings: Settings) -> None:
+    with QueryService(settings) as service, QueryService(settings) as other:
+        assert (count(service), count(other)) == (4, 4)
+        [before] = files(settings)
+        open_answers = service.find(Query.build("STUDY"))
+        next(open_answers)
+        write_catalog(settings, rows(6), files=2)
+        assert (count(service), count(other)) == (6, 6)
+        assert len(list(open_answers)) == 3, "an answer under way keeps its version"
+        [after] = files(settings)
+        assert after != before
+
+
+def test_tables_appear_while_serving(tmp_path: Path) -> None:
+    settings = archive(tmp_path)
+    with QueryService(settings) as service:
+        assert count(service) == 0
+        write_catalog(settings, rows(2))
+        assert count(service) == 2
+
+
+def test_missing_index_is_built_again(settings: Settings) -> None:
+    with QueryService(settings) as service:
+        assert count(service) == 4
+    for path in files(settings):
+        path.unlink()
+    with QueryService(settings) as service:
+        assert count(service) == 4
+
+
+@pytest.mark.parametrize("damage", [b"", b"not a database", b"\0" * 20000])
+def test_damaged_index_is_built_again(settings: Settings, damage: bytes) -> None:
+    with QueryService(settings) as service:
+        assert count(service) == 4
+    [path] = files(settings)
+    path.write_bytes(damage)
+    with QueryService(settings) as service:
+        assert count(service) == 4
+
+
+def test_index_damaged_inside(settings: Settings) -> None:
+    with QueryService(settings) as service:
+        assert count(service) == 4
+    [path] = files(settings)
+    data = bytearray(path.read_bytes())
+    data[12288:-1] = b"\xff" * (len(data) - 12289)
+    path.write_bytes(data)
+    with QueryService(settings) as service:
+        assert [str(match.identifier().StudyInstanceUID) for match in service.find(Query.build("STUDY"))] == [
+            f"9.{number}" for number in range(4)
+        ]
+
+
+def test_leftovers_of_a_killed_builder_are_removed(settings: Settings) -> None:
+    cache = IndexCache(settings)
+    path = cache.current().path
+    leftover = path.with_name(path.name.removesuffix(".duckdb") + ".1.building")
+    leftover.write_bytes(b"half")
+    write_catalog(settings, rows(5))
+    assert cache.current().path != path
+    assert not leftover.exists()
+    assert not path.exists()
+    cache.close()
+
+
+def test_questions_about_instances_open_only_their_files(settings: Settings) -> None:
+    cache = IndexCache(settings)
+    index = cache.current()
+    assert len(index.instance_files(None)) == 4
+    assert len(index.instance_files(["9.1"])) == 1
+    assert len(index.instance_files(["9.1", "9.3"])) == 2
+    assert index.instance_files(["9.99"]) == []
+    cache.close()
+
+
+def test_a_long_build_does_not_hold_up_answers(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    build = IndexCache._build
+
+    def slow(self: IndexCache, *arguments: Any) -> None:
+        time.sleep(0.5)
+        build(self, *arguments)
+
+    with QueryService(settings) as service:
+        assert count(service) == 4
+        monkeypatch.setattr(IndexCache, "_build", slow)
+        monkeypatch.setattr(index_module, "REFRESH_WAIT_S", 0.05)
+        write_catalog(settings, rows(5))
+        assert count(service) == 4, "from the version before"
+        monkeypatch.setattr(index_module, "REFRESH_WAIT_S", 60.0)
+        assert count(service) == 5
+
+
+def test_changes_without_a_batch_are_taken_up_when_they_settle(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index_module, "SETTLE_S", 0.0)
+    cache = IndexCache(settings)
+    before = cache.current()
+    (Path(settings.catalog_root.removeprefix("file://")) / "bundles").rename(settings.archive.state_dir / "away")
+    write_catalog(settings, rows(5))
+    (Path(settings.catalog_root.removeprefix("file://")) / "bundles").rename(settings.archive.state_dir / "new")
+    (settings.archive.state_dir / "away").rename(Path(settings.catalog_root.removeprefix("file://")) / "bundles")
+    assert cache.current() is before, "a batch may be under way"
+    assert cache.current() is not before
+    cache.close()
+
+
+def test_a_table_that_cannot_be_read(settings: Settings) -> None:
+    log = Path(settings.catalog_root.removeprefix("file://")) / "studies" / "_delta_log"
+    for path in log.iterdir():
+        path.write_text("{ not json")
+    with QueryService(settings) as service, pytest.raises(CatalogError, match="catalog table studies"):
+        count(service)
+
+
+def test_data_files_that_are_gone(settings: Settings) -> None:
+    with QueryService(settings) as service:
+        assert count(service) == 4
+        for path in (Path(settings.catalog_root.removeprefix("file://")) / "instances").glob("*.parquet"):
+            path.unlink()
+        with pytest.raises(CatalogError, match="no index can be built"):
+            list(service.find(Query.build("IMAGE")))
+
+
+def ask(settings: Settings, counts: Any) -> None:
+    with QueryService(settings) as service:
+        counts.put(count(service))
+
+
+def test_processes_that_start_together(settings: Settings) -> None:
+    context = multiprocessing.get_context("spawn")
+    counts = context.Queue()
+    processes = [context.Process(target=ask, args=(settings, counts)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    assert [counts.get(timeout=60) for _ in processes] == [4, 4]
+    for process in processes:
+        process.join()
+    assert len(files(settings)) == 1
