@@ -15,7 +15,7 @@ from sphere.scp import contexts
 from sphere.scp.find import MAX_IDENTIFIER, UNABLE, FindRequest, FindService
 from sphere.scp.peers import CallingPolicy
 from sphere.scp.store import MISMATCH, SUCCESS, StoreRequest, StoreService
-from sphere.scp.upper.association import UNRECOGNIZED_OPERATION, Association, Response, Service
+from sphere.scp.upper.association import Association, Response, Service
 from sphere.scp.upper.command import C_ECHO_RQ, C_FIND_RQ, C_STORE_RQ
 from sphere.scp.upper.messages import Message
 from sphere.scp.upper.negotiation import Proposal
@@ -47,11 +47,12 @@ class Handlers:
     def on_echo(self, message: Message, association: Association) -> Iterator[Response]:
         """C-ECHO (PS3.7 9.1.5)."""
         association.tally["echoes"] += 1
-        yield Response(SUCCESS)
+        yield Response(SUCCESS if message.context.abstract_syntax == contexts.VERIFICATION else CLASS_NOT_SUPPORTED)
 
     def on_store(self, message: Message, association: Association) -> Iterator[Response]:
         """C-STORE (PS3.7 9.1.1)."""
-        if not contexts.is_storage(message.context.abstract_syntax):
+        sop_class = message.command.get("AffectedSOPClassUID", "")
+        if not (contexts.is_storage(message.context.abstract_syntax) and contexts.is_storage(sop_class)):
             yield Response(CLASS_NOT_SUPPORTED)
             return
         if message.dataset is None or "AffectedSOPInstanceUID" not in message.command:
@@ -73,7 +74,7 @@ class Handlers:
     def on_find(self, message: Message, association: Association) -> Iterator[Response]:
         """C-FIND (PS3.7 9.1.2)."""
         if message.context.abstract_syntax not in contexts.FIND_MODELS:
-            yield Response(UNRECOGNIZED_OPERATION)
+            yield Response(CLASS_NOT_SUPPORTED)
             return
         if message.dataset is None or message.dataset.size > MAX_IDENTIFIER:
             yield Response(UNABLE, _told("an identifier is needed, of at most 4 MiB"))

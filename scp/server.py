@@ -45,15 +45,6 @@ def run_receiver(settings: Settings, *, ready: Callable[[int], None]) -> None:
     log.info("receiver stopped")
 
 
-def _serve(server: ReceiverServer, stop: threading.Event, ready: Callable[[int], None]) -> None:
-    threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True, name="accept").start()
-    log.info("receiver listens address=%s:%d", *server.server_address[:2])
-    ready(server.port)
-    stop.wait()
-    server.stop_accepting()
-    _drain(server)
-
-
 def _serve(server: Server, stop: threading.Event, ready: Callable[[int], None]) -> None:
     threading.Thread(target=server.serve, daemon=True, name="accept").start()
     log.info("receiver listens port=%d", server.port)
@@ -79,6 +70,7 @@ def _stop_signal() -> threading.Event:
 def listen(settings: Settings, handlers: Handlers) -> Server:
     """A server that is bound and not yet serving; raises SettingsError when the port cannot be had."""
     dimse = settings.dimse
+    seconds = [limit for limit in (dimse.dimse_timeout_s, dimse.network_timeout_s) if limit]
     acceptor = Acceptor(
         services=handlers.services(),
         admit=handlers.admit,
@@ -87,7 +79,7 @@ def listen(settings: Settings, handlers: Handlers) -> Server:
             memory=settings.storage.memory_mib << 20,
             folder=settings.archive.state_dir / "incoming",
             idle_s=dimse.network_timeout_s,
-            message_s=dimse.dimse_timeout_s,
+            message_s=min(seconds) if seconds else 0,
         ),
         max_pdu=dimse.max_pdu,
         artim_s=dimse.artim_s,

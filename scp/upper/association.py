@@ -17,7 +17,7 @@ from sphere.scp.upper import protocol
 from sphere.scp.upper.connection import Connection
 from sphere.scp.upper.messages import Inbox, Limits, Message
 from sphere.scp.upper.negotiation import Agreement, Proposal, agree, read_request
-from sphere.scp.upper.protocol import Ended, Rejection, Released, Violation
+from sphere.scp.upper.protocol import Ended, Rejection, Released, TooSlow, Violation
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ class Association:
             self._last_words(rejection.encode())
         except Violation as violation:
             end = f"aborted: {violation}"
-            self._last_words(protocol.abort(violation.source, violation.reason))
+            self._abort(violation)
         except Ended as ended:
             end, linger = str(ended), False
         except Exception as error:  # noqa: BLE001  a defect of ours ends this association, and no other
@@ -180,6 +180,13 @@ class Association:
         encoded = dimse.encode(command)
         pdus = protocol.p_data(message.context.id, encoded, response.dataset, max_pdu=self._agreement.max_pdu)
         self._connection.send(b"".join(pdus), self._acceptor.limits.message_s)
+
+    def _abort(self, violation: Violation) -> None:
+        """Say A-ABORT as PS3.8 9.2 wants it: before an association by the user (AA-1), or not at all (AA-2: ARTIM)."""
+        if self._placed:
+            self._last_words(protocol.abort(violation.source, violation.reason))
+        elif not isinstance(violation, TooSlow):
+            self._last_words(protocol.abort(protocol.USER, protocol.UNSPECIFIED))
 
     def _last_words(self, pdu: bytes) -> None:
         try:

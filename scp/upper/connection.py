@@ -11,7 +11,7 @@ import time
 
 from sphere.scp.upper import protocol
 from sphere.scp.upper.dataset import Budget
-from sphere.scp.upper.protocol import Ended, Violation
+from sphere.scp.upper.protocol import Ended, TooSlow, Violation
 
 CONTROL_PDU = 1 << 20  # bytes; an A-ASSOCIATE-RQ may be longer than any P-DATA-TF that we announce
 SLACK = 1024  # bytes by which a P-DATA-TF PDU may be longer than announced: some senders count otherwise
@@ -121,7 +121,7 @@ class Connection:
             if not began:
                 deadline = _deadline(rest_s)
             elif time.monotonic() > deadline and self._fill - self._start < size:
-                raise Violation("a PDU takes too long", reason=protocol.UNSPECIFIED)
+                raise TooSlow("a PDU takes too long")
         return True
 
     def _fill_up(self, deadline: float, wait: bool) -> bool:
@@ -137,7 +137,7 @@ class Connection:
                 if self.stopping:
                     raise Violation("the receiver stops", reason=protocol.UNSPECIFIED) from None
                 if time.monotonic() > deadline:
-                    raise Violation("the peer is silent", reason=protocol.UNSPECIFIED) from None
+                    raise TooSlow("the peer is silent") from None
                 continue
             except OSError as error:
                 raise Ended(f"connection lost ({error.strerror})") from None

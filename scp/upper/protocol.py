@@ -39,6 +39,13 @@ class Violation(Exception):
         self.source = source
 
 
+class TooSlow(Violation):
+    """The peer broke no rule but a limit of time."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(what, reason=UNSPECIFIED)
+
+
 class Ended(Exception):
     """The connection is over, and there is nobody left to tell: closed, reset, or aborted by the peer."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from pynetdicom import AllStoragePresentationContexts, build_context
+from pynetdicom import AllStoragePresentationContexts
 from pynetdicom.presentation import PresentationContext, negotiate_as_acceptor
 
 from sphere.scp import contexts
