@@ -79,7 +79,7 @@ def listen(settings: Settings, handlers: Handlers) -> Server:
             memory=settings.storage.memory_mib << 20,
             folder=settings.archive.state_dir / "incoming",
             idle_s=dimse.network_timeout_s,
-            message_s=min(seconds) if seconds else 0,
+            message_s=min(seconds, default=0),
         ),
         max_pdu=dimse.max_pdu,
         artim_s=dimse.artim_s,
