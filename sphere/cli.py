@@ -13,7 +13,7 @@ from sphere.conf import logs
 from sphere.conf.errors import SettingsError, SphereError
 from sphere.conf.settings import Settings, from_dict, load
 from sphere.dimse_commands import echo, find, store
-from sphere.output import Format, write_rows
+from sphere.output import Format, format_options, write_rows
 from sphere.progress import import_progress, step_progress
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}

@@ -16,7 +16,7 @@ from pydicom.dataset import Dataset
 from sphere.catalog.query import Model
 from sphere.catalog.schema import Level
 from sphere.conf.settings import load
-from sphere.output import Format, write_rows
+from sphere.output import Format, format_options, write_rows
 from sphere.progress import bar
 
 MODELS: dict[str, Model] = {
