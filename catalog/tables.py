@@ -43,7 +43,7 @@ class CatalogTables:
         self._hdfs: Client | None = None
         if parts.scheme == "hdfs":
             if settings.storage.user:
-                os.environ.setdefault("HADOOP_USER_NAME", settings.storage.user)
+                os.environ["HADOOP_USER_NAME"] = settings.storage.user  # read by the native client, as in ingest
             self._hdfs = Client(f"hdfs://{parts.netloc}")
         self._netloc = parts.netloc
 

@@ -108,17 +108,7 @@ def name_failure(message: str) -> None:
 )
 @click.option("--relational", is_flag=True, help="Negotiate relational queries: no unique keys above the level needed.")
 @click.option("--limit", type=click.IntRange(min=1), help="Stop after so many answers.")
-@click.option(
-    "--format",
-    "format_",
-    type=click.Choice(["table", "csv", "json", "parquet"]),
-    default="table",
-    show_default=True,
-    help="How answers are written.",
-)
-@click.option(
-    "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="File instead of standard output."
-)
+@format_options
 @click.pass_context
 def find(
     ctx: click.Context,

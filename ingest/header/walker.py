@@ -9,7 +9,6 @@ from typing import Any, Final, NamedTuple
 from pydicom.datadict import tag_for_keyword
 
 from sphere.conf.errors import RejectReason
-from sphere.ingest.header.charset import charset_of
 from sphere.ingest.header.columns import FUNCTIONAL_GROUPS
 from sphere.ingest.header.dictionary import (
     ITEM,
@@ -18,10 +17,9 @@ from sphere.ingest.header.dictionary import (
     SEQUENCE_END,
     UNDEFINED,
     label,
-    private_vr,
-    standard_vr,
 )
 from sphere.ingest.header.element import HEAD, Head, inner_encoding, read_head, skip_undefined
+from sphere.ingest.header.meaning import allow, fresh, resolve, turn
 from sphere.ingest.header.memo import MEMO_LIMIT, Context
 from sphere.ingest.header.values import BINARY_VRS, INLINE_LIMIT, Hit, bulk_hit, element_hit, member
 from sphere.ingest.header.window import HeaderTooLarge, Window
@@ -29,8 +27,6 @@ from sphere.ingest.header.window import HeaderTooLarge, Window
 MAX_DEPTH: Final = 32  # sequences within sequences that are followed
 MAX_WARNINGS: Final = 100  # kept for one instance
 _MAX_ELEMENTS: Final = 100_000  # of one data set, items not counted; real ones have less than 5,000
-_SPECIFIC_CHARACTER_SET: Final = 0x00080005
-_PIXEL_REPRESENTATION: Final = 0x00280103
 _SHARED_GROUPS: Final = 0x52009229  # SharedFunctionalGroupsSequence (PS3.3 C.7.6.16)
 _MACROS: Final = {tag_for_keyword(group.name): frozenset(group.keywords) for group in FUNCTIONAL_GROUPS}
 
@@ -88,7 +84,7 @@ class Walker:
                 if after > stop:
                     break
                 raw = buf[index:after]
-                hit = known(raw) or _fresh(raw, context)
+                hit = known(raw) or fresh(raw, context)
                 if hit is None:
                     break
                 append(hit)
@@ -123,7 +119,7 @@ class Walker:
 
     def _element(self, head: Head, pos: int, end: int, context: Context, place: _Place, hits: list[Hit]) -> int:
         value = pos + head.size
-        vr = _resolve(head, context)
+        vr = resolve(head, context)
         if head.length == UNDEFINED:
             return self._undefined(head, vr, pos, end, context, place, hits)
         if vr == "SQ":
@@ -144,9 +140,9 @@ class Walker:
         hit, turned = context.hits.get(raw), context.turns.get(raw)
         if hit is None:
             hit = element_hit(head.tag, vr, raw[head.size :], little=context.encoding.little, charset=context.charset)
-            hit, turned = _turn(head, raw, hit, context)
+            hit, turned = turn(head, raw, hit, context)
             if context.remember(raw, hit, turned=turned) and turned is None:
-                _allow(head, raw, context)
+                allow(head, raw, context)
         self._switched = turned
         hits.append(hit)
         return pos + total
@@ -174,7 +170,7 @@ class Walker:
         hit, _ = self._items(head.tag, value, after, inner, place, closed=True)
         hits.append(hit)
         if small and context.remember(raw, hit):
-            _allow(head, raw, context)
+            allow(head, raw, context)
         return after
 
     def _undefined(
@@ -355,58 +351,6 @@ class Walker:
 def join(hits: Iterable[Hit]) -> bytes:
     """The members of a DICOM JSON object, without its braces."""
     return b",".join([hit[1] for hit in hits if hit[1]])
-
-
-def _fresh(raw: bytes, context: Context) -> Hit | None:
-    """Decode and remember an element of which head and length are known already; None for a sequence."""
-    encoding = context.encoding
-    head = read_head(raw, 0, encoding, len(raw))
-    if head is None:
-        return None
-    vr = head.vr if head.vr and head.vr != "UN" else _resolve(head, context)
-    if vr == "SQ":
-        return None
-    hit = element_hit(head.tag, vr, raw[head.size :], little=encoding.little, charset=context.charset)
-    context.remember(raw, hit)
-    return hit
-
-
-def _turn(head: Head, raw: bytes, hit: Hit, context: Context) -> tuple[Hit, Context | None]:
-    """The context after an element that changes the meaning of others, None after any other one.
-
-    The element gets a warning where what it says cannot be followed.
-    """
-    tag, value = head.tag, raw[head.size :]
-    if tag == _SPECIFIC_CHARACTER_SET:
-        charset = charset_of(value)
-        if charset.problem:
-            hit = hit._replace(warnings=(*hit.warnings, f"{label(tag)}: {charset.problem}"))
-        return hit, context.using(charset=charset)
-    if tag == _PIXEL_REPRESENTATION and head.vr in ("", "UN"):
-        return hit, context.using(signed=value.strip(b"\0") == b"\x01")
-    if tag >> 16 & 1 and 0x10 <= tag & 0xFFFF <= 0xFF:
-        return hit, context.reserving(tag, value.decode("latin-1").strip(" \0"))
-    return hit, None
-
-
-def _allow(head: Head, raw: bytes, context: Context) -> None:
-    """Let the fast loop take elements that begin like this one."""
-    if head.tag in PIXEL_DATA or (context.encoding.explicit and not head.vr):
-        return  # ends the walk elsewhere; its length was guessed from what follows
-    context.lengths[raw[: head.size]] = len(raw)
-
-
-def _resolve(head: Head, context: Context) -> str:
-    """The VR to read an element by: its own, else what the dictionaries say; UN where nobody knows."""
-    vr = head.vr
-    if vr and (vr != "UN" or (head.length >= 0xFFFF and head.length != UNDEFINED)):
-        return vr
-    if head.tag >> 16 & 1:
-        return private_vr(head.tag, context.creator(head.tag)) or "UN"
-    known = standard_vr(head.tag)
-    if known == "US or SS":
-        return "SS" if context.signed else "US"
-    return known or "UN"
 
 
 def _sequence_json(tag: int, items: list[bytes]) -> bytes:
