@@ -101,5 +101,5 @@ def test_many_large_instances_at_once(receiver: Receiver) -> None:
     gate.wait()
     for thread in threads:
         thread.join()
-    assert held - before < (16 + 32 + 16) * MIB  # a first buffer each, the budget, and room for the rest
+    assert held - before < (16 + 16 + 16) * MIB  # a first buffer each, the budget, and room for the rest
     assert statuses == [0] * 16
