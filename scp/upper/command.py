@@ -34,8 +34,8 @@ def _text(value: bytes) -> str:
 
 
 def _number(value: bytes) -> int:
-    if len(value) not in (2, 4):
-        raise CommandError("a number that is neither US nor UL")
+    if len(value) != 2:
+        raise CommandError("a US of other than 2 bytes")
     return int.from_bytes(value, "little")
 
 
@@ -53,7 +53,7 @@ def _padded(pad: bytes) -> Callable[[str], bytes]:
     return encode
 
 
-_DECODE: dict[str, Callable[[bytes], Any]] = {"US": _number, "UL": _number, "AT": _tags}
+_DECODE: dict[str, Callable[[bytes], Any]] = {"US": _number, "AT": _tags}
 _ENCODE: dict[str, Callable[[Any], bytes]] = {
     "US": struct.Struct("<H").pack,
     "UI": _padded(b"\0"),

@@ -181,8 +181,8 @@ def hdfs(base: Path, count: int, repeat: int) -> None:
 
     load = make_load(base / "hdfs load", SIZES["526 kB"], count)
     with HdfsCluster(base / "hdfs") as cluster:
-        raw = {group: _raw_stream(cluster.url, int(load.each), count, group) for group in (1, 8)}
-        with fresh(base) as folder, servers.sphere(folder, root=f"{cluster.url}/sphere") as server:
+        raw = {group: _raw_stream(cluster.hdfs_url, int(load.each), count, group) for group in (1, 8)}
+        with fresh(base) as folder, servers.sphere(folder, root=f"{cluster.hdfs_url}/sphere") as server:
             for associations, group in ((1, 1), (16, 8)):
                 ours = rate(load, server, associations, servers.NODELAY, repeat)
                 console.print(
