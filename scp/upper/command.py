@@ -61,7 +61,7 @@ _ENCODE: dict[str, Callable[[Any], bytes]] = {
     "LO": _padded(b" "),
     "AT": lambda tags: b"".join(struct.pack("<HH", tag >> 16, tag & 0xFFFF) for tag in tags),
 }
-_GROUP = {tag: entry for tag, entry in DicomDictionary.items() if tag >> 16 == 0}
+_GROUP = {tag: entry for tag, entry in DicomDictionary.items() if tag >> 16 == 0 and entry[3] != "Retired"}
 _ELEMENTS = {tag: (entry[4], _DECODE.get(entry[0], _text)) for tag, entry in _GROUP.items()}
 _KEYWORDS = {entry[4]: (tag, _ENCODE[entry[0]]) for tag, entry in _GROUP.items() if entry[0] in _ENCODE}
 
