@@ -61,7 +61,7 @@ class Load:
 
 def make_load(folder: Path, rows: int, count: int) -> Load:
     """`count` CT instances of one study, over 16 folders."""
-    source = pydicom.dcmread(get_testdata_file("CT_small.dcm"))
+    source = pydicom.dcmread(str(get_testdata_file("CT_small.dcm")))
     if rows != source.Rows:
         source.Rows = source.Columns = rows
         source.PixelData = np.random.default_rng(rows).integers(0, 2000, (rows, rows), dtype="uint16").tobytes()
