@@ -44,7 +44,7 @@ def storescp(folder: Path, *, tuned: bool) -> Iterator[Server]:
     """storescp writes files and syncs none: one syncfs at the end, counted in, is the least that durable can mean."""
     port, output = free_port(), folder / "output"
     output.mkdir(parents=True)
-    command = [require_tool("storescp"), "-od", str(output), str(port)]
+    command = [require_tool("storescp"), "--fork", "-od", str(output), str(port)]  # else one association at a time
     with _processes([command], folder, port, NODELAY if tuned else {}) as processes:
         yield port, processes, lambda: _syncfs(output)
 
