@@ -102,7 +102,9 @@ class CatalogTables:
         connection = duckdb.connect(str(path) if path else ":memory:", config=config)
         if self._hdfs is not None:
             host, _, port = self._netloc.partition(":")
-            connection.register_filesystem(HdfsFileSystem(host, int(port) if port else None))
+            # Out of fsspec's cache of instances: that is cleared in every forked child, where closing the client hangs.
+            files = HdfsFileSystem(host, int(port) if port else None, skip_instance_cache=True)
+            connection.register_filesystem(files)
         return connection
 
 

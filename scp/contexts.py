@@ -19,7 +19,6 @@ from pydicom.uid import (
     ImplicitVRLittleEndian,
 )
 from pynetdicom import build_context
-from pynetdicom.pdu_primitives import SOPClassCommonExtendedNegotiation
 from pynetdicom.presentation import PresentationContext
 
 from sphere.catalog.query import Model
@@ -32,7 +31,6 @@ FIND_MODELS: dict[str, Model] = {  # SOP classes of PS3.4 C.6
 }
 ENCODABLE = (ExplicitVRLittleEndian, ImplicitVRLittleEndian, DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian)
 RELATIONAL, COMBINED_DATETIME = 1, 2  # bytes of a FIND class' application information (PS3.4 Table C.5-1)
-STORAGE_SERVICE = "1.2.840.10008.4.2"  # Storage Service Class (PS3.6 Table A-1)
 DICOM_ROOT = "1.2.840.10008."
 COMPOSITE_STORAGE_ROOT = "1.2.840.10008.5.1.4.1.1."  # where PS3.6 puts new storage SOP classes
 NOT_OVER_A_NETWORK = "1.2.840.10008.1.3.10"  # Media Storage Directory Storage: a DICOMDIR
@@ -80,17 +78,6 @@ def supported(narrowed: Iterable[PresentationContext]) -> list[PresentationConte
         if is_storage(str(cx.abstract_syntax)):
             storage.setdefault(str(cx.abstract_syntax), []).append(cx.transfer_syntax[0])
     return services + [build_context(uid, syntaxes) for uid, syntaxes in storage.items()]
-
-
-def storage_classes(narrowed: Iterable[PresentationContext]) -> dict[str, SOPClassCommonExtendedNegotiation]:
-    """By SOP class: that it belongs to the Storage Service (PS3.7 D.3.3.6), and is to be served as one."""
-    items = {}
-    for uid in {str(cx.abstract_syntax) for cx in narrowed}:
-        if is_storage(uid):
-            items[uid] = item = SOPClassCommonExtendedNegotiation()
-            item.sop_class_uid = uid
-            item.service_class_uid = STORAGE_SERVICE
-    return items
 
 
 def find_extensions(asked: bytes) -> bytes:

@@ -4,27 +4,21 @@ from __future__ import annotations
 
 import logging
 import signal
-import sys
 import threading
-import time
 from collections.abc import Callable
 
-from pynetdicom import AE
-from pynetdicom.presentation import build_context
-
 from sphere.catalog.service import QueryService
-from sphere.conf.errors import SettingsError
 from sphere.conf.settings import Settings
 from sphere.ingest.bundle import BundleWriter
-from sphere.ingest.part10 import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
 from sphere.ingest.storage import open_storage
-from sphere.scp.contexts import VERIFICATION
 from sphere.scp.find import FindService
 from sphere.scp.handlers import Handlers
 from sphere.scp.libraries import prepare_libraries
 from sphere.scp.peers import CallingPolicy
 from sphere.scp.store import StoreService
-from sphere.scp.transport import ReceiverServer
+from sphere.scp.upper.association import Acceptor
+from sphere.scp.upper.messages import Limits
+from sphere.scp.upper.server import Server
 
 log = logging.getLogger(__name__)
 
@@ -44,25 +38,20 @@ def run_receiver(settings: Settings, *, ready: Callable[[int], None]) -> None:
     writer = BundleWriter(storage, settings)
     try:
         with QueryService(settings) as finder:
-            handlers = Handlers(
-                CallingPolicy(settings.peers),
-                StoreService(writer),
-                FindService(finder),
-                max_associations=settings.dimse.max_associations,
-            )
+            handlers = Handlers(CallingPolicy(settings.peers), StoreService(writer), FindService(finder))
             _serve(listen(settings, handlers), stop, ready)
     finally:
         writer.close()
     log.info("receiver stopped")
 
 
-def _serve(server: ReceiverServer, stop: threading.Event, ready: Callable[[int], None]) -> None:
-    threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True, name="accept").start()
-    log.info("receiver listens address=%s:%d", *server.server_address[:2])
+def _serve(server: Server, stop: threading.Event, ready: Callable[[int], None]) -> None:
+    threading.Thread(target=server.serve, daemon=True, name="accept").start()
+    log.info("receiver listens port=%d", server.port)
     ready(server.port)
     stop.wait()
-    server.stop_accepting()
-    _drain(server)
+    server.stop()
+    server.drain(DRAIN_S)
 
 
 def _log_thread_error(args: threading.ExceptHookArgs) -> None:
@@ -78,27 +67,21 @@ def _stop_signal() -> threading.Event:
     return stop
 
 
-def listen(settings: Settings, handlers: Handlers) -> ReceiverServer:
+def listen(settings: Settings, handlers: Handlers) -> Server:
     """A server that is bound and not yet serving; raises SettingsError when the port cannot be had."""
-    ae = AE(ae_title=settings.archive.ae_title)
-    ae.implementation_class_uid = IMPLEMENTATION_CLASS_UID
-    ae.implementation_version_name = IMPLEMENTATION_VERSION_NAME
-    ae.maximum_associations = sys.maxsize  # Handlers.on_requested counts those that are established
-    ae.maximum_pdu_size = settings.dimse.max_pdu
-    ae.acse_timeout = settings.dimse.artim_s or None
-    ae.dimse_timeout = settings.dimse.dimse_timeout_s or None
-    ae.network_timeout = settings.dimse.network_timeout_s or None
-    try:  # the contexts of an association are set when it asks: see Handlers.on_requested
-        return ReceiverServer(ae, settings, [build_context(VERIFICATION)], handlers.bindings())
-    except OSError as error:
-        where = f"{settings.dimse.host}:{settings.dimse.port}"
-        raise SettingsError(f"dimse: cannot listen on {where}: {error.strerror}; choose another host or port") from None
-
-
-def _drain(server: ReceiverServer) -> None:
-    """Wait for the running associations, then abort those that are left."""
-    deadline = time.monotonic() + DRAIN_S
-    while server.active_associations and time.monotonic() < deadline:
-        time.sleep(0.05)
-    for association in server.active_associations:
-        association.abort()
+    dimse = settings.dimse
+    seconds = [limit for limit in (dimse.dimse_timeout_s, dimse.network_timeout_s) if limit]
+    acceptor = Acceptor(
+        services=handlers.services(),
+        admit=handlers.admit,
+        places=threading.BoundedSemaphore(dimse.max_associations),
+        limits=Limits(
+            memory=settings.storage.memory_mib << 20,
+            folder=settings.archive.state_dir / "incoming",
+            idle_s=dimse.network_timeout_s,
+            message_s=min(seconds, default=0),
+        ),
+        max_pdu=dimse.max_pdu,
+        artim_s=dimse.artim_s,
+    )
+    return Server(settings, acceptor)

@@ -11,6 +11,7 @@ from sphere.conf.errors import SphereError
 from sphere.conf.logs import hashed
 from sphere.ingest.bundle import FileRange, NewMember
 from sphere.ingest.header import Identity, identify
+from sphere.ingest.members import Dataset
 from sphere.ingest.part10 import file_meta
 from sphere.ingest.records import MemberRecord
 
@@ -31,8 +32,9 @@ class StoreRequest:
     AffectedSOPClassUID: str
     AffectedSOPInstanceUID: str
     TransferSyntaxUID: str
-    dataset: memoryview | bytes | FileRange  # a file where it is too large for memory
+    dataset: Dataset  # a file where it is too large for memory
     size: int  # bytes of the data set
+    sha256: str = ""  # of the data set, hexadecimal; "": to be computed
     calling_ae: str
     address: str  # of the sender
     problem: OSError | None = None  # the disk failed while it arrived: `dataset` is not whole
@@ -91,12 +93,21 @@ def _identify(request: StoreRequest) -> Identity:
     return found
 
 
-def _first(dataset: memoryview | bytes | FileRange, length: int) -> bytes:
-    if not isinstance(dataset, FileRange):
+def _first(dataset: Dataset, length: int) -> bytes:
+    """Up to `length` bytes from the begin, fewer only where there are no more."""
+    if isinstance(dataset, FileRange):
+        with dataset.path.open("rb") as file:
+            file.seek(dataset.offset)
+            return file.read(min(length, dataset.length))
+    if isinstance(dataset, (bytes, bytearray, memoryview)):
         return bytes(dataset[:length])
-    with dataset.path.open("rb") as file:
-        file.seek(dataset.offset)
-        return file.read(min(length, dataset.length))
+    parts, missing = [], length
+    for part in dataset:
+        parts.append(bytes(part[:missing]))
+        missing -= len(parts[-1])
+        if not missing:
+            break
+    return b"".join(parts)
 
 
 def _member(request: StoreRequest, found: Identity) -> NewMember:
@@ -117,6 +128,7 @@ def _member(request: StoreRequest, found: Identity) -> NewMember:
             source_aet=request.calling_ae,
         ),
         dataset=request.dataset,
+        sha256=request.sha256,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from pynetdicom import AllStoragePresentationContexts, build_context
+from pynetdicom import AllStoragePresentationContexts
 from pynetdicom.presentation import PresentationContext, negotiate_as_acceptor
 
 from sphere.scp import contexts
@@ -79,12 +79,6 @@ def test_each_context_is_answered_for_itself() -> None:
 
 def test_contexts_without_a_syntax_are_not_answered() -> None:
     assert contexts.narrow([proposed(CT), PresentationContext(), proposed(CT, EXPLICIT)]) == [proposed(CT, EXPLICIT)]
-
-
-def test_storage_classes_are_said_to_be_storage() -> None:
-    items = contexts.storage_classes([build_context("1.2.3.4"), build_context(STUDY_FIND)])
-    assert list(items) == ["1.2.3.4"]
-    assert items["1.2.3.4"].service_class_uid == "1.2.840.10008.4.2"
 
 
 @pytest.mark.parametrize(

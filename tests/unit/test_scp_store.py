@@ -16,7 +16,7 @@ from sphere.ingest.bundle import FileRange, NewMember
 from sphere.ingest.part10 import read_file_meta
 from sphere.ingest.records import MemberRecord
 from sphere.scp.store import MISMATCH, OUT_OF_RESOURCES, PROCESSING_FAILURE, SUCCESS, StoreRequest, StoreService
-from sphere.scp.transport import ArrivingDataSet
+from sphere.scp.upper.dataset import ArrivingDataSet
 
 pytestmark = pytest.mark.unit
 
@@ -114,21 +114,32 @@ def test_what_cannot_be_stored_is_never_a_success(error: Exception, status: int,
 
 
 def arriving(folder: Path, data: bytes, *, memory: int) -> ArrivingDataSet:
-    """`data`, written in fragments."""
-    dataset = ArrivingDataSet(memory=memory, folder=folder)
+    """`data`, in fragments of which those beyond `memory` bytes went to a file."""
+    dataset = ArrivingDataSet(folder)
     for start in range(0, len(data), 100):
-        dataset.write(data[start : start + 100])
+        dataset.add(memoryview(data)[start : start + 100])
+        if dataset.size > memory:
+            dataset.spill()
     return dataset
+
+
+def test_fragments_in_memory_are_stored_as_they_are(tmp_path: Path) -> None:
+    data = encoded(PatientComments="x" * 5000)
+    dataset = arriving(tmp_path, data, memory=1 << 20)
+    assert dataset.in_memory
+    writer = FakeWriter()
+    assert StoreService(writer).land(request(data, dataset=dataset.content())).status == SUCCESS
+    assert b"".join(writer.members[0].dataset) == data  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_large_data_set_waits_in_a_file_that_has_no_name(tmp_path: Path) -> None:
     data = encoded(PatientComments="x" * 5000)
-    small, large = arriving(tmp_path, data, memory=1 << 20), arriving(tmp_path, data, memory=1000)
-    assert bytes(small.content()) == data  # type: ignore[arg-type]
+    large = arriving(tmp_path, data, memory=1000)
     content = large.content()
     assert isinstance(content, FileRange)
-    assert b"".join(content.chunks()) == data
-    assert large.getvalue() == b""
+    assert not large.in_memory
+    assert b"".join(content.chunks()) == large.tobytes() == data
     assert list(tmp_path.iterdir()) == []
     writer = FakeWriter()
     assert StoreService(writer).land(request(data, dataset=content)).status == SUCCESS
@@ -141,10 +152,11 @@ def test_a_full_disk_while_it_arrives_is_told_at_the_end(tmp_path: Path, monkeyp
     def full(**_: Any) -> Any:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("sphere.scp.transport.tempfile.TemporaryFile", full)
+    monkeypatch.setattr("sphere.scp.upper.dataset.tempfile.TemporaryFile", full)
     data = encoded(PatientComments="x" * 5000)
     dataset = arriving(tmp_path, data, memory=1000)
     assert dataset.size == len(data)
+    assert not dataset.in_memory
     writer = FakeWriter()
     answer = StoreService(writer).land(request(b"", problem=dataset.error))
     assert (answer.status, answer.comment) == (OUT_OF_RESOURCES, "no room: No space left on device")

@@ -1,0 +1,206 @@
+"""One association, from the accepted connection to its end (PS3.8 9.2, as the acceptor)."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+import traceback
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any
+
+from sphere.scp.upper import command as dimse
+from sphere.scp.upper import protocol
+from sphere.scp.upper.connection import Connection
+from sphere.scp.upper.messages import Inbox, Limits, Message
+from sphere.scp.upper.negotiation import Agreement, Proposal, agree, read_request
+from sphere.scp.upper.protocol import Ended, Rejection, Released, TooSlow, Violation
+
+log = logging.getLogger(__name__)
+
+UNRECOGNIZED_OPERATION = 0x0211  # PS3.7 C.5.18
+PROCESSING_FAILURE = 0x0110  # PS3.7 C.5.9
+MAX_CANCELS = 16  # remembered at once; they name operations that may already be over
+_numbers = count(1)
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """One response of a service: status, further command elements by keyword, and an encoded data set."""
+
+    status: int
+    elements: Mapping[str, Any] = field(default_factory=dict)
+    dataset: bytes = b""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Acceptor:
+    """What every association of a receiver shares. Seconds: 0 is no limit."""
+
+    services: Mapping[int, Service]  # by the command field of their request
+    admit: Callable[[Proposal, str], None]  # raises Rejection; gets the proposal and the peer's address
+    places: threading.BoundedSemaphore  # of associations at once
+    limits: Limits
+    max_pdu: int  # bytes that we take in a P-DATA-TF PDU
+    artim_s: float
+
+
+class Association:
+    """What a service sees of the association that its request came on.
+
+    `tally` counts what happened, for the line of the log at its end.
+    """
+
+    def __init__(self, connection: Connection, address: str, acceptor: Acceptor) -> None:
+        self.id = f"{os.getpid()}-{next(_numbers)}"
+        self.address = address
+        self.calling = self.called = ""
+        self.tally: Counter[str] = Counter()
+        self._connection = connection
+        self._acceptor = acceptor
+        self._agreement: Agreement
+        self._inbox: Inbox
+        self._waiting: deque[Message] = deque()  # requests that came while another was served
+        self._cancelled: deque[int] = deque(maxlen=MAX_CANCELS)
+        self._placed = False
+        self._over: Exception | None = None  # what ended the association while a service was at work
+
+    def run(self) -> None:
+        """Serve until the end; every way that an association can end is logged once, here."""
+        started, end, linger = time.monotonic(), "", True
+        try:
+            self._establish()
+            self._serve()
+        except Released:
+            end, linger = "released", False
+            self._last_words(protocol.RELEASE_RESPONSE)
+        except Rejection as rejection:
+            end = f"rejected {rejection}"
+            self._last_words(rejection.encode())
+        except Violation as violation:
+            end = f"aborted: {violation}"
+            self._abort(violation)
+        except Ended as ended:
+            end, linger = str(ended), False
+        except Exception as error:  # noqa: BLE001  a defect of ours ends this association, and no other
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            end = f"aborted: internal error ({type(error).__name__} in {where.name}, line {where.lineno})"
+            self._last_words(protocol.abort(protocol.USER, protocol.UNSPECIFIED))
+        finally:
+            if self._placed:
+                self._acceptor.places.release()
+            self._connection.close(linger=linger)
+        log.log(
+            logging.INFO if end == "released" else logging.WARNING,
+            "association closed id=%s calling=%s address=%s %s s=%.3f: %s",
+            self.id, self.calling, self.address, " ".join(f"{what}={n}" for what, n in sorted(self.tally.items())),
+            time.monotonic() - started, end,
+        )  # fmt: skip
+
+    def stop(self) -> None:
+        """End the association at the next chance; may be called from any thread."""
+        self._connection.stopping = True
+
+    def extension(self, sop_class: str) -> bytes:
+        """The application information granted to `sop_class`, b"" for none (PS3.7 D.3.3.5)."""
+        return self._agreement.extensions.get(sop_class, b"")
+
+    def cancelled(self, request: Message) -> bool:
+        """Whether to stop working on `request`: the peer sent C-CANCEL, or there is nobody any more to answer."""
+        try:
+            while self._over is None and not self._waiting and (message := self._inbox.next(wait=False)):
+                self._take(message)
+        except (Released, Ended, Violation) as end:
+            self._over = end
+        return self._over is not None or request.command["MessageID"] in self._cancelled
+
+    def _establish(self) -> None:
+        artim_s = self._acceptor.artim_s
+        received = self._connection.pdu(first_s=artim_s, rest_s=artim_s)
+        assert received is not None
+        kind, body = received
+        if kind == protocol.ABORT:
+            raise Ended("aborted by the peer")
+        if kind != protocol.ASSOCIATE_RQ:
+            raise Violation(f"PDU type 0x{kind:02X} before A-ASSOCIATE-RQ", reason=protocol.UNEXPECTED_PDU)
+        proposal = read_request(body)
+        self.calling, self.called = proposal.calling, proposal.called
+        self._acceptor.admit(proposal, self.address)
+        self._placed = self._acceptor.places.acquire(blocking=False)
+        if not self._placed:
+            raise Rejection(*protocol.LOCAL_LIMIT_EXCEEDED)
+        self._agreement = agree(proposal, max_pdu=self._acceptor.max_pdu)
+        self._inbox = Inbox(self._connection, self._agreement.contexts, self._acceptor.limits)
+        self._connection.send(self._agreement.answer, artim_s)
+        log.info(
+            "association accepted id=%s calling=%s called=%s address=%s contexts=%d refused=%d",
+            self.id, self.calling, self.called, self.address, len(self._agreement.contexts), self._agreement.refused,
+        )  # fmt: skip
+
+    def _serve(self) -> None:
+        try:
+            while True:
+                message = self._waiting.popleft() if self._waiting else self._inbox.next()
+                assert message is not None
+                self._handle(message)
+                if self._over is not None:
+                    raise self._over
+        finally:
+            self._inbox.close()
+
+    def _take(self, message: Message) -> None:
+        """A message that came while a request is being served."""
+        if message.command["CommandField"] == dimse.C_CANCEL_RQ:
+            self._cancelled.append(message.command.get("MessageIDBeingRespondedTo", -1))
+        else:
+            self._waiting.append(message)
+
+    def _handle(self, message: Message) -> None:
+        kind = message.command["CommandField"]
+        try:
+            if kind == dimse.C_CANCEL_RQ:
+                return  # what it meant has been answered already
+            if kind & dimse.RESPONSE or "MessageID" not in message.command:
+                raise Violation(f"command 0x{kind:04X} out of turn", reason=protocol.UNEXPECTED_PARAMETER)
+            service = self._acceptor.services.get(kind, _unrecognized)
+            for response in service(message, self):
+                if self._over is not None:
+                    break
+                self._respond(message, response)
+            self._cancelled.clear()
+        finally:
+            self._inbox.finish(message)
+
+    def _respond(self, message: Message, response: Response) -> None:
+        command = dimse.response_to(message.command, response.status, **response.elements)
+        if response.dataset:
+            command["CommandDataSetType"] = 0x0000
+        encoded = dimse.encode(command)
+        pdus = protocol.p_data(message.context.id, encoded, response.dataset, max_pdu=self._agreement.max_pdu)
+        self._connection.send(b"".join(pdus), self._acceptor.limits.message_s)
+
+    def _abort(self, violation: Violation) -> None:
+        """Say A-ABORT as PS3.8 9.2 wants it: before an association by the user (AA-1), or not at all (AA-2: ARTIM)."""
+        if self._placed:
+            self._last_words(protocol.abort(violation.source, violation.reason))
+        elif not isinstance(violation, TooSlow):
+            self._last_words(protocol.abort(protocol.USER, protocol.UNSPECIFIED))
+
+    def _last_words(self, pdu: bytes) -> None:
+        try:
+            self._connection.send(pdu, self._acceptor.artim_s)
+        except Ended:
+            return  # it was the peer who left
+
+
+Service = Callable[[Message, Association], Iterable[Response]]
+
+
+def _unrecognized(message: Message, association: Association) -> Iterable[Response]:
+    """The answer to a request that no service is there for."""
+    association.tally["unrecognized"] += 1
+    yield Response(UNRECOGNIZED_OPERATION)

@@ -1,0 +1,170 @@
+"""PDUs from a socket, received into memory that is used again, and bytes sent, all in bounded time (PS3.8 9.3)."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import mmap
+import socket
+import struct
+import time
+
+from sphere.scp.upper import protocol
+from sphere.scp.upper.dataset import Budget
+from sphere.scp.upper.protocol import Ended, TooSlow, Violation
+
+CONTROL_PDU = 1 << 20  # bytes; an A-ASSOCIATE-RQ may be longer than any P-DATA-TF that we announce
+SLACK = 1024  # bytes by which a P-DATA-TF PDU may be longer than announced: some senders count otherwise
+TICK_S = 0.25  # seconds after which a blocked receive looks at its deadline and whether it should stop
+LINGER_S = 2.0  # seconds for the peer to read an A-ABORT or A-ASSOCIATE-RJ before the connection is closed
+QUICKACK = getattr(socket, "TCP_QUICKACK", None)  # Linux only
+
+
+class Connection:
+    """The receive buffer is anonymous memory: only pages that were used count.
+
+    Bodies of PDUs are views of it. They stay valid while `keep` is above 0: it counts the data sets that wait for
+    their last fragment or to be stored. Then further buffers are taken from `budget`; where that is used up, `pdu`
+    returns only after `keep` fell, which `spill` has to bring about.
+    """
+
+    def __init__(self, sock: socket.socket, *, budget: Budget, max_pdu: int) -> None:
+        self._sock = sock
+        self._budget = budget
+        self._max_pdu = max_pdu + SLACK
+        self._size = max(CONTROL_PDU, self._max_pdu) + mmap.PAGESIZE
+        self._view = memoryview(mmap.mmap(-1, self._size))
+        self._taken = 0  # bytes of budget
+        self._start = self._fill = 0  # what is received and not yet handed out
+        self.keep = 0
+        self.stopping = False  # set by another thread: to be ended at the next tick
+        sock.setblocking(True)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        timeval = struct.pack("ll", 0, int(TICK_S * 1e6))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
+
+    def pdu(self, *, first_s: float, rest_s: float, wait: bool = True) -> tuple[int, memoryview] | None:
+        """Type and body of the next PDU; None where `wait` is False and it is not complete.
+
+        `first_s` are the seconds until its first byte is there, `rest_s` those from then to its last. Raises Ended,
+        and Violation when the PDU is of no known type, too long or too slow, or when we are `stopping`.
+        """
+        if self.stopping:
+            raise Violation("the receiver stops", reason=protocol.UNSPECIFIED)
+        if not self._receive(protocol.PDU_HEADER.size, first_s, rest_s, wait):
+            return None
+        kind, length = protocol.PDU_HEADER.unpack_from(self._view, self._start)
+        if kind not in protocol.TYPES:
+            raise Violation(f"PDU type 0x{kind:02X}", reason=protocol.UNRECOGNIZED_PDU)
+        limit = self._max_pdu if kind == protocol.P_DATA_TF else CONTROL_PDU
+        if length > limit:
+            raise Violation(f"a PDU of {length} bytes, limit {limit}", reason=protocol.INVALID_PARAMETER)
+        size = protocol.PDU_HEADER.size + length
+        if not self._receive(size, rest_s, rest_s, wait):
+            return None
+        begin = self._start + protocol.PDU_HEADER.size
+        self._start += size
+        return kind, self._view[begin : self._start]
+
+    def crowded(self) -> bool:
+        """Whether views have to be given up before more can be received."""
+        if self.keep == 0 or self._fill + self._max_pdu + protocol.PDU_HEADER.size <= self._size:
+            return False
+        if not self._budget.take(self._size):
+            return True
+        self._taken += self._size
+        self._renew()
+        return False
+
+    def send(self, data: bytes, within_s: float) -> None:
+        """Send all of `data`; raises Ended when the peer is gone or takes longer than `within_s` seconds."""
+        deadline = _deadline(within_s)
+        view = memoryview(data)
+        while view:
+            try:
+                view = view[self._sock.send(view) :]
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise Ended("the peer does not read") from None
+            except OSError as error:
+                raise Ended(f"connection lost ({error.strerror})") from None
+
+    def close(self, *, linger: bool = False) -> None:
+        """End the connection; with `linger` only after the peer had LINGER_S seconds to read what was sent."""
+        with contextlib.suppress(OSError):  # it may be closed from the other side
+            if linger:
+                self._linger()
+        self._sock.close()
+        self._give_back()
+
+    def _linger(self) -> None:
+        """Read on until the peer closes: unread bytes would make the kernel reset the connection and our last words."""
+        self._sock.shutdown(socket.SHUT_WR)
+        deadline = time.monotonic() + LINGER_S
+        self._sock.settimeout(LINGER_S / 4)
+        while time.monotonic() < deadline and self._sock.recv_into(self._view):
+            pass
+
+    def _receive(self, size: int, first_s: float, rest_s: float, wait: bool) -> bool:
+        """Whether `size` bytes of the next PDU are there; if `wait`, they are, or Ended or Violation is raised."""
+        if self._start == self._fill and not self.keep:
+            self._start = self._fill = 0
+            self._give_back()
+        elif self._start + size > self._size:
+            self._renew()
+        if self._fill - self._start >= size:
+            return True
+        deadline = _deadline(rest_s if self._fill > self._start else first_s)
+        while self._fill - self._start < size:
+            began = self._fill > self._start
+            if not self._fill_up(deadline, wait):
+                return False
+            if not began:
+                deadline = _deadline(rest_s)
+            elif time.monotonic() > deadline and self._fill - self._start < size:
+                raise TooSlow("a PDU takes too long")
+        return True
+
+    def _fill_up(self, deadline: float, wait: bool) -> bool:
+        """Receive once what there is; False where nothing is and it may not wait."""
+        while True:
+            try:
+                if QUICKACK is not None:  # a sender that waits for an ACK before its next segment gets it now
+                    self._sock.setsockopt(socket.IPPROTO_TCP, QUICKACK, 1)
+                count = self._sock.recv_into(self._view[self._fill :], 0, 0 if wait else socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                if not wait:
+                    return False
+                if self.stopping:
+                    raise Violation("the receiver stops", reason=protocol.UNSPECIFIED) from None
+                if time.monotonic() > deadline:
+                    raise TooSlow("the peer is silent") from None
+                continue
+            except OSError as error:
+                raise Ended(f"connection lost ({error.strerror})") from None
+            if not count:
+                raise Ended("closed by the peer")
+            self._fill += count
+            return True
+
+    def _renew(self) -> None:
+        """Bring what is not yet handed out to the front: of a new buffer if views of this one are kept."""
+        left = self._fill - self._start
+        rest = self._view[self._start : self._fill]
+        if self.keep:
+            self._view = memoryview(mmap.mmap(-1, self._size))
+        else:
+            self._give_back()
+        self._view[:left] = rest
+        self._start, self._fill = 0, left
+
+    def _give_back(self) -> None:
+        if self._taken:
+            self._budget.give(self._taken)
+            self._taken = 0
+
+
+def _deadline(seconds: float) -> float:
+    """The monotonic time in `seconds`; 0: never."""
+    return time.monotonic() + seconds if seconds else math.inf

@@ -1,0 +1,114 @@
+"""The data set of one message while its fragments come: views of the receive buffers, or a file without a name."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+from sphere.ingest.members import FileRange
+
+MAX_FRAGMENTS = 4096  # kept as views; a sender of smaller ones costs a file, not memory
+
+
+@dataclass(slots=True)
+class Budget:
+    """Bytes of memory that all associations of a process may take for arriving data sets, beyond their first buffer."""
+
+    free: int
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def take(self, size: int) -> bool:
+        """Whether `size` bytes could be had; they are then taken."""
+        with self._lock:
+            granted = size <= self.free
+            self.free -= size if granted else 0
+            return granted
+
+    def give(self, size: int) -> None:
+        """Return `size` bytes."""
+        with self._lock:
+            self.free += size
+
+
+class ArrivingDataSet:
+    """Bytes in the order of their arrival, never copied while they stay in memory.
+
+    When the disk fails, `error` says so, and what comes later is dropped: the message still ends, and can be answered.
+    The file has no name, so that nothing of it outlives the process.
+    """
+
+    __slots__ = ("_digest", "_file", "_folder", "_fragments", "error", "size")
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._fragments: list[memoryview] = []
+        self._file: IO[bytes] | None = None
+        self._digest = hashlib.sha256()
+        self.size = 0
+        self.error: OSError | None = None
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether the receive buffers have to be left as they are."""
+        return bool(self._fragments)
+
+    @property
+    def sha256(self) -> str:
+        """Of all bytes, hexadecimal."""
+        return self._digest.hexdigest()
+
+    @property
+    def fragments(self) -> int:
+        """How many pieces wait in memory."""
+        return len(self._fragments)
+
+    def add(self, fragment: memoryview) -> None:
+        """The next bytes: kept as the view that is given, or written to the file if there is one."""
+        self.size += len(fragment)
+        self._digest.update(fragment)  # while the peer prepares the next one
+        if self._file is None and self.error is None:
+            self._fragments.append(fragment)
+        else:
+            self._write(fragment)
+
+    def spill(self) -> None:
+        """Move what waits in memory to a file; what follows goes there, too. The views are given up."""
+        if self._file is None and self.error is None:
+            try:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                self._file = tempfile.TemporaryFile(dir=self._folder, buffering=0)  # noqa: SIM115  closed by discard
+            except OSError as error:
+                self.error = error
+            for fragment in self._fragments:
+                self._write(fragment)
+            self._fragments = []
+
+    def content(self) -> list[memoryview] | FileRange:
+        """All of it; valid until `discard`."""
+        if self._file is None:
+            return self._fragments
+        return FileRange(Path(f"/dev/fd/{self._file.fileno()}"), 0, self.size)
+
+    def tobytes(self) -> bytes:
+        """All of it as one value, for what is known to be small; raises OSError."""
+        content = self.content()
+        return content.path.read_bytes() if isinstance(content, FileRange) else b"".join(content)
+
+    def discard(self) -> None:
+        """Give memory and file back."""
+        self._fragments = []
+        if self._file is not None:
+            self._file.close()
+
+    def _write(self, data: memoryview) -> None:
+        if self._file is None or self.error is not None:
+            return
+        try:
+            while data:
+                data = data[self._file.write(data) :]
+        except OSError as error:
+            self.error = error

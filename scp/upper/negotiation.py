@@ -1,0 +1,163 @@
+"""The answer to an A-ASSOCIATE-RQ (PS3.8 7.1, 9.3.2; PS3.7 Annex D), by pynetdicom's PDU and presentation classes."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+from pydicom.uid import UID
+from pynetdicom._globals import APPLICATION_CONTEXT_NAME
+from pynetdicom.pdu import A_ASSOCIATE_AC, A_ASSOCIATE_RQ
+from pynetdicom.pdu_primitives import (
+    A_ASSOCIATE,
+    ImplementationClassUIDNotification,
+    ImplementationVersionNameNotification,
+    MaximumLengthNotification,
+    SCP_SCU_RoleSelectionNegotiation,
+    SOPClassExtendedNegotiation,
+)
+from pynetdicom.presentation import negotiate_as_acceptor
+
+from sphere.ingest.part10 import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
+from sphere.scp import contexts
+from sphere.scp.upper import protocol
+from sphere.scp.upper.messages import Context
+from sphere.scp.upper.protocol import PDU_HEADER, Rejection, Violation
+
+FIXED: Final = 68  # bytes of an A-ASSOCIATE-RQ between its header and its variable items (PS3.8 Table 9-11)
+PRESENTATION_CONTEXT, USER_INFORMATION = 0x20, 0x50  # item types that have sub-items
+MAX_CONTEXTS: Final = 128  # odd ids of one byte (PS3.8 9.3.2.2)
+MAX_SYNTAXES: Final = 128  # sub-items of one context; PS3.6 knows some 60 transfer syntaxes
+MAX_USER_ITEMS: Final = 2048  # sub-items of the user information
+_ITEM = struct.Struct(">BxH")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proposal:
+    """A decoded A-ASSOCIATE-RQ."""
+
+    calling: str
+    called: str
+    primitive: A_ASSOCIATE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Agreement:
+    """What was negotiated. `max_pdu`: bytes that the peer takes in a P-DATA-TF PDU, 0: any (PS3.8 D.1)."""
+
+    contexts: dict[int, Context]
+    refused: int
+    max_pdu: int
+    extensions: dict[str, bytes]  # application information granted, by SOP class (PS3.7 D.3.3.5)
+    answer: bytes  # the A-ASSOCIATE-AC PDU
+
+
+def read_request(body: memoryview) -> Proposal:
+    """Decode an A-ASSOCIATE-RQ without its header; raises Violation, and Rejection when we cannot take it."""
+    _check_items(body)
+    pdu = A_ASSOCIATE_RQ()
+    try:
+        pdu.decode(PDU_HEADER.pack(protocol.ASSOCIATE_RQ, len(body)) + bytes(body))
+        primitive = pdu.to_primitive()
+    except Exception as error:  # noqa: BLE001  pynetdicom raises whatever the bytes make of it
+        raise _invalid(f"A-ASSOCIATE-RQ ({type(error).__name__})") from None
+    if not pdu.protocol_version & 1:
+        raise Rejection(*protocol.PROTOCOL_VERSION_NOT_SUPPORTED)
+    if primitive.application_context_name != APPLICATION_CONTEXT_NAME:
+        raise Rejection(*protocol.APPLICATION_CONTEXT_NOT_SUPPORTED)
+    ids = [cx.context_id for cx in primitive.presentation_context_definition_list]
+    if len(set(ids)) != len(ids):
+        raise _invalid("a presentation context id that is used twice")
+    return Proposal(calling=pdu.calling_ae_title.strip(), called=pdu.called_ae_title.strip(), primitive=primitive)
+
+
+def agree(proposal: Proposal, *, max_pdu: int) -> Agreement:
+    """Our answer; `max_pdu` are the bytes of a P-DATA-TF PDU that we take."""
+    items = proposal.primitive.user_information
+    roles: dict[Any, Any] = {
+        item.sop_class_uid: (item.scu_role, item.scp_role)
+        for item in items
+        if isinstance(item, SCP_SCU_RoleSelectionNegotiation)
+    }
+    narrowed = contexts.narrow(proposal.primitive.presentation_context_definition_list)
+    results, ac_roles = negotiate_as_acceptor(narrowed, contexts.supported(narrowed), roles)
+    accepted = [Context(*cx.as_tuple) for cx in results if cx.result == 0]
+    extensions = {
+        str(item.sop_class_uid): contexts.find_extensions(item.service_class_application_information or b"")
+        for item in items
+        if isinstance(item, SOPClassExtendedNegotiation) and item.sop_class_uid in contexts.FIND_MODELS
+    }
+    theirs = [item.maximum_length_received for item in items if isinstance(item, MaximumLengthNotification)]
+    return Agreement(
+        contexts={cx.id: cx for cx in accepted},
+        refused=len(results) - len(accepted),
+        max_pdu=(theirs or [0])[0] or 0,
+        extensions=extensions,
+        answer=_accept(proposal, results, [*_ours(max_pdu), *ac_roles, *_granted(extensions)]),
+    )
+
+
+def _accept(proposal: Proposal, results: list[Any], user_information: list[Any]) -> bytes:
+    answer = A_ASSOCIATE()
+    answer.application_context_name = UID(APPLICATION_CONTEXT_NAME)
+    answer.calling_ae_title = proposal.primitive.calling_ae_title
+    answer.called_ae_title = proposal.primitive.called_ae_title
+    answer.result, answer.result_source = 0, 1
+    answer.presentation_context_definition_results_list = results
+    answer.user_information = user_information
+    pdu = A_ASSOCIATE_AC()
+    pdu.from_primitive(answer)
+    return bytes(pdu.encode())
+
+
+def _ours(max_pdu: int) -> Iterator[Any]:
+    length = MaximumLengthNotification()
+    length.maximum_length_received = max_pdu
+    yield length
+    uid = ImplementationClassUIDNotification()
+    uid.implementation_class_uid = UID(IMPLEMENTATION_CLASS_UID)
+    yield uid
+    version = ImplementationVersionNameNotification()
+    version.implementation_version_name = IMPLEMENTATION_VERSION_NAME
+    yield version
+
+
+def _granted(extensions: dict[str, bytes]) -> Iterator[Any]:
+    for uid, information in extensions.items():
+        item = SOPClassExtendedNegotiation()
+        item.sop_class_uid = UID(uid)
+        item.service_class_application_information = information
+        yield item
+
+
+def _check_items(body: memoryview) -> None:
+    """Refuse more items than an honest peer sends, before objects are made of them."""
+    if len(body) < FIXED:
+        raise _invalid("an A-ASSOCIATE-RQ that is cut off")
+    found = 0
+    for kind, item in _items(body[FIXED:]):
+        found += kind == PRESENTATION_CONTEXT
+        limit = {PRESENTATION_CONTEXT: MAX_SYNTAXES, USER_INFORMATION: MAX_USER_ITEMS}.get(kind)
+        inner = item[4:] if kind == PRESENTATION_CONTEXT else item
+        if found > MAX_CONTEXTS or (limit is not None and sum(1 for _ in _items(inner)) > limit):
+            raise _invalid("an A-ASSOCIATE-RQ with items without end")
+
+
+def _items(data: memoryview) -> Iterator[tuple[int, memoryview]]:
+    """Type and value of the items in `data` (PS3.8 9.3.2); raises Violation where one is cut off."""
+    at = 0
+    while at < len(data):
+        if len(data) - at < _ITEM.size:
+            raise _invalid("an item that is cut off")
+        kind, length = _ITEM.unpack_from(data, at)
+        end = at + _ITEM.size + length
+        if end > len(data):
+            raise _invalid("an item that overruns the PDU")
+        yield kind, data[at + _ITEM.size : end]
+        at = end
+
+
+def _invalid(what: str) -> Violation:
+    return Violation(what, reason=protocol.INVALID_PARAMETER)
