@@ -154,6 +154,8 @@ class Connection:
         rest = self._view[self._start : self._fill]
         if self.keep:
             self._view = memoryview(mmap.mmap(-1, self._size))
+        else:
+            self._give_back()
         self._view[:left] = rest
         self._start, self._fill = 0, left
 
