@@ -1,7 +1,7 @@
 """HDFS loses a DataNode or its NameNode while instances land over C-STORE.
 
-After the loss of a DataNode the client goes on trying it until the NameNode takes it for dead (14 s in this cluster):
-what comes meanwhile is refused, and nothing acknowledged is lost.
+After the loss of a DataNode landing stalls for about as long as the NameNode needs to take it for dead (14 s in this
+cluster): what comes meanwhile is refused, and nothing acknowledged is lost.
 """
 
 from __future__ import annotations
