@@ -147,7 +147,7 @@ class BundleWriter:
         try:
             self._bundle = OpenBundle(self._storage, self._state_dir, path, lock, self._clock())
         except BaseException:
-            lock.release()  # at most an empty file is left: recovery removes it
+            lock.release(keep=not self._storage.visible_at_once)  # HDFS may have made it: recovery removes it
             raise
         return self._bundle
 

@@ -8,9 +8,11 @@ import threading
 from collections.abc import Callable
 
 from sphere.catalog.service import QueryService
+from sphere.conf.errors import SphereError
 from sphere.conf.settings import Settings
 from sphere.ingest.bundle import BundleWriter
-from sphere.ingest.storage import open_storage
+from sphere.ingest.recovery import recover
+from sphere.ingest.storage import Storage, open_storage
 from sphere.scp.find import FindService
 from sphere.scp.handlers import Handlers
 from sphere.scp.libraries import prepare_libraries
@@ -36,6 +38,7 @@ def run_receiver(settings: Settings, *, ready: Callable[[int], None]) -> None:
     threading.excepthook = _log_thread_error
     storage = open_storage(settings.storage.root, user=settings.storage.user)
     writer = BundleWriter(storage, settings)
+    threading.Thread(target=_recover, args=(storage, settings), daemon=True, name="recovery").start()
     try:
         with QueryService(settings) as finder:
             handlers = Handlers(CallingPolicy(settings.peers), StoreService(writer), FindService(finder))
@@ -46,12 +49,26 @@ def run_receiver(settings: Settings, *, ready: Callable[[int], None]) -> None:
 
 
 def _serve(server: Server, stop: threading.Event, ready: Callable[[int], None]) -> None:
-    threading.Thread(target=server.serve, daemon=True, name="accept").start()
+    accepting = threading.Thread(target=server.serve, daemon=True, name="accept")
+    accepting.start()
     log.info("receiver listens port=%d", server.port)
     ready(server.port)
-    stop.wait()
+    while not stop.wait(1.0):
+        if not accepting.is_alive():
+            raise SphereError("nothing accepts connections any more; this receiver has to be started again")
     server.stop()
     server.drain(DRAIN_S)
+
+
+def _recover(storage: Storage, settings: Settings) -> None:
+    """Settle the bundles of dead receivers while this one serves; killed anywhere, the next one goes on."""
+    try:
+        report = recover(storage, settings)
+    except SphereError as error:  # the storage is away: the next start or extraction does it
+        log.warning("bundles of dead writers are left for later: %s", error)
+        return
+    if report.bundles:
+        log.info("recovered bundles=%d failed=%d", len(report.bundles), len(report.failed))
 
 
 def _log_thread_error(args: threading.ExceptHookArgs) -> None:

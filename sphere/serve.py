@@ -1,7 +1,7 @@
 """`sphere serve`: receivers and scheduled extraction as child processes, watched, stopped together.
 
-A child that ends by itself is started again (after a growing pause when it keeps ending). Children notice the death of
-this process by the end of a pipe, and stop as if told to, so that the port is never left behind by an orphan.
+A child that ends by itself, or that no longer sends its heartbeat, is started again and counted. Children notice the
+death of this process by the end of a pipe, and stop as if told to, so that the port is never left behind by an orphan.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
+from typing import Literal
 
-from sphere.conf import logs
+from sphere.conf import logs, serving
 from sphere.conf.errors import SettingsError, SphereError
 from sphere.conf.settings import Settings
 
@@ -26,10 +27,13 @@ log = logging.getLogger(__name__)
 
 SPAWN = get_context("spawn")  # never fork: HDFS clients and Spark own threads
 DRAIN_S = 30.0  # seconds that children have to finish associations and seal bundles after SIGTERM
-RESTART_PAUSE_S = (
-    0.5,
-    30.0,
-)  # seconds before a restart: first, longest; doubled each time a child ends within a minute
+RESTART_PAUSE_S = 0.2, 5.0  # seconds before a restart: first, longest; doubled while a child ends before it is ready
+HEARTBEAT_S = 1.0  # seconds between heartbeats of a child
+PATIENCE_S = 6.0  # seconds without a heartbeat after which a receiver is killed: service resumes within 10 s
+JOB_PATIENCE_S = 60.0  # the same for jobs, which may wait long for memory or disk
+START_S = 60.0  # seconds until the first heartbeat of a child, on a busy machine
+STATE_S = 1.0  # seconds between writes of the state file while nothing changes
+TICK_S = 0.2  # seconds between looks at the clock
 Target = Callable[[Settings, Callable[[int], None]], None]
 
 
@@ -39,12 +43,26 @@ class Child:
 
     name: str
     target: Target
+    patience_s: float = PATIENCE_S
     process: SpawnProcess | None = None
     lifeline: Connection | None = None  # closed by the death of the supervisor
-    started: float = 0.0
+    messages: Connection | None = None  # True: it is ready; False: a heartbeat
+    state: Literal["starting", "ready", "waiting"] = "waiting"
+    due: float = 0.0  # monotonic time of its next start, where it waits for that
+    deadline: float = 0.0  # monotonic time at which its next heartbeat must have come
     pause: float = RESTART_PAUSE_S[0]
     restarts: int = 0
-    ready: Connection | None = None
+    unanswered: int = 0
+    last_heartbeat: str = ""
+    last_end: str = ""
+
+    def told(self) -> serving.ChildState:
+        """What the state file says of it."""
+        pid = self.process.pid or 0 if self.process and self.state != "waiting" else 0
+        return serving.ChildState(
+            name=self.name, state=self.state, pid=pid, restarts=self.restarts, unanswered=self.unanswered,
+            last_heartbeat=self.last_heartbeat, last_end=self.last_end,
+        )  # fmt: skip
 
 
 @dataclass
@@ -55,68 +73,112 @@ class Supervisor:
     announce: Callable[[str], None] = print
     children: list[Child] = field(default_factory=list)
     _stop: threading.Event = field(default_factory=threading.Event)
+    _announced: bool = False
+    _told: list[serving.ChildState] = field(default_factory=list)
+    _tell_again: float = 0.0
 
     def run(self) -> int:
         """Serve until SIGTERM or SIGINT; returns the exit status, 0 when every child stopped cleanly.
 
         Raises SettingsError when the DIMSE port is taken.
         """
-        settings = with_port(self.settings)
+        self.settings = settings = with_port(self.settings)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self._stop.set())
         self.children = [Child(f"receiver-{n + 1}", receive) for n in range(settings.dimse.workers)]
         if settings.extract.every_s:
-            self.children.append(Child("extract", extract_regularly))
+            self.children.append(Child("extract", extract_regularly, JOB_PATIENCE_S))
         for child in self.children:
-            self._start(child, settings)
-        if self._wait_ready():
-            self.announce(banner(settings))
-        while not self._stop.wait(0.2):
-            self._restart_ended(settings)
+            self._start(child)
+        while not self._stop.is_set():
+            self._watch()
+            if not self._announced and all(child.state == "ready" for child in self.children):
+                self._announced = True
+                self.announce(banner(settings))
         return self._stop_all()
 
-    def _start(self, child: Child, settings: Settings) -> None:
+    def _watch(self) -> None:
+        """Wait for a message, an end or the next tick, and do what follows from it."""
+        running = [child for child in self.children if child.state != "waiting"]
+        sources: list[Connection | int] = [child.messages for child in running if child.messages]
+        sources += [child.process.sentinel for child in running if child.process]
+        if sources:
+            wait(sources, timeout=TICK_S)
+        else:
+            self._stop.wait(TICK_S)
+        for child in self.children:
+            if child.state == "waiting":
+                if time.monotonic() >= child.due:
+                    self._start(child)
+                continue
+            self._listen(child)
+            self._check(child)
+        self._tell()
+
+    def _start(self, child: Child) -> None:
         theirs, child.lifeline = SPAWN.Pipe(duplex=False)
-        child.ready, send_ready = SPAWN.Pipe(duplex=False)
+        child.messages, send = SPAWN.Pipe(duplex=False)
         level = logging.getLogger("sphere").getEffectiveLevel()
-        arguments = (child.target, settings, theirs, send_ready, level)
+        arguments = (child.target, self.settings, theirs, send, level)
         child.process = SPAWN.Process(target=_run_child, args=arguments, name=child.name)
         child.process.start()
         theirs.close()
-        send_ready.close()
-        child.started = time.monotonic()
+        send.close()
+        child.state, child.deadline = "starting", time.monotonic() + START_S
         log.info("child started name=%s pid=%s", child.name, child.process.pid)
 
-    def _wait_ready(self) -> bool:
-        """Wait until every child has said that it is ready; False when told to stop or one ended before."""
-        waiting = [child.ready for child in self.children if child.ready]
-        while waiting and not self._stop.is_set():
-            for connection in wait(waiting, timeout=0.2):
-                assert isinstance(connection, Connection)
-                waiting.remove(connection)
-                try:
-                    connection.recv()
-                except EOFError:
-                    return False  # it ended; _restart_ended sees to it
-        return not self._stop.is_set()
+    def _listen(self, child: Child) -> None:
+        """Take what the child has said."""
+        assert child.messages is not None
+        try:
+            while child.messages.poll():
+                if child.messages.recv():
+                    child.state, child.pause = "ready", RESTART_PAUSE_S[0]
+                child.deadline = time.monotonic() + child.patience_s
+                child.last_heartbeat = serving.now()
+        except (EOFError, OSError):
+            return  # it has ended, or ends: _check sees to it
 
-    def _restart_ended(self, settings: Settings) -> None:
-        for child in self.children:
-            if child.process is None or child.process.is_alive():
-                continue
-            lived = time.monotonic() - child.started
-            child.pause = RESTART_PAUSE_S[0] if lived > 60 else min(2 * child.pause, RESTART_PAUSE_S[1])
-            child.restarts += 1
-            log.error(
-                "child ended name=%s status=%s restarts=%s pause_s=%.1f",
-                child.name, child.process.exitcode, child.restarts, child.pause,
-            )  # fmt: skip
-            if self._stop.wait(child.pause):
+    def _check(self, child: Child) -> None:
+        """Have a child that ended, or does not answer, started again."""
+        process = child.process
+        assert process is not None
+        if process.is_alive():
+            if time.monotonic() < child.deadline:
                 return
-            self._start(child, settings)
+            child.unanswered += 1
+            log.error("child killed name=%s pid=%s: no heartbeat", child.name, process.pid)
+            process.kill()
+            process.join()
+        if child.state != "ready":
+            child.pause = min(2 * child.pause, RESTART_PAUSE_S[1])
+        for connection in (child.lifeline, child.messages):
+            if connection is not None:
+                connection.close()
+        status = process.exitcode or 0
+        child.last_end = f"signal {-status}" if status < 0 else f"status {status}"
+        child.restarts += 1
+        child.state, child.due = "waiting", time.monotonic() + child.pause
+        log.error(
+            "child ended name=%s by %s restarts=%s pause_s=%.1f",
+            child.name, child.last_end, child.restarts, child.pause,
+        )  # fmt: skip
+
+    def _tell(self, *, stopping: bool = False) -> None:
+        """Write the state file when something changed, and from time to time."""
+        told = [child.told() for child in self.children]
+        if time.monotonic() < self._tell_again and _changes(told) == _changes(self._told) and not stopping:
+            return
+        self._told, self._tell_again = told, time.monotonic() + STATE_S
+        state_dir, port = self.settings.archive.state_dir, self.settings.dimse.port
+        try:
+            serving.write(state_dir, pid=os.getpid(), port=port, stopping=stopping, children=told)
+        except OSError as error:  # a full disk must not end the supervisor
+            log.error("state file: %s", error.strerror)
 
     def _stop_all(self) -> int:
         """SIGTERM to all, then SIGKILL to those that do not end in time."""
+        self._tell(stopping=True)
         alive = [child.process for child in self.children if child.process and child.process.is_alive()]
         for process in alive:
             process.terminate()
@@ -127,20 +189,42 @@ class Supervisor:
                 log.error("child killed name=%s: it did not stop within %s s", process.name, DRAIN_S)
                 process.kill()
                 process.join()
+        serving.remove(self.settings.archive.state_dir)
         return 0 if all(process.exitcode == 0 for process in alive) else 1
 
 
-def _run_child(target: Target, settings: Settings, lifeline: Connection, ready: Connection, level: int) -> None:
+def _changes(children: list[serving.ChildState]) -> list[tuple[str, int, int]]:
+    return [(child.state, child.pid, child.restarts) for child in children]
+
+
+def _run_child(target: Target, settings: Settings, lifeline: Connection, messages: Connection, level: int) -> None:
     """The body of every child process."""
     logs.configure("info")
     logging.getLogger("sphere").setLevel(level)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the supervisor decides
     threading.Thread(target=_end_with, args=(lifeline,), daemon=True, name="lifeline").start()
+    sending = threading.Lock()
+
+    def say(ready: bool) -> None:
+        with sending:
+            messages.send(ready)
+
+    threading.Thread(target=_beat, args=(say,), daemon=True, name="heartbeat").start()
     try:
-        target(settings, ready.send)
+        target(settings, lambda _: say(True))
     except SphereError as error:
         log.error("%s", error)
         raise SystemExit(1) from None
+
+
+def _beat(say: Callable[[bool], None]) -> None:
+    """Send heartbeats for as long as somebody hears them."""
+    try:
+        while True:
+            say(False)
+            time.sleep(HEARTBEAT_S)
+    except OSError:  # the supervisor is gone; the lifeline ends this process
+        return
 
 
 def _end_with(lifeline: Connection) -> None:

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 import orjson
 
 from sphere.catalog.schema import TABLES
+from sphere.conf import serving
+from sphere.conf.serving import ServeState
 from sphere.conf.settings import Settings
 from sphere.ingest.journal import BundleState, Landed
 from sphere.ingest.storage import open_storage
@@ -22,7 +24,7 @@ class Status:
     """The state of an archive; sizes in bytes.
 
     `landed` members are in bundles, `waiting` of them are not yet catalogued. `catalogued` counts rows by table,
-    `quarantine` rejected members by reason.
+    `quarantine` rejected members by reason. `serving`: the running `sphere serve` of this host, None where none runs.
     """
 
     storage_root: str
@@ -34,6 +36,7 @@ class Status:
     waiting: int
     catalogued: dict[str, int]
     quarantine: dict[str, int]
+    serving: ServeState | None
 
     def to_json(self) -> str:
         """One JSON object."""
@@ -50,6 +53,7 @@ class Status:
                 f"waiting     {self.waiting} members" + (" (sphere extract)" if self.waiting else ""),
                 f"catalog     {self.catalog_root}: {rows}",
                 f"quarantine  {why or 'empty'}",
+                f"serving     {self.serving or 'no'}",
             ]
         )
 
@@ -75,7 +79,13 @@ def take(settings: Settings) -> Status:
         waiting=waiting,
         catalogued={name: _count(tables, name) for name in COUNTED},
         quarantine=dict(Counter(_column(tables, "quarantine", "reason"))),
+        serving=_serving(settings),
     )
+
+
+def _serving(settings: Settings) -> ServeState | None:
+    state = serving.read(settings.archive.state_dir)
+    return state if state is not None and state.alive() else None
 
 
 def waiting(settings: Settings) -> int:

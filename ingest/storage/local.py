@@ -95,6 +95,7 @@ class LocalStorage(Storage):
                 _sync_folder(full.parent)
             except OSError:
                 os.close(fd)
+                full.unlink(missing_ok=True)  # nobody knows of it
                 raise
         return LocalAppender(fd, str(full), 0)
 

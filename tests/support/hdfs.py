@@ -89,6 +89,17 @@ class HdfsCluster:
         process.wait()
         return process.pid
 
+    def kill_namenode(self) -> None:
+        """Kill the NameNode (-9)."""
+        process = self._processes.pop("namenode")
+        process.kill()
+        process.wait()
+
+    def start_namenode(self, *, wait_s: float = 120.0) -> None:
+        """Start it again and wait until it takes writes."""
+        self._spawn("namenode", _NAMENODE)
+        self._wait(wait_s)
+
     def start_datanodes(self, *, wait_s: float = 120.0) -> None:
         """Start those that are not running and wait until the NameNode counts them."""
         for number in range(self._datanodes):

@@ -81,10 +81,11 @@ def running_receiver(
     *,
     file_size_limit: int | None = None,
     clean: bool = True,
+    module: str = "tests.support.receiver",
 ) -> Iterator[Receiver]:
     """A receiver with its archive in `base`, listening; ended with status 0 at the end where `clean`.
 
-    `tables` goes over the settings; no file may grow above `file_size_limit` bytes.
+    `tables` goes over the settings; no file may grow above `file_size_limit` bytes; `module` is its body.
     """
     data: dict[str, Any] = {"dimse": {}, **(tables or {})}
     data["dimse"] = {"port": free_port(), "workers": 1, **data["dimse"]}
@@ -92,7 +93,7 @@ def running_receiver(
     log_path = base / "receiver.log"
     with log_path.open("w") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "tests.support.receiver", json.dumps(data), str(base), str(file_size_limit or 0)],
+            [sys.executable, "-m", module, json.dumps(data), str(base), str(file_size_limit or 0)],
             cwd=ROOT, stdout=subprocess.PIPE, stderr=log, text=True,
         )  # fmt: skip
     receiver = Receiver(process, from_dict(data, base=base), log_path)

@@ -1,0 +1,87 @@
+"""`sphere serve` as a process of its own, for tests."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from sphere.conf import serving
+from sphere.conf.serving import ChildState, ServeState
+from sphere.conf.settings import Settings, from_dict
+from tests.support.receiver import ROOT, STOP_S, free_port
+
+START_S = 60.0  # seconds for a first start
+
+
+@dataclass
+class Serving:
+    """A running supervisor."""
+
+    process: subprocess.Popen[str]
+    settings: Settings
+    log_path: Path
+
+    @property
+    def port(self) -> int:
+        return self.settings.dimse.port
+
+    def state(self) -> ServeState:
+        """What it says of itself."""
+        state = serving.read(self.settings.archive.state_dir)
+        assert state is not None, self.log_path.read_text()
+        return state
+
+    def wait(self, until: Callable[[ServeState], bool], *, within_s: float = START_S) -> ServeState:
+        """Its state once `until` holds; fails after `within_s` seconds."""
+        deadline = time.monotonic() + within_s
+        while True:
+            state = serving.read(self.settings.archive.state_dir)
+            if state is not None and state.pid == self.process.pid and until(state):
+                return state
+            assert time.monotonic() < deadline, (state, self.log_path.read_text()[-3000:])
+            assert self.process.poll() is None, self.log_path.read_text()[-3000:]
+            time.sleep(0.02)
+
+    def stop(self) -> int:
+        """SIGTERM, and the exit status."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(STOP_S)
+
+
+def ready(state: ServeState) -> bool:
+    """Whether every part serves."""
+    return not state.not_ready
+
+
+def send_signal(child: ChildState, number: signal.Signals) -> None:
+    """To one child, by its process id."""
+    os.kill(child.pid, number)
+
+
+@contextmanager
+def running_supervisor(base: Path, *, root: str = "file:storage", workers: int = 2, port: int = 0) -> Iterator[Serving]:
+    """`sphere serve` on an archive in `base`, every part ready; killed at the end where the test has not stopped it."""
+    base.mkdir(parents=True, exist_ok=True)
+    port = port or free_port()
+    config = base / "sphere.toml"
+    text = f'[dimse]\nport = {port}\nworkers = {workers}\n[storage]\nroot = "{root}"\n[extract]\nevery_s = 0\n'
+    config.write_text(text)
+    tables = {"dimse": {"port": port, "workers": workers}, "storage": {"root": root}, "extract": {"every_s": 0}}
+    with (base / "serve.log").open("a") as log:
+        command = [sys.executable, "-m", "sphere.cli", "--config", str(config), "serve"]
+        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, text=True)
+    running = Serving(process, from_dict(tables, base=base), base / "serve.log")
+    try:
+        running.wait(ready)
+        yield running
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
