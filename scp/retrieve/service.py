@@ -1,0 +1,209 @@
+"""What happens with one C-MOVE or C-GET, whatever upper layer brought it (PS3.4 C.4.2, C.4.3)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from pydicom.uid import UID
+
+from sphere.catalog.service import StoredInstance
+from sphere.conf.errors import PeerError, QueryError, SphereError, StorageError
+from sphere.conf.settings import Peer, Settings
+from sphere.ingest.storage.base import Storage
+from sphere.scp.contexts import RetrieveModel
+from sphere.scp.retrieve.identifier import Selection, decode_identifier, parse_selection
+from sphere.scp.retrieve.outbound import Channel, Converter, Counts, Sender, groups, range_of
+from sphere.scp.retrieve.read_ahead import ReadAhead
+from sphere.scp.upper.messages import Context
+from sphere.scp.upper.requestor import PeerSilent, Proposed, Requested, connect
+
+log = logging.getLogger(__name__)
+
+PENDING, SUCCESS, CANCELLED = 0xFF00, 0x0000, 0xFE00  # PS3.4 Tables C.4-2, C.4-3
+SOME_FAILED = 0xB000  # warning: sub-operations complete, one or more failures or warnings
+NONE_PERFORMED = 0xA702  # refused: out of resources, unable to perform sub-operations
+UNKNOWN_DESTINATION = 0xA801
+UNABLE = 0xC000
+MAX_COMMENT = 64  # characters of an Error Comment, LO (PS3.7 Table E.2-1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RetrieveRequest:
+    """A C-MOVE-RQ or C-GET-RQ, with what was negotiated for its SOP class."""
+
+    model: RetrieveModel
+    identifier: bytes  # encoded in `transfer_syntax`
+    transfer_syntax: UID
+    relational: bool = False
+    destination: str = ""  # AE title, of a C-MOVE
+    message_id: int = 0
+    calling_ae: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RetrieveAnswer:
+    """One response; `counts` are those at this moment, None where no sub-operation was begun."""
+
+    status: int
+    counts: Counts | None = None
+    comment: str = ""
+    offending: tuple[int, ...] = ()
+
+
+class Finds(Protocol):
+    """What the locator does for us."""
+
+    def locate(self, selection: Selection) -> list[StoredInstance]:
+        """The instances of a selection."""
+
+
+Connect = Callable[[Peer, Settings, Sequence[Proposed]], Requested]
+
+
+class RetrieveService:
+    """Sends what is asked for; one per receiver process."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        storage: Storage,
+        locator: Finds,
+        converter: Converter,
+        *,
+        connect: Connect = connect,
+    ) -> None:
+        self._settings = settings
+        self._storage = storage
+        self._locator = locator
+        self._converter = converter
+        self._connect = connect
+        self._peers = {peer.ae_title.strip(): peer for peer in settings.peers}
+
+    def move(self, request: RetrieveRequest, *, cancelled: Callable[[], bool]) -> Iterator[RetrieveAnswer]:
+        """Every response to a C-MOVE, the final one last; never raises."""
+        peer = self._peers.get(request.destination.strip())
+
+        def perform(instances: list[StoredInstance], counts: Counts) -> Iterator[None]:
+            assert peer is not None
+            origin = {
+                "MoveOriginatorApplicationEntityTitle": request.calling_ae,
+                "MoveOriginatorMessageID": request.message_id,
+            }
+            for proposed, group in groups(instances):
+                yield from self._to_peer(peer, proposed, group, counts, origin)
+
+        if peer is None:
+            yield _failure(UNKNOWN_DESTINATION, "move destination is not among the peers of the settings")
+        else:
+            yield from self._answers(request, perform, cancelled)
+
+    def get(
+        self, request: RetrieveRequest, channel: Channel, *, cancelled: Callable[[], bool]
+    ) -> Iterator[RetrieveAnswer]:
+        """Every response to a C-GET, the final one last; sub-operations go over `channel`, and raise what it raises."""
+
+        def perform(instances: list[StoredInstance], counts: Counts) -> Iterator[None]:
+            with closing(self._over(channel, instances, counts, {})) as steps:
+                yield from steps
+
+        yield from self._answers(request, perform, cancelled)
+
+    def _answers(
+        self,
+        request: RetrieveRequest,
+        perform: Callable[[list[StoredInstance], Counts], Iterator[None]],
+        cancelled: Callable[[], bool],
+    ) -> Iterator[RetrieveAnswer]:
+        try:
+            selection = parse_selection(
+                decode_identifier(request.identifier, request.transfer_syntax),
+                model=request.model,
+                relational=request.relational,
+            )
+            instances = self._locator.locate(selection)
+        except QueryError as error:
+            yield _failure(error.dimse, str(error), error.offending)
+            return
+        except SphereError as error:
+            yield _failure(UNABLE, str(error))
+            return
+        except Exception as error:  # noqa: BLE001  a defect of ours must be answered, and not end the association
+            yield _failure(UNABLE, f"internal error ({type(error).__name__})")
+            return
+        counts = Counts(len(instances))
+        with closing(perform(instances, counts)) as steps:
+            for _ in steps:
+                if cancelled():
+                    yield RetrieveAnswer(CANCELLED, counts)
+                    return
+                if counts.remaining:
+                    yield RetrieveAnswer(PENDING, counts)
+        yield _final(counts)
+
+    def _to_peer(
+        self,
+        peer: Peer,
+        proposed: list[Proposed],
+        group: list[StoredInstance],
+        counts: Counts,
+        origin: Mapping[str, Any],
+    ) -> Iterator[None]:
+        """Send a group; where the association is lost after something went well, go on over a new one."""
+        end = counts.remaining - len(group)
+        while counts.remaining > end:
+            left = group[len(group) - (counts.remaining - end) :]
+            sent = counts.completed + counts.warning
+            try:
+                if not proposed:
+                    raise PeerError("no SOP class is known of these instances")
+                with self._connect(peer, self._settings, proposed) as association:
+                    yield from self._over(association, left, counts, origin)
+            except (PeerError, StorageError) as error:
+                counts.add(group[len(group) - (counts.remaining - end)], None, str(error))
+                yield None
+                if isinstance(error, PeerSilent) or counts.completed + counts.warning == sent:
+                    yield from _give_up(group[len(group) - (counts.remaining - end) :], counts, str(error))
+
+    def _over(
+        self, channel: Channel, instances: list[StoredInstance], counts: Counts, origin: Mapping[str, Any]
+    ) -> Iterator[None]:
+        """Sub-operations on one association, one step each; raises what the channel raises."""
+        sender = Sender(channel, self._converter, origin)
+        sendable: list[tuple[StoredInstance, Context]] = []
+        refused: list[tuple[StoredInstance, str]] = []
+        for instance in instances:
+            route = sender.route(instance)
+            if isinstance(route, Context):
+                sendable.append((instance, route))
+            else:
+                refused.append((instance, route))
+        with ReadAhead(self._storage, [range_of(instance) for instance, _ in sendable]) as bytes_ahead:
+            for instance, context in sendable:
+                counts.add(instance, *sender.send(instance, context, bytes_ahead.next()))
+                yield None
+        for instance, reason in refused:
+            counts.add(instance, None, reason)
+            yield None
+
+
+def _give_up(instances: list[StoredInstance], counts: Counts, reason: str) -> Iterator[None]:
+    for instance in instances:
+        counts.add(instance, None, reason)
+    if instances:
+        yield None
+
+
+def _final(counts: Counts) -> RetrieveAnswer:
+    if not counts.failed and not counts.warning:
+        return RetrieveAnswer(SUCCESS, counts)
+    status = SOME_FAILED if counts.completed or counts.warning else NONE_PERFORMED
+    return RetrieveAnswer(status, counts, counts.reason[:MAX_COMMENT])
+
+
+def _failure(status: int, reason: str, offending: tuple[int, ...] = ()) -> RetrieveAnswer:
+    log.error("retrieve failed status=0x%04X offending=%s", status, ",".join(f"{tag:08X}" for tag in offending))
+    return RetrieveAnswer(status, None, reason[:MAX_COMMENT], offending)
