@@ -45,10 +45,18 @@ class Match:
             if key.tag in self.columns:
                 _add(identifier, key.tag, key.vr, self.columns[key.tag])
             elif element := self.header.get(f"{key.tag:08X}"):
-                identifier.add(_element(key, element))
+                identifier.add(_element_or_empty(key, element))
             else:
                 _add(identifier, key.tag, key.vr, None)
         return identifier
+
+
+def _element_or_empty(key: Key, element: Mapping[str, Any]) -> DataElement:
+    """A DICOM JSON element; zero length where it holds something that its VR cannot (an IS of "1A")."""
+    try:
+        return _element(key, element)
+    except (ValueError, TypeError, OverflowError):
+        return DataElement(key.tag, element.get("vr", key.vr), None, validation_mode=IGNORE)
 
 
 def _element(key: Key, element: Mapping[str, Any]) -> DataElement:

@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,6 +76,16 @@ class Index:
         finally:
             cursor.close()
 
+    def is_sound(self) -> bool:
+        """Whether the whole file can be read (every block has a checksum). Slow: for when something went wrong."""
+        try:
+            with self.cursor() as cursor:
+                for name in (*INDEXED, "study_files"):
+                    cursor.execute(f"SELECT bit_xor(hash(x)) FROM {name} x").fetchall()
+        except duckdb.Error:
+            return False
+        return True
+
     def instance_files(self, study_instance_uids: Sequence[str] | None) -> list[str]:
         """The files of `instances` that hold any of the studies; None: all of them."""
         where, values = "true", []
@@ -96,13 +106,16 @@ class IndexCache:
         self._index: Index | None = None
         self._looked = 0.0
         self._unsettled: tuple[bool, ...] = ()
+        self._away_until = 0.0
+        self._suspected = False
         self._builder = ThreadPoolExecutor(1, thread_name_prefix="index")
         self._refresh: Future[Index] | None = None
 
     def current(self) -> Index:
-        """The newest index, or the one before it while a newer one takes longer than REFRESH_WAIT_S to build.
+        """The newest index; the one before it while a newer one takes longer than REFRESH_WAIT_S to build, or while
+        the tables cannot be read.
 
-        Raises CatalogError when the tables cannot be read.
+        Raises CatalogError when the tables cannot be read and no index is at hand.
         """
         with self._lock:
             index = self._index
@@ -111,19 +124,26 @@ class IndexCache:
             if self._refresh is None:
                 self._refresh = self._builder.submit(self._load)
             refresh = self._refresh
-        if index is not None:
-            with suppress(FutureTimeout):
-                return refresh.result(REFRESH_WAIT_S)
+        if index is None:
+            return refresh.result()
+        try:
+            return refresh.result(REFRESH_WAIT_S)
+        except FutureTimeout:
             return index
-        return refresh.result()
+        except CatalogError as error:
+            log.warning("answering from the index at hand: %s", error)
+            return index
 
-    def discard(self, index: Index) -> None:
-        """Forget an index that turned out to be damaged, and its file."""
-        log.warning("index %s is damaged: building it anew", index.path.name)
+    def suspect(self, index: Index) -> None:
+        """Something could not be read: delete the index where it is damaged, and look for a newer version in any case,
+        as data files that are gone were replaced by one."""
+        sound = index.is_sound()
         with self._lock:
-            if self._index is index:
-                self._index = None
-        index.path.unlink(missing_ok=True)
+            self._suspected = True
+            if not sound:
+                log.warning("index %s is damaged: building it anew", index.path.name)
+                index.path.unlink(missing_ok=True)
+                self._index = None if self._index is index else self._index
 
     def close(self) -> None:
         """Let go of the index; a build under way ends first."""
@@ -132,12 +152,20 @@ class IndexCache:
 
     def _is_stale(self, index: Index) -> bool:
         """Extraction commits `bundles` last: its next version means a complete batch."""
-        if self._tables.has_moved("bundles", index.versions["bundles"]):
-            return True
-        if time.monotonic() - self._looked < SETTLE_S:
+        now = time.monotonic()
+        try:
+            if self._suspected:
+                return True
+            if now >= self._away_until and self._tables.has_moved("bundles", index.versions["bundles"]):
+                return True
+            if now - self._looked < SETTLE_S:
+                return False
+            self._looked = now
+            moved = tuple(self._tables.has_moved(name, index.versions[name]) for name in WATCHED)
+        except CatalogError as error:
+            log.warning("answering from the index at hand: %s", error)
+            self._looked, self._away_until = now, now + SETTLE_S
             return False
-        self._looked = time.monotonic()
-        moved = tuple(self._tables.has_moved(name, index.versions[name]) for name in WATCHED)
         settled, self._unsettled = moved == self._unsettled, moved
         return any(moved) and settled
 
@@ -149,7 +177,7 @@ class IndexCache:
             return index
         finally:
             with self._lock:
-                self._refresh = None
+                self._refresh, self._suspected = None, False
 
     def _open_or_build(self) -> Index:
         self._folder.mkdir(parents=True, exist_ok=True)

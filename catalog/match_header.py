@@ -9,11 +9,29 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from datetime import date
-from typing import Any
+from typing import Any, Final
+
+from pydicom.datadict import tag_for_keyword
 
 from sphere.catalog.match import TRAILING_ONLY_VRS, Value, time_text
 from sphere.catalog.match_parse import DECIMAL_VRS, INTEGER_VRS
 from sphere.catalog.predicate import AnyItem, Compare, Moment, Node, Predicate
+from sphere.catalog.schema import BY_KEYWORD
+from sphere.ingest.header.columns import FUNCTIONAL_GROUPS
+
+_SHARED_FUNCTIONAL_GROUPS: Final = 0x52009229
+
+
+def _macros_of() -> dict[int, list[int]]:
+    """From the tag of an attribute to the functional group sequences whose macro defines it."""
+    macros: dict[int, list[int]] = {}
+    for group in FUNCTIONAL_GROUPS:
+        for keyword in group.keywords:
+            macros.setdefault(BY_KEYWORD[keyword].tag, []).append(tag_for_keyword(group.name) or 0)
+    return macros
+
+
+_MACROS_OF: Final = _macros_of()
 
 Header = Mapping[str, Any]
 """A DICOM JSON object: "GGGGEEEE" to {"vr": ..., "Value": [...]}."""
@@ -52,10 +70,13 @@ def items(header: Header, tag: int) -> list[Header]:
 
 
 def column_values(header: Header, tag: int, vr: str) -> Iterator[Value]:
-    """The values of an attribute in column form, without empty and invalid ones; its own VR stands in for "UN"."""
+    """The values of an attribute in column form, without empty and invalid ones; its own VR stands in for "UN".
+
+    An attribute that only the shared functional groups hold (PS3.3 C.7.6.16) counts as the instance's, as in columns.
+    """
     if vr == "UN":
         vr = header.get(f"{tag:08X}", {}).get("vr", vr)
-    for value in _values(header, tag):
+    for value in _values(header, tag) or _shared_values(header, tag):
         formed = column_value(value, vr)
         if formed is not None:
             yield formed
@@ -65,6 +86,16 @@ def _values(header: Header, tag: int) -> list[Any]:
     element = header.get(f"{tag:08X}")
     values: list[Any] = element.get("Value") or [] if element else []
     return values
+
+
+def _shared_values(header: Header, tag: int) -> list[Any]:
+    """The values of an attribute in the functional group macros that define it; none where no group is shared."""
+    for shared in items(header, _SHARED_FUNCTIONAL_GROUPS) if tag in _MACROS_OF else ():
+        for macro in _MACROS_OF[tag]:
+            for group in items(shared, macro):
+                if values := _values(group, tag):
+                    return values
+    return []
 
 
 def column_value(value: Any, vr: str) -> Value | None:

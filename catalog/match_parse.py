@@ -31,7 +31,7 @@ NOT_MATCHED_VRS: Final = frozenset(("OB", "OD", "OF", "OL", "OV", "OW", "OB or O
 MULTIPLE_VALUES: Final = frozenset(("ModalitiesInStudy",))
 """Keys other than UIDs that may name several values, any of which matches."""
 
-_UID = re.compile(r"[0-9]+(?:\.[0-9]+)*")
+_UID = re.compile(r"[0-9.]{1,64}")  # what is accepted when it arrives can be asked for
 _INTEGER = re.compile(r"[+-]?[0-9]{1,20}")
 _DECIMAL = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?")
 
@@ -65,7 +65,7 @@ def _several(text: str, vr: str, keyword: str) -> Test | None:
 
 def _uids(parts: list[str]) -> Test:
     for part in parts:
-        if len(part) > 64 or not _UID.fullmatch(part):
+        if not _UID.fullmatch(part):
             raise ValueError("is not a UID (PS3.5 9.1)")
     return Exact(tuple(dict.fromkeys(parts)))
 

@@ -45,7 +45,7 @@ class Columns:
         if keyword not in known:
             return None
         self.used.add(alias)
-        return _column(alias, keyword)
+        return column_sql(alias, keyword)
 
     def _alias(self, keyword: str, level: Level) -> str:
         if self._level == "IMAGE" and keyword in ("StudyInstanceUID", "SeriesInstanceUID"):
@@ -70,7 +70,8 @@ class Columns:
         return text
 
 
-def _column(alias: str, keyword: str) -> ColumnSql:
+def column_sql(alias: str, keyword: str) -> ColumnSql:
+    """The column of a keyword in one table; in the files of instances, text is trimmed as the index does."""
     sql = f'{alias}."{keyword}"'
     column = BY_KEYWORD.get(keyword)
     if column is None:  # computed

@@ -283,8 +283,10 @@ ConflictKind = Literal["SOP_INSTANCE", "STUDY_PATIENT", "SERIES_STUDY"]
 
 _CONFLICTS = pa.schema(
     [
-        *_MEMBER,  # of the later of the two versions
+        ("bundle", pa.string()),  # with offset and length: of the later of the two versions
+        ("offset", pa.int64()),
         ("kind", pa.string()),  # a ConflictKind
+        ("length", pa.int64()),
         ("SOPInstanceUID", pa.string()),
         ("StudyInstanceUID", pa.string()),
         ("decision", pa.string()),  # a value of ingest.on_conflict, or "recorded"

@@ -107,7 +107,7 @@ class QueryService:
             except duckdb.Error as error:
                 if not is_damage(error):
                     raise
-                self._indexes.discard(index)
+                self._indexes.suspect(index)
                 if last:
                     raise CatalogError(f"the catalog cannot be read: {error}") from None
                 continue

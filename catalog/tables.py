@@ -7,6 +7,7 @@ from the files of a snapshot: that gives back a whole version, whatever is commi
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -42,7 +43,7 @@ class CatalogTables:
         self._hdfs: Client | None = None
         if parts.scheme == "hdfs":
             if settings.storage.user:
-                os.environ.setdefault("HADOOP_USER_NAME", settings.storage.user)
+                os.environ["HADOOP_USER_NAME"] = settings.storage.user  # read by the native client, as in ingest
             self._hdfs = Client(f"hdfs://{parts.netloc}")
         self._netloc = parts.netloc
 
@@ -53,14 +54,17 @@ class CatalogTables:
             paths = table.get_add_actions().column("path").to_pylist()
         except TableNotFoundError:
             return None
-        except DeltaError as error:
-            raise CatalogError(f"catalog table {name} below {self.root} cannot be read: {error}") from None
+        except (DeltaError, OSError) as error:
+            raise CatalogError(f"catalog table {name} below {self.root} cannot be read: {_plain(error)}") from None
         files = tuple(sorted(f"{self._folder}/{name}/{unquote(path)}" for path in paths))
         columns = frozenset(field.name for field in table.schema().fields)
         return Snapshot(name, table.version(), str(table.metadata().id), files, columns)
 
     def has_moved(self, name: str, version: int) -> bool:
-        """Whether a table has a commit after `version` (-1: the table did not exist). One look at one file name."""
+        """Whether a table has a commit after `version` (-1: the table did not exist). One look at one file name.
+
+        Raises CatalogError where the storage does not answer.
+        """
         path = f"{self._folder}/{name}/_delta_log/{version + 1:020}.json"
         if self._hdfs is None:
             return Path(path).exists()
@@ -68,6 +72,8 @@ class CatalogTables:
             self._hdfs.get_file_info(urlsplit(path).path)
         except FileNotFoundError:
             return False
+        except (OSError, RuntimeError) as error:
+            raise CatalogError(f"{self.root} does not answer: {_plain(error)}") from None
         return True
 
     def connect(self, path: Path, *, read_only: bool, memory_limit: str, threads: int) -> duckdb.DuckDBPyConnection:
@@ -82,3 +88,8 @@ class CatalogTables:
             host, _, port = self._netloc.partition(":")
             connection.register_filesystem(HdfsFileSystem(host, int(port) if port else None))
         return connection
+
+
+def _plain(error: Exception) -> str:
+    """The message of an error of the native libraries in one line, without colours."""
+    return " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split())

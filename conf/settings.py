@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -230,6 +230,10 @@ def _resolve(settings: Settings, base: Path) -> Settings:
         update={"root": _absolute(settings.catalog.root, base) if settings.catalog.root else ""}
     )
     resolved = settings.model_copy(update={"archive": archive, "storage": storage, "catalog": catalog})
+    if set("[]") & set(unquote(urlsplit(resolved.catalog_root).path)):
+        raise SettingsError(
+            f"{resolved.catalog_root}: Delta tables cannot be read below a folder with [ or ] in its name"
+        )
     if urlsplit(resolved.catalog_root).scheme == "webhdfs":
         raise SettingsError(
             "catalog.root: Delta tables cannot be read over webhdfs://; set catalog.root to file:/// or hdfs://"
@@ -238,8 +242,8 @@ def _resolve(settings: Settings, base: Path) -> Settings:
 
 
 def _absolute(url: str, base: Path) -> str:
-    """file:PATH and file://PATH relative to `base` become file:///ABSOLUTE; other URLs stay."""
+    """file:PATH and file://PATH, %-encoded as URLs are, become file:///ABSOLUTE seen from `base`; other URLs stay."""
     if not url.startswith("file:"):
         return url
-    path = url.removeprefix("file://").removeprefix("file:")
+    path = unquote(url.removeprefix("file://").removeprefix("file:"))
     return (base / path).resolve().as_uri()

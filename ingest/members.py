@@ -50,8 +50,9 @@ class NewMember:
     """An instance to be stored.
 
     `preamble` is what precedes the data set in the file (PS3.10 7.1: 128 bytes, "DICM", File Meta Information), or b"".
-    `dataset` is stored as it is: one buffer, its fragments in order, or a range of a local file, which is read twice
-    (for the digest and for the copy) in pieces of 1 MiB. UIDs are "" where they are unknown.
+    `dataset` is stored as it is: one buffer, its fragments in order, or a range of a local file, which is read in
+    pieces of 1 MiB. `sha256` is its digest (hexadecimal) where it is known already; "" has it computed, for which a
+    file is read once more. UIDs are "" where they are unknown.
     """
 
     SOPInstanceUID: str
@@ -64,6 +65,7 @@ class NewMember:
     received_at: datetime  # UTC; a naive time is taken as UTC
     preamble: bytes
     dataset: Dataset
+    sha256: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +91,8 @@ def prepare(member: NewMember) -> Prepared:
     """Digest and headers of `member`; raises StorageError when its waiting file cannot be read."""
     streamed = member.dataset if isinstance(member.dataset, FileRange) else None
     parts = _parts(member.dataset)
-    sha256, size = _digest(streamed.chunks() if streamed else parts)
+    size = streamed.length if streamed else sum(memoryview(part).nbytes for part in parts)
+    sha256 = member.sha256 or _digest(streamed.chunks() if streamed else parts)
     fields: dict[str, Any] = {
         "dataset_offset": len(member.preamble),
         "SOPInstanceUID": _text(member.SOPInstanceUID),
@@ -116,13 +119,11 @@ def _parts(dataset: Dataset) -> Sequence[Buffer]:
     return dataset
 
 
-def _digest(parts: Sequence[Buffer] | Iterator[bytes]) -> tuple[str, int]:
+def _digest(parts: Sequence[Buffer] | Iterator[bytes]) -> str:
     sha = hashlib.sha256()
-    size = 0
     for part in parts:
         sha.update(part)
-        size += memoryview(part).nbytes
-    return sha.hexdigest(), size
+    return sha.hexdigest()
 
 
 def _text(value: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
@@ -35,7 +35,7 @@ class MemberRecord:
 
     def to_json(self) -> bytes:
         """One JSON line, without the line feed; received_at as RFC 3339 in UTC."""
-        return orjson.dumps(asdict(self), option=orjson.OPT_UTC_Z)
+        return orjson.dumps(self, option=orjson.OPT_UTC_Z)
 
     @classmethod
     def from_json(cls, line: bytes) -> MemberRecord:

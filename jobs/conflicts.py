@@ -11,11 +11,11 @@ from typing import Any
 
 from pyspark.sql import SparkSession
 
-from sphere.catalog.schema import TABLES
 from sphere.conf.settings import Settings
 from sphere.ingest.records import MemberRecord
 from sphere.jobs.headers import HeadersRead, read_headers
 from sphere.jobs.plan import Known, Members, known_instances
+from sphere.jobs.rewrite import replace_rows
 from sphere.jobs.tables import Tables, read
 from sphere.jobs.versions import Place, order, place, settle
 
@@ -39,7 +39,7 @@ class Decisions:
     conflicts: list[Mapping[str, Any]]
     gone: list[Mapping[str, Any]]  # keys of rows of `conflicts` that no longer hold
     winners: dict[str, MemberRecord]  # by SOP Instance UID, where `instances` does not show them yet
-    replaced: set[str]  # SOP Instance UIDs among them that have a row
+    replaced: dict[str, Place]  # where the row that `instances` has instead points to
 
 
 def decide(tables: Tables, members: Members, contested: Mapping[Place, str], settings: Settings) -> Decisions:
@@ -49,7 +49,7 @@ def decide(tables: Tables, members: Members, contested: Mapping[Place, str], set
     versions: dict[str, set[MemberRecord]] = {uid: set() for uid in contested.values()}
     for where, uid in contested.items():
         versions[uid] |= _found(members, [where])
-    decisions = Decisions([], [], {}, set())
+    decisions = Decisions([], [], {}, {})
     for uid, records in versions.items():
         if uid in rows:
             records.add(members.find(rows[uid].place) or _nameless(uid, rows[uid]))
@@ -60,29 +60,17 @@ def decide(tables: Tables, members: Members, contested: Mapping[Place, str], set
         decisions.gone += [row for row in before.get(uid, ()) if _key(row) not in keys]
         if uid not in rows or rows[uid].order != order(settled.winner):
             decisions.winners[uid] = settled.winner
-    decisions.replaced = decisions.winners.keys() & rows.keys()
+            if uid in rows:
+                decisions.replaced[uid] = rows[uid].place
     return decisions
 
 
-def replace(
-    spark: SparkSession, settings: Settings, tables: Tables, winners: Iterable[MemberRecord], found: HeadersRead
-) -> None:
-    """Put the winners' rows into `instances` by MERGE; headers of versions passed over before are read now."""
-    from delta.tables import DeltaTable
-
-    winners = list(winners)
-    unread = [winner for winner in winners if place(winner) not in found.contested]
+def replace(spark: SparkSession, settings: Settings, tables: Tables, decided: Decisions, found: HeadersRead) -> None:
+    """Put the winners' rows into `instances`; headers of versions that were passed over before are read now."""
+    winners = {place(winner): winner for winner in decided.winners.values()}
+    unread = [winner for where, winner in winners.items() if where not in found.contested]
     staged = found.staged + read_headers(spark, settings, contested=unread).staged
-    places = spark.createDataFrame([place(winner) for winner in winners], "bundle string, offset bigint")
-    rows = spark.read.parquet(*(tables.spark_url(path) for path in staged)).join(places, ["bundle", "offset"], "semi")
-    (
-        DeltaTable.forPath(spark, tables.spark_url("instances"))
-        .alias("t")
-        .merge(rows.select(*TABLES["instances"].schema.names).alias("s"), "t.SOPInstanceUID = s.SOPInstanceUID")
-        .whenMatchedUpdateAll()
-        .whenNotMatchedInsertAll()
-        .execute()
-    )
+    replace_rows(spark, settings, tables, old=decided.replaced.values(), new=winners.keys(), staged=staged)
 
 
 def _conflicts(tables: Tables, uids: set[str]) -> dict[str, list[dict[str, Any]]]:

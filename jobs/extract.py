@@ -92,7 +92,8 @@ class Steps:
 
     def finish(self) -> dict[str, float]:
         """Seconds of every step."""
-        self.begin("")
+        self._name, name = "", self._name
+        self._seconds[name] = self._seconds.get(name, 0.0) + time.monotonic() - self._since
         return self._seconds
 
 
@@ -189,9 +190,9 @@ class _Extraction:
         self._tables.merge("conflicts", decided.conflicts, gone=decided.gone)
         if decided.winners:
             self._steps.begin("replace")
-            conflicts.replace(self._spark, self._settings, self._tables, decided.winners.values(), found)
+            conflicts.replace(self._spark, self._settings, self._tables, decided, found)
         shown = {uid for uid, winner in decided.winners.items() if place(winner) in found.contested}
-        return conflicts.Outcome(len(shown), len(shown & decided.replaced), len(decided.conflicts))
+        return conflicts.Outcome(len(shown), len(shown & decided.replaced.keys()), len(decided.conflicts))
 
 
 def _quarantined(record: MemberRecord, reason: str, detail: str) -> dict[str, Any]:

@@ -7,10 +7,12 @@ go into a file of their own below STAGING. Only names, reasons and counts travel
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import datetime, timedelta, timezone
 from operator import attrgetter
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -175,7 +177,8 @@ def _read(reader: HeaderReader, record: MemberRecord, prefix: bytes, fetch: Fetc
     except SphereError:
         raise  # the storage failed: the task does, and may be tried again
     except Exception as error:  # noqa: BLE001  a defect of the reader costs one member, and is kept with it
-        return Rejected(RejectReason.INTERNAL, f"{type(error).__name__} in the header reader")
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        return Rejected(RejectReason.INTERNAL, f"{type(error).__name__} in {Path(where.filename).name}:{where.lineno}")
 
 
 class _Sink:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
+from pyspark.errors import PySparkException
 from pyspark.sql import SparkSession
 
 from sphere.catalog.schema import TABLES
 from sphere.conf import jars
+from sphere.conf.errors import JobFailed
 from sphere.conf.java import java
 from sphere.conf.settings import Settings
 from sphere.jobs.tables import Tables, become_hdfs_user
@@ -40,22 +46,41 @@ def spark_session(settings: Settings, *, app_name: str) -> SparkSession:
     """A session for this archive's tables, as `spark` of the settings says; ``spark.conf`` there wins.
 
     Executors of a cluster need Python with this package installed, of the driver's version. Raises ExternalMissing
-    where Java or the Delta JARs cannot be had.
+    where Java or the Delta JARs cannot be had, JobFailed where Spark does not start.
     """
     program = java()
     os.environ.setdefault("JAVA_HOME", str(program.resolve().parent.parent))
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)  # the only place where PySpark looks for it
     become_hdfs_user(settings)
+    logging.getLogger("SQLQueryContextLogger").disabled = True  # PySpark prints every error that it raises as well
     builder = SparkSession.builder.appName(app_name).master(settings.spark.master)
     for key, value in _options(settings).items():
         builder = builder.config(key, value)
-    return builder.getOrCreate()
+    with _errors_to(settings.archive.state_dir / "spark" / "driver.log") as log:
+        try:
+            return builder.getOrCreate()
+        except (PySparkException, OSError) as error:
+            raise JobFailed(f"Spark did not start on {settings.spark.master}: {error}; see {log}") from error
 
 
-def register_tables(spark: SparkSession, settings: Settings) -> None:
-    """Make every table that exists a temporary view of its name, as of now."""
+@contextmanager
+def _errors_to(log: Path) -> Iterator[Path]:
+    """Give a JVM that starts meanwhile `log` as its standard error, and keep ours clean of what it says in passing."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    ours = os.dup(2)
+    try:
+        with log.open("ab") as file:
+            os.dup2(file.fileno(), 2)
+        yield log
+    finally:
+        os.dup2(ours, 2)
+        os.close(ours)
+
+
+def register_tables(spark: SparkSession, settings: Settings, names: Iterable[str] = tuple(TABLES)) -> None:
+    """Make the tables of these names that exist temporary views, as of now."""
     tables = Tables(settings)
-    for name in TABLES:
+    for name in names:
         if tables.open(name) is None:
             spark.catalog.dropTempView(name)
         else:

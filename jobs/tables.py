@@ -7,6 +7,7 @@ version it has not seen fails instead of landing on top of it (see docs/decision
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -100,11 +101,18 @@ class Tables:
         except CommitFailedError as error:
             raise _overtaken(name) from error
 
-    def append(self, name: str, files: Sequence[NewFile], *, onto: DeltaTable) -> None:
-        """Make the files part of the table, which must still be as in `onto`; raises JobFailed where it is not."""
+    def append(
+        self, name: str, files: Sequence[NewFile], *, removed: Mapping[str, int] | None = None, onto: DeltaTable
+    ) -> None:
+        """Make `files` part of the table, those at the paths `removed` (with their sizes) no longer, in one commit.
+
+        Raises JobFailed where the table is no longer as in `onto`.
+        """
         actions: list[AddAction | RemoveAction] = [
             AddAction(file.path, file.size, {}, file.modified_ms, True, file.stats) for file in files
         ]
+        now = int(time.time() * 1000)
+        actions += [RemoveAction(path, True, now, size, {}) for path, size in (removed or {}).items()]
         try:
             onto.create_write_transaction(actions, "append", TABLES[name].schema, commit_properties=_commit(None))
         except CommitFailedError as error:
@@ -162,13 +170,12 @@ def _overtaken(name: str) -> JobFailed:
 
 
 def _extended(table: DeltaTable, name: str, wanted: pa.Schema) -> DeltaTable:
-    have = pa.schema(table.schema().to_arrow())
-    missing = [field for field in wanted if field.name not in have.names]
+    have = {field.name: field.type for field in pa.schema(table.schema().to_arrow())}
+    missing = [field for field in wanted if field.name not in have]
     for field in wanted:
-        if field.name in have.names and not _same(have.field(field.name).type, field.type):
-            found = have.field(field.name).type
+        if field.name in have and not _same(have[field.name], field.type):
             raise CatalogError(
-                f"table {name}: column {field.name} is {found}, this version needs {field.type}; "
+                f"table {name}: column {field.name} is {have[field.name]}, this version needs {field.type}; "
                 "extract into a new catalog.root"
             )
     if missing:

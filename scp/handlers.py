@@ -103,6 +103,7 @@ def _store_request(message: Message, association: Association) -> StoreRequest:
         TransferSyntaxUID=message.context.transfer_syntax,
         dataset=message.dataset.content(),
         size=message.dataset.size,
+        sha256=message.dataset.sha256,
         calling_ae=association.calling,
         address=association.address,
         problem=message.dataset.error,

@@ -34,6 +34,7 @@ class StoreRequest:
     TransferSyntaxUID: str
     dataset: Dataset  # a file where it is too large for memory
     size: int  # bytes of the data set
+    sha256: str = ""  # of the data set, hexadecimal; "": to be computed
     calling_ae: str
     address: str  # of the sender
     problem: OSError | None = None  # the disk failed while it arrived: `dataset` is not whole
@@ -127,6 +128,7 @@ def _member(request: StoreRequest, found: Identity) -> NewMember:
             source_aet=request.calling_ae,
         ),
         dataset=request.dataset,
+        sha256=request.sha256,
     )
 
 

@@ -7,6 +7,7 @@ archive.sql("SELECT Modality, count(*) FROM instances GROUP BY Modality").to_pan
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,19 +57,31 @@ class Archive:
 
         Raises ExternalMissing where Java is missing.
         """
-        from sphere.jobs.session import register_tables, spark_session
+        from sphere.jobs.session import register_tables
+
+        spark = self._session()
+        register_tables(spark, self.settings)
+        return spark
+
+    def _session(self) -> SparkSession:
+        from sphere.jobs.session import spark_session
 
         if self._spark is None:
             self._spark = spark_session(self.settings, app_name="sphere")
-        register_tables(self._spark, self.settings)
         return self._spark
 
     def sql(self, statement: str) -> pa.Table:
         """The answer of one Spark SQL statement as an Arrow table; raises QueryError with Spark's explanation."""
         from pyspark.errors import PySparkException
 
+        from sphere.catalog.schema import TABLES
+        from sphere.jobs.session import register_tables
+
+        words = set(re.findall(r"\w+", statement.lower()))
+        spark = self._session()
+        register_tables(spark, self.settings, [name for name in TABLES if name in words])
         try:
-            return self.spark().sql(statement).toArrow()
+            return spark.sql(statement).toArrow()
         except PySparkException as error:
             raise QueryError(str(error).split("\n\nJVM stacktrace")[0].split(";\n'")[0].strip()) from None
 
@@ -105,11 +118,8 @@ class Archive:
     def extract(self, *, on_step: Callable[..., None] | None = None) -> Report:
         """Catalogue what landed and is not yet in the tables; raises LockHeld while another process does so."""
         from sphere.jobs.extract import run
-        from sphere.jobs.session import spark_session
 
-        if self._spark is None:
-            self._spark = spark_session(self.settings, app_name="sphere extract")
-        return run(self._spark, self.settings, on_step=on_step)
+        return run(self._session(), self.settings, on_step=on_step)
 
     def status(self) -> Status:
         """What is here, what waits for extraction, and what failed."""

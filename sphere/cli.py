@@ -13,8 +13,8 @@ from sphere.conf import logs
 from sphere.conf.errors import SettingsError, SphereError
 from sphere.conf.settings import Settings, from_dict, load
 from sphere.dimse_commands import echo, find, store
-from sphere.output import Format, write_rows
-from sphere.progress import import_progress, step_progress
+from sphere.output import Format, format_options, write_rows
+from sphere.progress import import_progress
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
@@ -153,8 +153,10 @@ def extract(ctx: click.Context) -> None:
     Example:
       sphere extract
     """
+    from sphere.jobs.progress import step_bar
+
     archive = Archive(settings_of(ctx))
-    with step_progress() as on_step:
+    with step_bar() as on_step:
         report = archive.extract(on_step=on_step)
     click.echo(str(report))
 
@@ -176,17 +178,7 @@ def status(ctx: click.Context, as_json: bool) -> None:
 
 @main.command()
 @click.argument("statement", metavar='"SELECT ..."')
-@click.option(
-    "--format",
-    "format_",
-    type=click.Choice(["table", "csv", "json", "parquet"]),
-    default="table",
-    show_default=True,
-    help="How rows are written.",
-)
-@click.option(
-    "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="File instead of standard output."
-)
+@format_options
 @click.pass_context
 def sql(ctx: click.Context, statement: str, format_: Format, output: Path | None) -> None:
     """Ask the catalog in Spark SQL; tables: instances, series, studies, patients, quarantine, conflicts, bundles.

@@ -16,7 +16,7 @@ from pydicom.dataset import Dataset
 from sphere.catalog.query import Model
 from sphere.catalog.schema import Level
 from sphere.conf.settings import load
-from sphere.output import Format, write_rows
+from sphere.output import Format, format_options, write_rows
 from sphere.progress import bar
 
 MODELS: dict[str, Model] = {
@@ -108,17 +108,7 @@ def name_failure(message: str) -> None:
 )
 @click.option("--relational", is_flag=True, help="Negotiate relational queries: no unique keys above the level needed.")
 @click.option("--limit", type=click.IntRange(min=1), help="Stop after so many answers.")
-@click.option(
-    "--format",
-    "format_",
-    type=click.Choice(["table", "csv", "json", "parquet"]),
-    default="table",
-    show_default=True,
-    help="How answers are written.",
-)
-@click.option(
-    "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="File instead of standard output."
-)
+@format_options
 @click.pass_context
 def find(
     ctx: click.Context,

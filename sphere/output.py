@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, TypeVar, get_args
 
 import click
 import orjson
@@ -17,6 +18,16 @@ from rich.table import Table
 from rich.text import Text
 
 Format = Literal["table", "csv", "json", "parquet"]
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def format_options(command: Command) -> Command:
+    """The options --format and -o of every verb that writes rows; they come as `format_` and `output`."""
+    choice = click.Choice(list(get_args(Format)))
+    file = click.Path(dir_okay=False, path_type=Path)
+    command = click.option("-o", "--output", type=file, help="Write to this file.")(command)
+    help_ = "How rows are written."
+    return click.option("--format", "format_", type=choice, default="table", show_default=True, help=help_)(command)
 
 
 def write_rows(table: pa.Table, *, format: Format, output: Path | None) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from sphere.ingest.media import Imported, find_files
 
@@ -60,17 +59,3 @@ def _count(result: Imported, counts: Counts, console: Console) -> None:
             console.print(message, markup=False, highlight=False)
         else:
             click.echo(message, err=True)
-
-
-@contextmanager
-def step_progress() -> Iterator[Callable[..., None]]:
-    """A callback for jobs that shows the step at work and how long it has taken."""
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    display = Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True)
-    with display as progress:
-        task = progress.add_task("start Spark", total=None)
-
-        def on_step(name: str, *_: object) -> None:
-            progress.reset(task, description=name, total=None)
-
-        yield on_step

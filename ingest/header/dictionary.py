@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Final
 
 from pydicom.datadict import dictionary_keyword, dictionary_VR, private_dictionary_VR
@@ -30,6 +31,7 @@ def standard_vr(tag: int) -> str:
     return vr
 
 
+@lru_cache(maxsize=4096)
 def private_vr(tag: int, creator: str) -> str:
     """The VR of a private element: LO for a private creator, "" where nobody knows it."""
     if 0x10 <= tag & 0xFFFF <= 0xFF:

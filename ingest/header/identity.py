@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 from typing import Final
 
@@ -9,12 +10,14 @@ from sphere.ingest.header.dictionary import PIXEL_DATA, UNDEFINED
 from sphere.ingest.header.element import HEAD, inner_encoding, read_head, skip_undefined
 from sphere.ingest.header.layout import Layout, find_layout
 from sphere.ingest.header.window import HeaderTooLarge, InflateFailed
+from sphere.ingest.part10 import SHORT_VRS
 
 _SOP_CLASS: Final = 0x00080016
 _SOP_INSTANCE: Final = 0x00080018
 _STUDY: Final = 0x0020000D
 _SERIES: Final = 0x0020000E
 _WANTED: Final = frozenset((_SOP_CLASS, _SOP_INSTANCE, _STUDY, _SERIES))
+_SHORT_HEAD: Final = {order: struct.Struct(order + "HH2sH") for order in "<>"}
 _MAX_INFLATED: Final = 4 * 1024 * 1024  # bytes of a deflated data set looked at
 
 
@@ -75,6 +78,11 @@ def _walk(layout: Layout) -> tuple[dict[int, str], bool]:
     window, pos = layout.window, layout.start
     while True:
         index = window.load(pos, HEAD)
+        if layout.encoding.explicit:
+            ahead = _pass_over(window.buf, index, layout.encoding.order)
+            if ahead != index:
+                pos += ahead - index
+                continue
         head = read_head(window.buf, index, layout.encoding, window.size - pos)
         if head is None:
             return found, False
@@ -97,3 +105,15 @@ def _walk(layout: Layout) -> tuple[dict[int, str], bool]:
             if head.tag == _SERIES:
                 return found, True
         pos += head.length
+
+
+def _pass_over(buf: bytes, index: int, order: str) -> int:
+    """The index of the next element from ``buf[index]`` on that may matter; all before it have 16-bit lengths."""
+    unpack = _SHORT_HEAD[order].unpack_from
+    last = len(buf) - 8
+    while index <= last:
+        group, element, vr, length = unpack(buf, index)
+        if group >= 0x0020 or vr not in SHORT_VRS or (group << 16 | element) in _WANTED:
+            break
+        index += 8 + length
+    return index

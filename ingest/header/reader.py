@@ -52,6 +52,11 @@ class HeaderReader:
         self._max_header = max_header
         self._memo = Memo()
 
+    @property
+    def remembered(self) -> int:
+        """How many decoded elements are kept for the headers to come."""
+        return self._memo.count
+
     def read(self, prefix: bytes, *, size: int, fetch: Fetch) -> Header | Rejected:
         """The header of a member of `size` bytes that begins with `prefix`.
 
@@ -73,7 +78,9 @@ class HeaderReader:
         except InflatesTooLarge:
             return Rejected(RejectReason.INFLATE_LIMIT, f"inflates to more than {self._max_header} bytes of header")
         except HeaderTooLarge:
-            return Rejected(RejectReason.TOO_LARGE, f"more than {self._max_header} bytes of header")
+            return Rejected(
+                RejectReason.TOO_LARGE, f"more than {self._max_header} bytes of header, or too many elements"
+            )
         except Exception as error:  # a defect of the reader costs one file, not the job
             if failures:
                 raise

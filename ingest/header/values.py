@@ -32,6 +32,8 @@ _NUMBERS: Final = {
 _SINGLE_TEXT: Final = frozenset(("ST", "LT", "UT"))  # no multiplicity: a backslash is a character (PS3.5 6.4)
 _CHARSET_VRS: Final = frozenset(("SH", "LO", "UC", "PN")) | _SINGLE_TEXT
 _JSON_NUMBER: Final = re.compile(r"-?(?:0|[1-9]\d{0,17})(?:\.\d+)?(?:[eE][+-]?\d{1,2})?", re.ASCII)
+_JSON_NUMBERS: Final = re.compile(rb"(?:-?(?:0|[1-9]\d{0,14})(?:\.\d{1,16})?(?:\\(?=.)|$))+")
+_JSON_INTEGERS: Final = re.compile(rb"(?:-?(?:0|[1-9]\d{0,14})(?:\\(?=.)|$))+")
 _NUMBER: Final = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?", re.ASCII)
 _INTEGER: Final = re.compile(r"[+-]?\d{1,400}", re.ASCII)
 _DATE: Final = re.compile(r"(\d{4})(\.?)(\d\d)\2(\d\d)", re.ASCII)
@@ -139,11 +141,23 @@ def _groups(name: str) -> dict[str, str]:
 
 
 def _decimals(value: bytes, vr: str, little: bool, charset: Charset) -> _Decoded:
+    plain = value.rstrip(b" \0")
+    if _JSON_NUMBERS.fullmatch(plain):
+        return _as_they_stand(plain)
     return _numbers_from_text(value, _decimal)
 
 
 def _integers(value: bytes, vr: str, little: bool, charset: Charset) -> _Decoded:
+    plain = value.rstrip(b" \0")
+    if _JSON_INTEGERS.fullmatch(plain):
+        return _as_they_stand(plain)
     return _numbers_from_text(value, _integer)
+
+
+def _as_they_stand(value: bytes) -> _Decoded:
+    """Numbers that JSON writes as DICOM does."""
+    json = b"[" + value.replace(b"\\", b",") + b"]"
+    return _Decoded(json, orjson.loads(json))
 
 
 def _numbers_from_text(value: bytes, read: Callable[[str], tuple[str, Any]]) -> _Decoded:

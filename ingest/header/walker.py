@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from functools import lru_cache
+from collections.abc import Iterable
 from operator import lt
 from typing import Any, Final, NamedTuple
 
-import orjson
 from pydicom.datadict import tag_for_keyword
 
 from sphere.conf.errors import RejectReason
-from sphere.ingest.header.charset import charset_of
 from sphere.ingest.header.columns import FUNCTIONAL_GROUPS
 from sphere.ingest.header.dictionary import (
     ITEM,
@@ -20,18 +17,16 @@ from sphere.ingest.header.dictionary import (
     SEQUENCE_END,
     UNDEFINED,
     label,
-    private_vr,
-    standard_vr,
 )
 from sphere.ingest.header.element import HEAD, Head, inner_encoding, read_head, skip_undefined
+from sphere.ingest.header.meaning import allow, fresh, resolve, turn
 from sphere.ingest.header.memo import MEMO_LIMIT, Context
 from sphere.ingest.header.values import BINARY_VRS, INLINE_LIMIT, Hit, bulk_hit, element_hit, member
-from sphere.ingest.header.window import Window
+from sphere.ingest.header.window import HeaderTooLarge, Window
 
 MAX_DEPTH: Final = 32  # sequences within sequences that are followed
 MAX_WARNINGS: Final = 100  # kept for one instance
-_SPECIFIC_CHARACTER_SET: Final = 0x00080005
-_PIXEL_REPRESENTATION: Final = 0x00280103
+_MAX_ELEMENTS: Final = 100_000  # of one data set, items not counted; real ones have less than 5,000
 _SHARED_GROUPS: Final = 0x52009229  # SharedFunctionalGroupsSequence (PS3.3 C.7.6.16)
 _MACROS: Final = {tag_for_keyword(group.name): frozenset(group.keywords) for group in FUNCTIONAL_GROUPS}
 
@@ -81,15 +76,15 @@ class Walker:
             buf, base = window.buf, window.base
             index = pos - base
             stop = min(len(buf), end - base)
-            lengths, known, append = context.lengths, context.hits, hits.append
+            length_of, known, append = context.lengths.get, context.hits.get, hits.append
             if place.group == _SHARED_GROUPS:
-                lengths = {}  # its sequences give columns and are read, not remembered
-            while length := lengths.get(buf[index : index + 8]) or lengths.get(buf[index : index + 12]):
+                stop = 0  # its sequences give columns and are read, not remembered
+            while length := length_of(buf[index : index + 8]) or length_of(buf[index : index + 12]):
                 after = index + length
                 if after > stop:
                     break
                 raw = buf[index:after]
-                hit = known.get(raw) or _fresh(raw, context)
+                hit = known(raw) or fresh(raw, context)
                 if hit is None:
                     break
                 append(hit)
@@ -106,6 +101,8 @@ class Walker:
         end = min(end, window.size)
         if pos >= end:
             return self._stop(end)
+        if len(hits) > _MAX_ELEMENTS:
+            raise HeaderTooLarge
         head = read_head(window.buf, index, context.encoding, end - pos)
         if head is None or pos + head.size > end:
             return self._tail(pos, end, place)
@@ -122,7 +119,7 @@ class Walker:
 
     def _element(self, head: Head, pos: int, end: int, context: Context, place: _Place, hits: list[Hit]) -> int:
         value = pos + head.size
-        vr, creator = _resolve(head, hits, context)
+        vr = resolve(head, context)
         if head.length == UNDEFINED:
             return self._undefined(head, vr, pos, end, context, place, hits)
         if vr == "SQ":
@@ -130,38 +127,25 @@ class Walker:
         if head.length > end - value:
             return self._overrun(head, end)
         if vr in BINARY_VRS and head.length > INLINE_LIMIT:
-            offset = value
-            hits.append(bulk_hit(head.tag, vr, offset=offset, length=head.length, inflated=self._inflated))
+            hits.append(bulk_hit(head.tag, vr, offset=value, length=head.length, inflated=self._inflated))
             return value + head.length
-        return self._value(head, vr, creator, pos, context, hits)
+        return self._value(head, vr, pos, context, hits)
 
-    def _value(self, head: Head, vr: str, creator: str, pos: int, context: Context, hits: list[Hit]) -> int:
+    def _value(self, head: Head, vr: str, pos: int, context: Context, hits: list[Hit]) -> int:
         total = head.size + head.length
         index = self._window.load(pos, total)
         raw = self._window.buf[index : index + total]
         if len(raw) < total:
             return self._overrun(head, self._window.size)
-        key = raw if not creator else creator.encode("utf-8", "replace") + b"\0" + raw
-        hit = context.hits.get(key) or element_hit(
-            head.tag, vr, raw[head.size :], little=context.encoding.little, charset=context.charset
-        )
-        if head.tag == _SPECIFIC_CHARACTER_SET:
-            hit = self._switch_charset(raw[head.size :], hit, context)
-        elif head.tag == _PIXEL_REPRESENTATION and head.vr in ("", "UN"):
-            self._switched = context.using(signed=raw[head.size :].strip(b"\0") == b"\x01")
-        elif total <= MEMO_LIMIT:
-            context.hits[key] = hit
-            if not creator:
-                _allow(head, raw, context)
+        hit, turned = context.hits.get(raw), context.turns.get(raw)
+        if hit is None:
+            hit = element_hit(head.tag, vr, raw[head.size :], little=context.encoding.little, charset=context.charset)
+            hit, turned = turn(head, raw, hit, context)
+            if context.remember(raw, hit, turned=turned) and turned is None:
+                allow(head, raw, context)
+        self._switched = turned
         hits.append(hit)
         return pos + total
-
-    def _switch_charset(self, value: bytes, hit: Hit, context: Context) -> Hit:
-        charset = charset_of(value)
-        self._switched = context.using(charset=charset)
-        if not charset.problem:
-            return hit
-        return hit._replace(warnings=(*hit.warnings, f"{label(hit.tag)}: {charset.problem}"))
 
     def _sequence(self, head: Head, pos: int, end: int, context: Context, place: _Place, hits: list[Hit]) -> int:
         """A sequence of defined length; one that is short enough is remembered as a whole."""
@@ -179,14 +163,14 @@ class Walker:
         if after > end:
             self._warn(head.tag, f"{head.length} bytes do not fit into what is there")
             small, after = False, end
-        inner = context
+        encoding = context.encoding
         if head.vr == "UN":
-            inner = context.written(inner_encoding(self._window, value, context.encoding))
+            encoding = inner_encoding(self._window, value, encoding)
+        inner = context.within(encoding)
         hit, _ = self._items(head.tag, value, after, inner, place, closed=True)
         hits.append(hit)
-        if small and head.vr in ("SQ", "") and not head.tag >> 16 & 1:
-            context.hits[raw] = hit
-            _allow(head, raw, context)
+        if small and context.remember(raw, hit):
+            allow(head, raw, context)
         return after
 
     def _undefined(
@@ -204,9 +188,10 @@ class Walker:
             return after
         if vr not in ("SQ", "UN") and (follower is None or follower.tag not in (ITEM, SEQUENCE_END)):
             return self._lost(head.tag, f"undefined length with VR {vr}")
-        inner = context
+        encoding = context.encoding
         if head.vr == "UN":
-            inner = context.written(inner_encoding(self._window, value, context.encoding))
+            encoding = inner_encoding(self._window, value, encoding)
+        inner = context.within(encoding)
         hit, end_pos = self._items(head.tag, value, end, inner, place, closed=False)
         hits.append(hit)
         if end_pos >= 0:
@@ -260,7 +245,8 @@ class Walker:
             item_end = end
         hits = self._ordered(self._elements(pos + 8, item_end, context, _Place(depth, group, is_open)))
         for hit in hits:
-            self.warnings += hit.warnings
+            if hit[4] and len(self.warnings) < MAX_WARNINGS:
+                self.warnings += hit[4]
         if group in _MACROS:
             self._share(hits, _MACROS[group])
         items.append(b"{" + join(hits) + b"}")
@@ -365,63 +351,6 @@ class Walker:
 def join(hits: Iterable[Hit]) -> bytes:
     """The members of a DICOM JSON object, without its braces."""
     return b",".join([hit[1] for hit in hits if hit[1]])
-
-
-def _fresh(raw: bytes, context: Context) -> Hit | None:
-    """Decode and remember an element of which head and length are known already; None for a sequence."""
-    encoding = context.encoding
-    head = read_head(raw, 0, encoding, len(raw))
-    if head is None:
-        return None
-    vr, _ = _resolve(head, (), context)
-    if vr == "SQ":
-        return None
-    hit = element_hit(head.tag, vr, raw[head.size :], little=encoding.little, charset=context.charset)
-    context.hits[raw] = hit
-    return hit
-
-
-def _allow(head: Head, raw: bytes, context: Context) -> None:
-    """Let the fast loop take elements that begin like this one."""
-    if head.tag in PIXEL_DATA or (context.encoding.explicit and not head.vr):
-        return  # ends the walk elsewhere; its length was guessed from what follows
-    context.lengths[raw[: head.size]] = len(raw)
-
-
-def _resolve(head: Head, hits: Sequence[Hit], context: Context) -> tuple[str, str]:
-    """The VR to read an element by, and the private creator where the VR depends on it ("" otherwise)."""
-    vr = head.vr
-    if vr and (vr != "UN" or (head.length >= 0xFFFF and head.length != UNDEFINED)):
-        return vr, ""
-    creator = ""
-    if head.tag >> 16 & 1:
-        creator = _creator(head.tag, hits) or "?"
-        known = private_vr(head.tag, creator)
-    else:
-        known = standard_vr(head.tag)
-        if known == "US or SS":
-            known = "SS" if context.signed else "US"
-    return known or "UN", creator
-
-
-def _creator(tag: int, hits: Sequence[Hit]) -> str:
-    """Who defined a private element: the value of (gggg,00bb) for (gggg,bbxx) (PS3.5 7.8.1)."""
-    block = tag & 0xFFFF0000 | tag >> 8 & 0xFF
-    if block & 0xFF < 0x10:
-        return ""
-    for hit in reversed(hits):
-        if hit.tag == block:
-            return _creator_name(hit.json)
-        if hit.tag < block:
-            break
-    return ""
-
-
-@lru_cache(maxsize=1024)
-def _creator_name(json: bytes) -> str:
-    (element,) = orjson.loads(b"{%s}" % json).values()
-    value = element.get("Value")
-    return str(value[0] or "") if value else ""
 
 
 def _sequence_json(tag: int, items: list[bytes]) -> bytes:

@@ -19,10 +19,13 @@ from hdfs_native import Client, FileReader, FileWriter, WriteOptions
 
 from sphere.conf.errors import StorageError, StorageFull, StorageMissing
 from sphere.ingest.storage.base import Appender, Buffer, Entry, Storage
+from sphere.ingest.storage.deadline import Deadline
 from sphere.ingest.storage.paths import TEMPORARY, checked, checked_prefix, is_temporary
 
 COPY = 8 << 20  # bytes copied at a time when a file is cut
 RECOVER_S = 120.0  # seconds to wait for lease recovery (HDFS needs 2 s as a rule)
+ANSWER_S = 10.0  # seconds that a DataNode pipeline has to answer (a sync takes 2 to 30 ms as a rule)
+SLOWEST = 4 << 20  # bytes per second: a longer write has more time
 READER_S = 5.0  # seconds for which the block locations of a file are used again for ranges of it
 _READERS = 64
 _JOIN = 64 << 10  # buffers below this many bytes are joined before they cross into the client
@@ -39,6 +42,7 @@ class HdfsAppender(Appender):
     """A file open for append; `writer` None: it is closed and opened again by the next write."""
 
     def __init__(self, client: Client, path: str, writer: FileWriter | None, size: int) -> None:
+        self._call = Deadline()
         self._client = client
         self._path = path
         self._writer = writer
@@ -52,28 +56,30 @@ class HdfsAppender(Appender):
         with _told(f"writing {self._path}"):
             if self._writer is None:
                 self._writer = self._client.append(self._path)
-            for piece in _joined(buffers):
-                self._writer.write(piece)
-                self._size += memoryview(piece).nbytes
+            size = sum(memoryview(buffer).nbytes for buffer in buffers)
+            self._call(ANSWER_S + size / SLOWEST, _write_all, self._writer, buffers)
+            self._size += size
 
     def sync(self) -> None:
         if self._writer is not None and self._synced != self._size:
             with _told(f"syncing {self._path}"):
-                self._writer.hsync()
+                self._call(ANSWER_S, self._writer.hsync)
             self._synced = self._size
 
     def publish(self) -> None:
         self.sync()
         if self._writer is not None:
             with _told(f"closing {self._path}"):
-                self._writer.close()
+                self._call(ANSWER_S, self._writer.close)
             self._writer = None
 
     def close(self) -> None:
         self.publish()
+        self._call.end()
 
     def abandon(self) -> None:
         self._writer = None
+        self._call.end()
 
 
 class HdfsStorage(Storage):
@@ -191,16 +197,17 @@ class HdfsStorage(Storage):
         folder, _, name = full.rpartition("/")
         temporary = f"{folder}/.{name}.{secrets.token_hex(8)}{TEMPORARY}"
         writer = self._client.create(temporary, WriteOptions(create_parent=True, permission=_PERMISSION))
+        appender = HdfsAppender(self._client, temporary, writer, 0)
         try:
             for piece in pieces:
-                writer.write(piece)
-            writer.hsync()
-            writer.close()
+                appender.write([piece])
+            appender.close()
             self._client.rename(temporary, full, True)
         except BaseException:
             self._client.delete(temporary)
             raise
         finally:
+            appender.abandon()
             self._forget(full)
 
     def _reader(self, full: str, end: int | None) -> FileReader:
@@ -222,6 +229,11 @@ class HdfsStorage(Storage):
     def _forget(self, full: str) -> None:
         with self._lock:
             self._readers.pop(full, None)
+
+
+def _write_all(writer: FileWriter, buffers: Sequence[Buffer]) -> None:
+    for piece in _joined(buffers):
+        writer.write(piece)
 
 
 def _joined(buffers: Sequence[Buffer]) -> Iterator[Buffer]:

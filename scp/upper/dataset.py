@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 import threading
 from dataclasses import dataclass, field
@@ -40,12 +41,13 @@ class ArrivingDataSet:
     The file has no name, so that nothing of it outlives the process.
     """
 
-    __slots__ = ("_file", "_folder", "_fragments", "error", "size")
+    __slots__ = ("_digest", "_file", "_folder", "_fragments", "error", "size")
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._fragments: list[memoryview] = []
         self._file: IO[bytes] | None = None
+        self._digest = hashlib.sha256()
         self.size = 0
         self.error: OSError | None = None
 
@@ -55,6 +57,11 @@ class ArrivingDataSet:
         return bool(self._fragments)
 
     @property
+    def sha256(self) -> str:
+        """Of all bytes, hexadecimal."""
+        return self._digest.hexdigest()
+
+    @property
     def fragments(self) -> int:
         """How many pieces wait in memory."""
         return len(self._fragments)
@@ -62,6 +69,7 @@ class ArrivingDataSet:
     def add(self, fragment: memoryview) -> None:
         """The next bytes: kept as the view that is given, or written to the file if there is one."""
         self.size += len(fragment)
+        self._digest.update(fragment)  # while the peer prepares the next one
         if self._file is None and self.error is None:
             self._fragments.append(fragment)
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
@@ -254,7 +255,20 @@ def test_connections_far_beyond_the_limit_are_closed_unread(tmp_path: Path) -> N
         assert [all_that_comes(connection) for connection in connections] == [b""] * 60
         for connection in connections:
             connection.close()
+        wait_until_it_answers(receiver)
         still_serves(receiver, tmp_path)
+
+
+def wait_until_it_answers(receiver: Receiver) -> None:
+    """Return when there is room for an association again, within 20 s."""
+    deadline = time.monotonic() + 20
+    while True:
+        try:
+            client.echo(receiver.peer, settings=receiver.settings)
+            return
+        except PeerError:
+            assert time.monotonic() < deadline, receiver.log
+            time.sleep(0.1)
 
 
 def test_a_full_disk_is_a_failure_status_and_nothing_is_lost(tmp_path: Path) -> None:

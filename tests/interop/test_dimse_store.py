@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from pydicom.uid import DeflatedExplicitVRLittleEndian
+from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian
 from pynetdicom import AE, AllStoragePresentationContexts, build_context
 
 from sphere.conf.errors import PeerError
@@ -25,6 +25,7 @@ from tests.support.dicom_tools import (
     running_orthanc,
     running_storescp,
 )
+from tests.support.hdfs import HdfsCluster
 from tests.support.receiver import Receiver, running_receiver
 from tests.support.samples import CT_STORAGE, dataset_of, make_instance, sendable_files
 
@@ -54,8 +55,11 @@ def sha256(data: bytes) -> str:
 def as_sent(path: Path) -> bytes:
     """The file's data set; a deflated one of odd length with the NUL that PS3.5 A.5 wants."""
     data = dataset_of(path)
-    deflated = identify(path.read_bytes(), size=path.stat().st_size).TransferSyntaxUID == DeflatedExplicitVRLittleEndian
-    return data + bytes(len(data) % 2) if deflated else data
+    return data + bytes(len(data) % 2) if _syntax(path) == DeflatedExplicitVRLittleEndian else data
+
+
+def _syntax(path: Path) -> str:
+    return identify(path.read_bytes(), size=path.stat().st_size).TransferSyntaxUID
 
 
 def test_echoscu(receiver: Receiver) -> None:
@@ -69,8 +73,7 @@ def test_storescu_in_every_transfer_syntax(receiver: Receiver, tmp_path: Path) -
     require_tool("storescu")
     groups: dict[str, list[Path]] = defaultdict(list)
     for path in sendable_files():
-        syntax = identify(path.read_bytes(), size=path.stat().st_size).TransferSyntaxUID
-        if syntax in STORESCU_OPTIONS:
+        if (syntax := _syntax(path)) in STORESCU_OPTIONS:
             groups[syntax].append(path)
     assert len(groups) >= 8
     with running_storescp(tmp_path / "reference") as reference_port:
@@ -92,6 +95,21 @@ def test_our_client_sends_files_as_they_are(receiver: Receiver) -> None:
     assert all("Media Storage Directory" in result.error for result in refused), refused
     stored = [result.path for result in results if result.stored]
     assert digests(receiver) == Counter(sha256(as_sent(path)) for path in stored)
+
+
+@pytest.mark.hdfs
+def test_storescu_to_hdfs(hdfs_cluster: HdfsCluster, tmp_path: Path) -> None:
+    """Durable on HDFS before Success, and the same bytes after the bundle is sealed."""
+    files = [path for path in sendable_files() if _syntax(path) == ExplicitVRLittleEndian][:60]
+    tables = {"storage": {"root": f"{hdfs_cluster.hdfs_url}/receivers"}}
+    with running_storescp(tmp_path / "reference") as port:
+        run_tool("storescu", "-nh", "-R", "-xe", "127.0.0.1", port, *files)
+    with running_receiver(tmp_path / "archive", tables) as receiver:
+        run_tool("storescu", "-nh", "-R", "-xe", "127.0.0.1", receiver.port, *files)
+        acknowledged = receiver.log.count("status=0x0000") + receiver.log.count("status=0xB007")
+    sent = Counter(sha256(part10_dataset(path.read_bytes())) for path in (tmp_path / "reference").iterdir())
+    assert digests(receiver) == sent
+    assert acknowledged == sum(sent.values()) >= 50
 
 
 def test_a_file_that_cannot_be_sent_is_named_and_the_others_go_on(receiver: Receiver, tmp_path: Path) -> None:

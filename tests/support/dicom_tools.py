@@ -68,12 +68,14 @@ def run_tool(name: str, *arguments: str | Path | int) -> subprocess.CompletedPro
     )
 
 
-def findscu(port: int, folder: Path, keys: Sequence[str], *options: str) -> list[pydicom.Dataset]:
-    """The answers that findscu got, in order; fails the test when the query did."""
+def findscu(
+    port: int, folder: Path, keys: Sequence[str], *options: str, query: Path | None = None
+) -> list[pydicom.Dataset]:
+    """The answers that findscu got to `keys`, or to those and a file of keys; fails the test when the query did."""
     folder.mkdir(parents=True, exist_ok=True)
-    arguments = [item for key in keys for item in ("-k", key)]
-    run = run_tool("findscu", "-aec", "SPHERE", "-X", "-od", folder, *options, *arguments, "127.0.0.1", port)
-    assert run.returncode == 0 and "Failed" not in run.stdout, run.stdout
+    arguments = [*options, *(item for key in keys for item in ("-k", key)), "127.0.0.1", port]
+    run = run_tool("findscu", "-v", "-aec", "SPHERE", "-X", "-od", folder, *arguments, *([query] if query else []))
+    assert run.returncode == 0 and "(Success)" in run.stdout, run.stdout
     return [pydicom.dcmread(path) for path in sorted(folder.glob("rsp*.dcm"))]
 
 

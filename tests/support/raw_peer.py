@@ -65,6 +65,21 @@ def store_rq(uid: str, *, message_id: int = 1, sop_class: str = CT) -> bytes:
     )  # fmt: skip
 
 
+def identifying(uid: str, *, sop_class: str = CT) -> bytes:
+    """The begin of a data set in Explicit VR Little Endian: the four identifying UIDs, and pixels of unknown length."""
+    elements = [
+        (0x0008, 0x0016, sop_class),
+        (0x0008, 0x0018, uid),
+        (0x0020, 0x000D, "1.2.9"),
+        (0x0020, 0x000E, "1.2.8"),
+    ]
+    data = b""
+    for group, element, text in elements:
+        value = text.encode() + b"\0" * (len(text) % 2)
+        data += struct.pack("<HH2sH", group, element, b"UI", len(value)) + value
+    return data + struct.pack("<HH2sHI", 0x7FE0, 0x0010, b"OB", 0, 0xFFFFFFFF)
+
+
 @dataclass
 class RawPeer:
     """A connection to an acceptor."""

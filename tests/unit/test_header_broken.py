@@ -59,6 +59,7 @@ BIG_BODY = b"".join(
         ("RedPaletteColorLookupTableData", "OW", b"\x01\x02\x03\x04"),
     )
 )
+ID = text("PatientID", "LO", "id")
 DEFLATE = zlib.compressobj(wbits=-15)
 DEFLATED_BODY = DEFLATE.compress(BODY + text("PatientID", "LO", "x")) + DEFLATE.flush()
 
@@ -215,9 +216,6 @@ def test_values(raw: bytes, keyword: str, value: Any, json: list[Any] | None, wa
     assert [warning in text for text in found.warnings] == ([True] if warning else [])
 
 
-ID = text("PatientID", "LO", "id")
-
-
 @pytest.mark.parametrize(
     ("raw", "kept", "warning"),
     [
@@ -341,6 +339,32 @@ def test_nesting_is_bounded():
     found = header(instance(nested, text("PatientID", "LO", "id"), text(0x00430010, "LO", "after")))
     assert dataset(found)["0040A730"]["Value"]
     assert any(f"deeper than {MAX_DEPTH}" in warning for warning in found.warnings)
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        b"".join(text(0x00080005, "CS", f"ISO_{number}") for number in range(2_500)),
+        b"".join(element(0x00090010 + number % 200, "LO", b"%08d" % number) for number in range(2_500)),
+        b"".join(element(0x00090010 + (number << 17), "LO", b"V%07d" % number) for number in range(2_500)),
+        b"".join(sequence(0x00081110, item(text(0x00080005, "CS", f"{n}"), ID)) for n in range(2_500)),
+        b"".join(text(0x00104000, "LT", f"{number}") for number in range(50_000)),
+    ],
+)
+def test_what_is_remembered_is_bounded(hostile: bytes):
+    reader = HeaderReader(max_header=1 << 26)
+    data = part10(IDENTITY[0] + hostile + BODY)
+    for _ in range(2):
+        found = reader.read(data, size=len(data), fetch=Source(data).fetch)
+        assert isinstance(found, Header)
+        assert found == header(data)
+    assert reader.remembered < 100_000
+
+
+def test_more_elements_than_any_data_set_has_are_rejected():
+    found = read(part10(BODY + text(0x00104000, "LT", "x ") * 200_000))
+    assert isinstance(found, Rejected)
+    assert found.reason == RejectReason.TOO_LARGE
 
 
 def test_warnings_are_bounded():

@@ -13,6 +13,7 @@ from sphere.catalog import index as index_module
 from sphere.catalog.index import IndexCache
 from sphere.catalog.query import Query
 from sphere.catalog.service import QueryService
+from sphere.catalog.tables import CatalogTables
 from sphere.conf.errors import CatalogError
 from sphere.conf.settings import Settings
 from tests.support.catalog import Row, archive, instance, write_catalog
@@ -180,10 +181,32 @@ def test_a_table_that_cannot_be_read(settings: Settings) -> None:
 def test_data_files_that_are_gone(settings: Settings) -> None:
     with QueryService(settings) as service:
         assert count(service) == 4
-        for path in (Path(settings.catalog_root.removeprefix("file://")) / "instances").glob("*.parquet"):
-            path.unlink()
-        with pytest.raises(CatalogError, match="no index can be built"):
+        [path] = files(settings)
+        for data in (Path(settings.catalog_root.removeprefix("file://")) / "instances").glob("*.parquet"):
+            data.unlink()
+        with pytest.raises(CatalogError, match="the catalog cannot be read"):
             list(service.find(Query.build("IMAGE")))
+        assert count(service) == 4, "what the index holds is still answered"
+        assert files(settings) == [path]
+
+
+def test_storage_that_does_not_answer(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: Any) -> Any:
+        raise CatalogError("away")
+
+    monkeypatch.setattr(index_module, "SETTLE_S", 0.0)
+    with QueryService(settings) as service:
+        assert count(service) == 4
+        write_catalog(settings, rows(5))
+        for method in ("has_moved", "snapshot"):
+            with monkeypatch.context() as patch:
+                patch.setattr(CatalogTables, method, fail)
+                assert count(service) == 4, "from the index at hand"
+        assert count(service) == 5
+    with monkeypatch.context() as patch, QueryService(settings) as service:
+        patch.setattr(CatalogTables, "snapshot", fail)
+        with pytest.raises(CatalogError, match="away"):
+            count(service)
 
 
 def ask(settings: Settings, counts: Any) -> None:

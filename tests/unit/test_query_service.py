@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from pydicom.dataset import Dataset
 
-from sphere.catalog.query import Model, Query, parse_identifier
+from sphere.catalog.answer import Match
+from sphere.catalog.query import Key, Model, Query, parse_identifier
 from sphere.catalog.schema import Level
 from sphere.catalog.service import PAGE, QueryService
 from tests.support.catalog import Row, archive, instance, write_catalog
@@ -344,6 +345,23 @@ def test_absent_sequences_and_lower_levels_are_zero_length(service: QueryService
         service, QueryRetrieveLevel="STUDY", StudyInstanceUID="9.2", ProcedureCodeSequence=[], Modality="", Rows=None
     )
     assert (len(identifier.ProcedureCodeSequence), identifier.Modality, identifier.Rows) == (0, None, None)
+
+
+@pytest.mark.parametrize(
+    ("tag", "element", "expected"),
+    [
+        ("00280008", {"vr": "IS", "Value": ["1A"]}, None),
+        ("00091105", {"vr": "DS", "Value": ["1.9.10.0"]}, None),
+        ("00081032", {"vr": "SQ", "Value": [{"00280008": {"vr": "IS", "Value": ["1A"]}}]}, []),
+        ("00091001", {"vr": "UN", "InlineBinary": "AAE="}, b"\0\1"),
+        ("00091001", {"vr": "OB", "BulkDataURI": "?offset=1&length=2"}, None),
+        ("00091001", {"vr": "LO"}, None),
+    ],
+)
+def test_header_elements_of_any_kind(tag: str, element: dict[str, Any], expected: Any) -> None:
+    number = int(tag, 16)
+    match = Match("IMAGE", (Key(number, "", element["vr"]),), {}, {tag: element}, "AE")
+    assert match.identifier()[number].value in (expected, expected or "")
 
 
 def test_combined_date_and_time(service: QueryService) -> None:

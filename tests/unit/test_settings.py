@@ -33,6 +33,11 @@ def test_relative_paths_are_seen_from_the_file(tmp_path: Path) -> None:
     assert settings.catalog_root == settings.storage.root + "/catalog"
 
 
+def test_a_file_url_is_read_as_a_url(tmp_path: Path) -> None:
+    given = (tmp_path / "a b%c").as_uri()
+    assert from_dict({"storage": {"root": given}}, base=tmp_path).storage.root == given
+
+
 def test_variables_win_over_the_file(tmp_path: Path) -> None:
     file = write(tmp_path, "[dimse]\nport = 104\n")
     assert load(file, environ={"SPHERE_DIMSE__PORT": "4242"}).dimse.port == 4242
@@ -53,6 +58,7 @@ def test_the_file_is_found_by_variable(tmp_path: Path) -> None:
         ('[archive]\nae_title = "   "\n', r"archive\.ae_title"),
         ('[storage]\nroot = "s3://bucket"\n', r"storage\.root: must begin with file:, hdfs:// or webhdfs://"),
         ('[storage]\nroot = "webhdfs://nn:9870/x"\n', r"catalog\.root: .*webhdfs"),
+        ('[storage]\nroot = "file:odd[1]"\n', r"\[ or \]"),
         ('[ingest]\non_conflict = "maybe"\n', r"ingest\.on_conflict: .*keep-first"),
         ('[[peers]]\nname = "a"\n', r"peers\.0\.ae_title"),
         ("[dimse\n", r"sphere\.toml is not valid TOML"),

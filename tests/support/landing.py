@@ -1,0 +1,105 @@
+"""Archives with something in them, and what their tables hold."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from collections.abc import Iterable
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from deltalake import DeltaTable, QueryBuilder
+from deltalake.exceptions import TableNotFoundError
+from pydicom import dcmread, dcmwrite
+
+from sphere.catalog.schema import TABLES
+from sphere.conf.settings import Settings, from_dict
+from sphere.ingest.bundle import BundleWriter, NewMember
+from sphere.ingest.header import identify
+from sphere.ingest.records import MemberRecord
+from sphere.ingest.storage import open_storage
+from sphere.jobs.synthetic import ct_series
+
+START = datetime(2026, 3, 1, 8, 0, 0, 250, tzinfo=timezone.utc)
+
+
+def archive(folder: Path, **sections: Any) -> Settings:
+    """Settings of an archive below `folder`, its sections changed by name; the folder's name needs quoting in a URL."""
+    base = {"spark": {"master": "local[2]", "shuffle_partitions": 2}, "extract": {"every_s": 0}}
+    merged = {name: {**base.get(name, {}), **sections.get(name, {})} for name in {*base, *sections}}
+    return from_dict(merged, base=folder)
+
+
+def copy_of(settings: Settings, folder: Path, **sections: Any) -> Settings:
+    """Another archive with the same bytes and tables as one on local disk, below `folder` (which must not exist)."""
+    origin = settings.archive.state_dir.parent
+    shutil.copytree(origin, folder)
+    return archive(folder, **sections)
+
+
+def new_member(data: bytes, *, second: float = 0, source_aet: str = "MODALITY", origin: str = "test") -> NewMember:
+    """A file as import would store it, received `second` seconds after START."""
+    found = identify(data, size=len(data))
+    start = found.dataset_offset
+    return NewMember(
+        SOPInstanceUID=found.SOPInstanceUID,
+        SOPClassUID=found.SOPClassUID,
+        StudyInstanceUID=found.StudyInstanceUID,
+        SeriesInstanceUID=found.SeriesInstanceUID,
+        TransferSyntaxUID=found.TransferSyntaxUID,
+        source_aet=source_aet,
+        origin=origin,
+        received_at=START + timedelta(seconds=second),
+        preamble=data[:start],
+        dataset=memoryview(data)[start:],
+    )
+
+
+def land(settings: Settings, members: Iterable[NewMember]) -> list[MemberRecord]:
+    """Store the members in a bundle of their own, sealed."""
+    writer = BundleWriter(open_storage(settings.storage.root, user=settings.storage.user), settings)
+    try:
+        return [writer.store(member) for member in members]
+    finally:
+        writer.close()
+
+
+def slices(n: int, **values: Any) -> list[bytes]:
+    """Small synthetic CT slices; arguments as of `ct_series`."""
+    return list(ct_series(n, **{"rows": 8, "columns": 8, **values}))
+
+
+def changed(data: bytes, **attributes: Any) -> bytes:
+    """The same file with other attribute values."""
+    dataset = dcmread(io.BytesIO(data))
+    for keyword, value in attributes.items():
+        setattr(dataset, keyword, value)
+    buffer = io.BytesIO()
+    dcmwrite(buffer, dataset)
+    return buffer.getvalue()
+
+
+def table_rows(settings: Settings, name: str) -> list[dict[str, Any]]:
+    """Every row of a table, in the order of its key; nothing where there is no table."""
+    try:
+        table = DeltaTable(f"{settings.catalog_root}/{name}")
+    except TableNotFoundError:
+        return []
+    rows = pa.table(QueryBuilder().register("rows", table).execute("SELECT * FROM rows")).to_pylist()
+    key = TABLES[name].key
+    ordered = sorted(rows, key=lambda row: tuple(row[column] for column in key))
+    keys = [tuple(row[column] for column in key) for row in ordered]
+    assert len(keys) == len(set(keys)), f"{name}: a key stands twice"
+    return ordered
+
+
+def all_tables(settings: Settings) -> dict[str, list[dict[str, Any]]]:
+    """Every table of the catalog."""
+    return {name: table_rows(settings, name) for name in TABLES}
+
+
+def by_uid(settings: Settings) -> dict[str, dict[str, Any]]:
+    """Rows of `instances` by SOP Instance UID."""
+    return {row["SOPInstanceUID"]: row for row in table_rows(settings, "instances")}
