@@ -6,7 +6,9 @@ import logging
 import signal
 import threading
 from collections.abc import Callable
+from contextlib import closing
 
+from sphere.catalog.arrivals import Arrivals
 from sphere.catalog.service import QueryService
 from sphere.conf.settings import Settings
 from sphere.ingest.bundle import BundleWriter
@@ -15,6 +17,10 @@ from sphere.scp.find import FindService
 from sphere.scp.handlers import Handlers
 from sphere.scp.libraries import prepare_libraries
 from sphere.scp.peers import CallingPolicy
+from sphere.scp.retrieve.handlers import RetrieveHandlers
+from sphere.scp.retrieve.locate import Locator
+from sphere.scp.retrieve.service import RetrieveService
+from sphere.scp.retrieve.transcoder import Transcoder
 from sphere.scp.store import StoreService
 from sphere.scp.upper.association import Acceptor
 from sphere.scp.upper.messages import Limits
@@ -37,8 +43,10 @@ def run_receiver(settings: Settings, *, ready: Callable[[int], None]) -> None:
     storage = open_storage(settings.storage.root, user=settings.storage.user)
     writer = BundleWriter(storage, settings)
     try:
-        with QueryService(settings) as finder:
-            handlers = Handlers(CallingPolicy(settings.peers), StoreService(writer), FindService(finder))
+        with QueryService(settings) as finder, closing(Transcoder()) as transcoder:
+            locator = Locator(settings, storage, finder, Arrivals(settings, storage))
+            retrieve = RetrieveHandlers(RetrieveService(settings, storage, locator, transcoder)).services()
+            handlers = Handlers(CallingPolicy(settings.peers), StoreService(writer), FindService(finder), retrieve)
             _serve(listen(settings, handlers), stop, ready)
     finally:
         writer.close()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from sphere.catalog.query import Query
@@ -23,7 +23,7 @@ class Catalog(Protocol):
         """The entities that match."""
 
     def lookup_instances(
-        self, *, study: Iterable[str] = (), series: Iterable[str] = (), sop: Iterable[str] = ()
+        self, *, study: Sequence[str] = (), series: Sequence[str] = (), sop: Sequence[str] = ()
     ) -> Iterator[StoredInstance]:
         """Where instances are, in the order of the bundles."""
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -61,6 +62,7 @@ class Finds(Protocol):
         """The instances of a selection."""
 
 
+Steps = Generator[None, None, None]
 Connect = Callable[[Peer, Settings, Sequence[Proposed]], Requested]
 
 
@@ -87,7 +89,7 @@ class RetrieveService:
         """Every response to a C-MOVE, the final one last; never raises."""
         peer = self._peers.get(request.destination.strip())
 
-        def perform(instances: list[StoredInstance], counts: Counts) -> Iterator[None]:
+        def perform(instances: list[StoredInstance], counts: Counts) -> Steps:
             assert peer is not None
             origin = {
                 "MoveOriginatorApplicationEntityTitle": request.calling_ae,
@@ -106,8 +108,8 @@ class RetrieveService:
     ) -> Iterator[RetrieveAnswer]:
         """Every response to a C-GET, the final one last; sub-operations go over `channel`, and raise what it raises."""
 
-        def perform(instances: list[StoredInstance], counts: Counts) -> Iterator[None]:
-            with closing(self._over(channel, instances, counts, {})) as steps:
+        def perform(instances: list[StoredInstance], counts: Counts) -> Steps:
+            with closing(self._over(channel, deque(instances), counts, {})) as steps:
                 yield from steps
 
         yield from self._answers(request, perform, cancelled)
@@ -115,7 +117,7 @@ class RetrieveService:
     def _answers(
         self,
         request: RetrieveRequest,
-        perform: Callable[[list[StoredInstance], Counts], Iterator[None]],
+        perform: Callable[[list[StoredInstance], Counts], Steps],
         cancelled: Callable[[], bool],
     ) -> Iterator[RetrieveAnswer]:
         try:
@@ -137,7 +139,7 @@ class RetrieveService:
         counts = Counts(len(instances))
         with closing(perform(instances, counts)) as steps:
             for _ in steps:
-                if cancelled():
+                if counts.remaining and cancelled():
                     yield RetrieveAnswer(CANCELLED, counts)
                     return
                 if counts.remaining:
@@ -151,11 +153,10 @@ class RetrieveService:
         group: list[StoredInstance],
         counts: Counts,
         origin: Mapping[str, Any],
-    ) -> Iterator[None]:
+    ) -> Steps:
         """Send a group; where the association is lost after something went well, go on over a new one."""
-        end = counts.remaining - len(group)
-        while counts.remaining > end:
-            left = group[len(group) - (counts.remaining - end) :]
+        left = deque(group)
+        while left:
             sent = counts.completed + counts.warning
             try:
                 if not proposed:
@@ -163,37 +164,42 @@ class RetrieveService:
                 with self._connect(peer, self._settings, proposed) as association:
                     yield from self._over(association, left, counts, origin)
             except (PeerError, StorageError) as error:
-                counts.add(group[len(group) - (counts.remaining - end)], None, str(error))
+                counts.add(left.popleft(), None, str(error))
                 yield None
                 if isinstance(error, PeerSilent) or counts.completed + counts.warning == sent:
-                    yield from _give_up(group[len(group) - (counts.remaining - end) :], counts, str(error))
+                    yield from _give_up(left, counts, str(error))
 
-    def _over(
-        self, channel: Channel, instances: list[StoredInstance], counts: Counts, origin: Mapping[str, Any]
-    ) -> Iterator[None]:
-        """Sub-operations on one association, one step each; raises what the channel raises."""
+    def _over(self, channel: Channel, left: deque[StoredInstance], counts: Counts, origin: Mapping[str, Any]) -> Steps:
+        """Sub-operations on one association, one step each; what is done is taken off `left`.
+
+        Raises what the channel raises: the first that is left is then the one that failed.
+        """
         sender = Sender(channel, self._converter, origin)
         sendable: list[tuple[StoredInstance, Context]] = []
         refused: list[tuple[StoredInstance, str]] = []
-        for instance in instances:
+        for instance in left:
             route = sender.route(instance)
             if isinstance(route, Context):
                 sendable.append((instance, route))
             else:
                 refused.append((instance, route))
-        with ReadAhead(self._storage, [range_of(instance) for instance, _ in sendable]) as bytes_ahead:
-            for instance, context in sendable:
-                counts.add(instance, *sender.send(instance, context, bytes_ahead.next()))
-                yield None
+        left.clear()
+        left.extend(instance for instance, _ in sendable)
         for instance, reason in refused:
             counts.add(instance, None, reason)
             yield None
+        with ReadAhead(self._storage, [range_of(instance) for instance in left]) as bytes_ahead:
+            for instance, context in sendable:
+                outcome = sender.send(instance, context, bytes_ahead.next())
+                left.popleft()
+                counts.add(instance, *outcome)
+                yield None
 
 
-def _give_up(instances: list[StoredInstance], counts: Counts, reason: str) -> Iterator[None]:
-    for instance in instances:
-        counts.add(instance, None, reason)
-    if instances:
+def _give_up(left: deque[StoredInstance], counts: Counts, reason: str) -> Steps:
+    if left:
+        while left:
+            counts.add(left.popleft(), None, reason)
         yield None
 
 

@@ -69,7 +69,7 @@ def convert(dataset: bytes, source: str, target: str) -> bytes:
         raise
     except MemoryError:
         raise NotConverted("too large to be decoded") from None
-    except Exception as error:  # noqa: BLE001  pydicom and decoders raise whatever the bytes make of it
+    except Exception as error:
         raise NotConverted(f"cannot be converted ({type(error).__name__})") from error
 
 

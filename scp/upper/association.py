@@ -16,8 +16,8 @@ from sphere.scp.upper import command as dimse
 from sphere.scp.upper import protocol
 from sphere.scp.upper.connection import Connection
 from sphere.scp.upper.messages import Context, Inbox, Limits, Message
-from sphere.scp.upper.outgoing import Asking, Outgoing
 from sphere.scp.upper.negotiation import Agreement, Proposal, agree, read_request
+from sphere.scp.upper.outgoing import Asking, Outgoing
 from sphere.scp.upper.protocol import Ended, Rejection, Released, TooSlow, Violation
 
 log = logging.getLogger(__name__)

@@ -65,7 +65,9 @@ class Inbox:
     def next(self, *, wait: bool = True, within_s: float | None = None) -> Message | None:
         """The next message; None where `wait` is False and it is not complete.
 
-        `within_s` are the seconds until it begins, where not those of an idle association. Raises Released, Ended (closed, lost or aborted by the peer), and Violation.
+        `within_s` are the seconds until it begins, where not those of an idle association.
+
+        Raises Released, Ended (closed, lost or aborted by the peer), and Violation.
         """
         while True:
             while self._at < len(self._body):

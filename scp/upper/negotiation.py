@@ -84,11 +84,7 @@ def agree(proposal: Proposal, *, max_pdu: int) -> Agreement:
     narrowed = contexts.narrow(proposal.primitive.presentation_context_definition_list)
     results, ac_roles = negotiate_as_acceptor(narrowed, contexts.supported(narrowed), roles)
     accepted = [Context(*cx.as_tuple, as_scu=bool(cx.as_scu)) for cx in results if cx.result == 0]
-    extensions = {
-        str(item.sop_class_uid): contexts.extensions(item.sop_class_uid, item.service_class_application_information)
-        for item in items
-        if isinstance(item, SOPClassExtendedNegotiation) and contexts.is_extended(item.sop_class_uid)
-    }
+    extensions = dict(_extensions(items))
     theirs = [item.maximum_length_received for item in items if isinstance(item, MaximumLengthNotification)]
     return Agreement(
         contexts={cx.id: cx for cx in accepted},
@@ -97,6 +93,13 @@ def agree(proposal: Proposal, *, max_pdu: int) -> Agreement:
         extensions=extensions,
         answer=_accept(proposal, results, [*own_items(max_pdu), *ac_roles, *_granted(extensions)]),
     )
+
+
+def _extensions(items: list[Any]) -> Iterator[tuple[str, bytes]]:
+    for item in items:
+        if isinstance(item, SOPClassExtendedNegotiation) and contexts.is_extended(str(item.sop_class_uid)):
+            uid = str(item.sop_class_uid)
+            yield uid, contexts.extensions(uid, item.service_class_application_information)
 
 
 def _accept(proposal: Proposal, results: list[Any], user_information: list[Any]) -> bytes:

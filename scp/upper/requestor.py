@@ -224,7 +224,6 @@ def _request(peer: Peer, settings: Settings, proposed: Sequence[Proposed], exten
     primitive.application_context_name = UID(APPLICATION_CONTEXT_NAME)
     primitive.calling_ae_title = settings.archive.ae_title
     primitive.called_ae_title = peer.ae_title
-    primitive.calling_presentation_address = primitive.called_presentation_address = ("127.0.0.1", 0)  # not sent
     primitive.presentation_context_definition_list = [_context(number, one) for number, one in enumerate(proposed)]
     items: list[Any] = list(own_items(settings.dimse.max_pdu))
     for uid in dict.fromkeys(one.abstract_syntax for one in proposed if one.as_scp):
@@ -260,12 +259,12 @@ def _answer(kind: int, body: memoryview, peer: Peer, settings: Settings, propose
         primitive = pdu.to_primitive()
     except Exception as error:  # noqa: BLE001  pynetdicom raises whatever the bytes make of it
         raise Violation(f"A-ASSOCIATE-AC ({type(error).__name__})", reason=protocol.INVALID_PARAMETER) from None
-    accepted = {}
+    accepted: dict[int, Context] = {}
     for result in primitive.presentation_context_definition_results_list:
-        number = (result.context_id - 1) // 2
-        if result.result == 0 and result.transfer_syntax and number < len(proposed):
-            abstract = UID(proposed[number].abstract_syntax)
-            accepted[result.context_id] = Context(result.context_id, abstract, result.transfer_syntax[0], as_scu=True)
+        number = result.context_id or 0
+        if result.result == 0 and result.transfer_syntax and number // 2 < len(proposed):
+            abstract = UID(proposed[number // 2].abstract_syntax)
+            accepted[number] = Context(number, abstract, result.transfer_syntax[0], as_scu=True)
     if not accepted:
         raise PeerError(f"{describe(peer)} accepts none of the services asked for")
     items = primitive.user_information
