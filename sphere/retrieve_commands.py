@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TextIO, TypeVar, get_args
+from typing import TYPE_CHECKING, TextIO, get_args
 
 import click
 import pyarrow as pa
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from sphere.scp.retrieve.client import Lands, Progress
     from sphere.scp.retrieve.pull import Outcome, Target
 
-F = TypeVar("F", bound=Callable[..., None])
 
 _OPTIONS = (
     click.argument("peer", metavar="PEER"),
@@ -44,7 +43,7 @@ _OPTIONS = (
 )  # fmt: skip
 
 
-def _options(function: F) -> F:
+def _options(function: Callable[..., None]) -> Callable[..., None]:
     for option in reversed(_OPTIONS):
         function = option(function)
     return function
@@ -82,7 +81,8 @@ def move(
         )  # fmt: skip
 
     targets = _targets(source, settings, keys, list_file, level)
-    _run("move", _narrowed(targets, source, settings, existing, classes=False), len(targets), ask, pause, tries)
+    narrowed = _narrowed(targets, source, settings, existing, classes=False)
+    sys.exit(1 if _run("move", narrowed, len(targets), ask, pause, tries) else 0)
 
 
 @click.command()
@@ -117,7 +117,7 @@ def get(
             )  # fmt: skip
 
         narrowed = _narrowed(targets, source, settings, existing, classes=True)
-        failed = _run("get", narrowed, len(targets), ask, pause, tries, leave=False)
+        failed = _run("get", narrowed, len(targets), ask, pause, tries)
     sys.exit(1 if failed else 0)
 
 
@@ -190,10 +190,8 @@ def _run(
     ask: Callable[[Target], Iterator[Progress]],
     pause: float,
     tries: int,
-    *,
-    leave: bool = True,
 ) -> bool:
-    """Work through the requests; whether any failed. With `leave`, end with the exit status."""
+    """Work through the requests and report; whether any failed."""
     from sphere.scp.retrieve.pull import failures, retrieve
 
     outcomes: list[Outcome] = []
@@ -218,6 +216,4 @@ def _run(
     click.echo(f"{total} asked for, {skipped} already here: {done} instances sent, {lost} failed")
     if rows:
         write_rows(pa.Table.from_pylist(rows), format="table", output=None)
-    if leave:
-        sys.exit(1 if rows else 0)
     return bool(rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
@@ -13,6 +14,7 @@ from sphere.ingest.header import HeaderReader, Rejected
 from sphere.ingest.storage.base import Storage
 from sphere.scp.retrieve.identifier import Selection
 
+UID = re.compile(r"[0-9.]{1,64}")  # others are quarantined by extraction, and can be no part of a command
 PREFIX = 1 << 16  # bytes of an instance read to find its PatientID
 
 
@@ -95,7 +97,7 @@ class Locator:
             if uids
         ]
         for one in self._waiting.instances():
-            if one.SOPInstanceUID and all(getattr(one, keyword) in uids for keyword, uids in wanted):
+            if UID.fullmatch(one.SOPInstanceUID) and all(getattr(one, keyword) in uids for keyword, uids in wanted):
                 yield one
 
     def _patient_of(self, one: StoredInstance, known: dict[str, str]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -86,6 +86,11 @@ def range_of(instance: StoredInstance) -> Range:
     )  # fmt: skip
 
 
+def is_odd(instance: StoredInstance) -> bool:
+    """Whether its data set has an odd length, which PS3.5 7.1 forbids."""
+    return bool((instance.length - instance.dataset_offset) % 2)
+
+
 def groups(instances: Sequence[StoredInstance]) -> Iterator[tuple[list[Proposed], list[StoredInstance]]]:
     """Instances that one association can carry, and the contexts to propose for them.
 
@@ -117,11 +122,18 @@ def _proposed(sop_class: str, stored: Iterable[str]) -> list[Proposed]:
 class Sender:
     """Sends instances on one association."""
 
-    def __init__(self, channel: Channel, converter: Converter, origin: Mapping[str, Any]) -> None:
-        """`origin` are further elements of every C-STORE request: who asked for the C-MOVE (PS3.7 9.1.1.1)."""
+    def __init__(
+        self, channel: Channel, converter: Converter, origin: Mapping[str, Any], padded: Container[str] | None = None
+    ) -> None:
+        """`origin` are further elements of every C-STORE request: who asked for the C-MOVE (PS3.7 9.1.1.1).
+
+        A data set of odd length, which PS3.5 forbids, gets a NUL more if its SOP Instance UID is in `padded`, or if
+        that is None: some peers end the association over it.
+        """
         self._channel = channel
         self._converter = converter
         self._origin = origin
+        self._padded = padded
         self._contexts = {(str(cx.abstract_syntax), str(cx.transfer_syntax)): cx for cx in channel.user_contexts}
 
     def route(self, instance: StoredInstance) -> Context | str:
@@ -151,11 +163,14 @@ class Sender:
                 dataset = Outgoing(size, _begun(parts))
         except (StorageError, NotConverted) as error:
             return None, str(error)
-        if context.transfer_syntax == DEFLATED and size % 2:
-            dataset = Outgoing(size + 1, _padded(dataset.parts))
+        if dataset.size % 2 and self._is_padded(instance, context):
+            dataset = Outgoing(dataset.size + 1, _padded(dataset.parts))
         response = self._channel.ask(context, self._request(instance), dataset)
         comment = response.get("ErrorComment", "")
         return int(response["Status"]), f"status 0x{response['Status']:04X} {comment}".rstrip()
+
+    def _is_padded(self, instance: StoredInstance, context: Context) -> bool:
+        return context.transfer_syntax == DEFLATED or self._padded is None or instance.SOPInstanceUID in self._padded
 
     def _request(self, instance: StoredInstance) -> dict[str, Any]:
         return {
@@ -185,6 +200,6 @@ def _begun(parts: Iterator[memoryview]) -> Iterator[memoryview]:
 
 
 def _padded(parts: Iterable[bytes | memoryview]) -> Iterator[bytes | memoryview]:
-    """A deflated data set made even with a NUL (PS3.5 A.5)."""
+    """A data set made even with a NUL (for a deflated one see PS3.5 A.5)."""
     yield from parts
     yield b"\0"

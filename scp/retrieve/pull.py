@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from sphere.catalog.query import Model
 from sphere.catalog.schema import Level
 from sphere.conf.errors import PeerError, QueryError
 from sphere.conf.settings import Peer, Settings
@@ -72,13 +73,10 @@ def find_targets(peer: Peer, keys: Mapping[str, str], level: Level, *, settings:
     Raises QueryError for a bad key and PeerError.
     """
     names = KEYS[level]
-    if (
-        set(keys) == set(names)
-        and all(keys.values())
-        and not any("*" in value or "?" in value for value in keys.values())
-    ):
+    single = all(value and not set("*?") & set(value) for value in keys.values())
+    if single and set(keys) == set(names):
         return [Target(level, dict(keys))]
-    model = "PATIENT_ROOT" if level == "PATIENT" else "STUDY_ROOT"
+    model: Model = "PATIENT_ROOT" if level == "PATIENT" else "STUDY_ROOT"
     asked = {**dict.fromkeys(names, ""), **keys}
     found = client.find(peer, asked, settings=settings, level=level, model=model)
     return [Target(level, {name: str(match.get(name) or asked[name]) for name in names}) for match in found]

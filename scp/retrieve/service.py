@@ -17,7 +17,7 @@ from sphere.conf.settings import Peer, Settings
 from sphere.ingest.storage.base import Storage
 from sphere.scp.contexts import RetrieveModel
 from sphere.scp.retrieve.identifier import Selection, decode_identifier, parse_selection
-from sphere.scp.retrieve.outbound import Channel, Converter, Counts, Sender, groups, range_of
+from sphere.scp.retrieve.outbound import Channel, Converter, Counts, Sender, groups, is_odd, range_of
 from sphere.scp.retrieve.read_ahead import ReadAhead
 from sphere.scp.upper.messages import Context
 from sphere.scp.upper.requestor import PeerSilent, Proposed, Requested, connect
@@ -156,25 +156,36 @@ class RetrieveService:
     ) -> Steps:
         """Send a group; where the association is lost after something went well, go on over a new one."""
         left = deque(group)
+        padded: set[str] = set()
         while left:
             sent = counts.completed + counts.warning
             try:
                 if not proposed:
                     raise PeerError("no SOP class is known of these instances")
                 with self._connect(peer, self._settings, proposed) as association:
-                    yield from self._over(association, left, counts, origin)
+                    yield from self._over(association, left, counts, origin, padded)
             except (PeerError, StorageError) as error:
+                if is_odd(left[0]) and left[0].SOPInstanceUID not in padded and not isinstance(error, PeerSilent):
+                    padded.add(left[0].SOPInstanceUID)
+                    continue
                 counts.add(left.popleft(), None, str(error))
                 yield None
                 if isinstance(error, PeerSilent) or counts.completed + counts.warning == sent:
                     yield from _give_up(left, counts, str(error))
 
-    def _over(self, channel: Channel, left: deque[StoredInstance], counts: Counts, origin: Mapping[str, Any]) -> Steps:
+    def _over(
+        self,
+        channel: Channel,
+        left: deque[StoredInstance],
+        counts: Counts,
+        origin: Mapping[str, Any],
+        padded: set[str] | None = None,
+    ) -> Steps:
         """Sub-operations on one association, one step each; what is done is taken off `left`.
 
         Raises what the channel raises: the first that is left is then the one that failed.
         """
-        sender = Sender(channel, self._converter, origin)
+        sender = Sender(channel, self._converter, origin, padded)
         sendable: list[tuple[StoredInstance, Context]] = []
         refused: list[tuple[StoredInstance, str]] = []
         for instance in left:

@@ -11,6 +11,7 @@ from io import BytesIO
 from typing import Any, Final
 
 from pydicom import dcmread
+from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset
 from pydicom.filebase import DicomBytesIO
 from pydicom.filewriter import correct_ambiguous_vr, write_dataset
@@ -87,12 +88,14 @@ def _inflated(deflated: bytes) -> bytes:
 def _converted(dataset: bytes, source: UID, target: UID) -> bytes:
     meta = file_meta(sop_class_uid="", sop_instance_uid="", transfer_syntax_uid=source)
     read = dcmread(BytesIO(meta + dataset), force=True)
+    # what it is, which is not always what it is said to be
+    implicit = any(isinstance(one, RawDataElement) and one.is_implicit_VR for one in read.values())
     if source.is_encapsulated:
         _decode(read, source)
-    if source.is_implicit_VR != target.is_implicit_VR or not source.is_little_endian:
+    if implicit != target.is_implicit_VR or not source.is_little_endian:
         for _ in read.iterall():  # elements that nobody looked at would be written as the bytes that they are
             pass
-    if source.is_implicit_VR:
+    if implicit:
         correct_ambiguous_vr(read, True)
     if not source.is_little_endian:
         _swap(read, read.get("BitsAllocated"))
