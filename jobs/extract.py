@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from deltalake.exceptions import DeltaError
 from pyspark.errors import PySparkException
 from pyspark.sql import SparkSession
 
@@ -105,6 +106,8 @@ def _failures() -> Iterator[None]:
     except PySparkException as error:
         lines = [line for line in str(error).splitlines() if line.strip() and not line.lstrip().startswith("at ")]
         raise JobFailed(f"extraction stopped: {lines[-1].strip() if lines else type(error).__name__}") from error
+    except DeltaError as error:
+        raise JobFailed(f"extraction stopped: the catalog could not be read or written: {error}") from error
 
 
 class _Extraction:
@@ -124,7 +127,7 @@ class _Extraction:
         self._steps.begin("recover")
         recover(self._storage, self._settings)
         self._sweep()
-        rollup.refresh(self._tables, on_step=self._steps.begin)  # what a killed run left behind
+        rollup.refresh(self._tables, self._settings, on_step=self._steps.begin)  # what a killed run left behind
         self._steps.begin("discover")
         report = Report()
         for batch in batches(self._landed, self._catalogued(), self._settings.extract.batch):
@@ -145,9 +148,7 @@ class _Extraction:
 
     def _batch(self, batch: Batch) -> Report:
         self._steps.begin("plan")
-        self._tables.ensure("instances")
-        instances = self._tables.open("instances")
-        assert instances is not None
+        instances = self._tables.ensure("instances")
         known = known_instances(instances, (record.SOPInstanceUID for record in batch.records))
         planned = plan(batch.records, known)
         total = len(planned.new) + len(planned.contested)
@@ -161,7 +162,8 @@ class _Extraction:
         rejected = self._quarantine(batch, planned, found)
         settled = self._settle(batch, found)
         self._steps.begin("roll up")
-        rollup.refresh(self._tables, on_step=self._steps.begin)
+        rollup.refresh(self._tables, self._settings, on_step=self._steps.begin)
+        self._lock.check()
         self._steps.begin("bundles")
         self._tables.merge("bundles", batch.bundles)
         self._sweep()

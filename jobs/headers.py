@@ -7,6 +7,7 @@ go into a file of their own below STAGING. Only names, reasons and counts travel
 
 from __future__ import annotations
 
+import functools
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
@@ -157,7 +158,7 @@ class _Task:
     def __call__(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         schema = TABLES["instances"].schema
         sink = _Sink(schema)
-        reader = HeaderReader(max_header=self._sources.max_header)
+        reader = _reader(self._sources.max_header)
         storage = open_storage(self._sources.storage, user=self._sources.user)
         for batch in batches:
             rows = batch.to_pylist()
@@ -169,6 +170,12 @@ class _Task:
                 sink.add(record, _read(reader, record, prefix, fetch), contested)
         results = sink.finish(self._sources)
         yield pa.RecordBatch.from_pylist(results, schema=_RESULT)
+
+
+@functools.cache
+def _reader(max_header: int) -> HeaderReader:
+    """One reader for all tasks of a worker process (which has one thread): it remembers what headers look like."""
+    return HeaderReader(max_header=max_header)
 
 
 def _read(reader: HeaderReader, record: MemberRecord, prefix: bytes, fetch: Fetch) -> Header | Rejected:

@@ -7,18 +7,23 @@ commit that wrote it. `patients` goes first, as the patients of before are found
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import duckdb
 import pyarrow as pa
 from deltalake import DeltaTable
+from deltalake.exceptions import DeltaError
 
 from sphere.catalog.schema import PATIENT_KEY_SQL, TABLES, Aggregate, RollUp
-from sphere.jobs.tables import Tables, changed, reader
+from sphere.conf.settings import Settings
+from sphere.jobs.tables import Tables, changed, read, reader
 
 MARK = "sphere.rollup"
 """Application of the Delta transaction identifier that holds the version of `instances`."""
+
+MEMORY_LIMIT = "1GB"
+"""Memory that a roll-up takes before it goes on in temporary files."""
 
 _KEYS = ("StudyInstanceUID",)
 _SQL: Mapping[str, str] = {
@@ -31,8 +36,11 @@ _SQL: Mapping[str, str] = {
 }
 
 
-def refresh(tables: Tables, *, on_step: Callable[[str], None]) -> None:
-    """Bring the roll-ups to the present version of `instances`; calls `on_step` before each table's commit."""
+def refresh(tables: Tables, settings: Settings, *, on_step: Callable[[str], None]) -> None:
+    """Bring the roll-ups to the present version of `instances`; calls `on_step` before each table's commit.
+
+    Works in MEMORY_LIMIT, and beyond it in the archive's state folder. Raises JobFailed where another process writes.
+    """
     instances = tables.open("instances")
     if instances is None:
         return
@@ -40,10 +48,11 @@ def refresh(tables: Tables, *, on_step: Callable[[str], None]) -> None:
     since = min(_seen(table) for table in rolled.values())
     if since >= instances.version():
         return
-    touched = changed(instances, _KEYS, since=since)
+    touched = _touched(instances, (rolled["studies"], rolled["series"]), since)
     if not len(touched):
         return
-    with duckdb.connect() as db:
+    spill = settings.archive.state_dir / "rollup"
+    with duckdb.connect(config={"memory_limit": MEMORY_LIMIT, "temp_directory": str(spill)}) as db:
         rows = _roll_up(db, instances, rolled["studies"], touched)
         mark = (MARK, instances.version())
         for name, table in rolled.items():
@@ -55,6 +64,15 @@ def _seen(table: DeltaTable) -> int:
     """The version of `instances` that a roll-up shows, -1 before the first."""
     mark = table.transaction_version(MARK)
     return -1 if mark is None else mark
+
+
+def _touched(instances: DeltaTable, rolled: Iterable[DeltaTable], since: int) -> pa.Table:
+    """Studies that changed after a version; every study where the change feed no longer reaches so far back."""
+    try:
+        return changed(instances, _KEYS, since=since)
+    except DeltaError:
+        pieces = [piece for table in (instances, *rolled) for piece in read(table, _KEYS)]
+        return pa.concat_tables(pieces).group_by(_KEYS).aggregate([])
 
 
 def _roll_up(

@@ -89,18 +89,20 @@ class Handlers:
             return
         started, matches, final = time.monotonic(), 0, SUCCESS
         request = _find_request(message, association)
-        for answer in self._find.answers(request, cancelled=lambda: association.cancelled(message)):
-            matches += answer.identifier is not None
-            final = SUCCESS if answer.identifier is not None else answer.status
-            identifier = _encoded(answer.identifier, request.transfer_syntax)
-            yield Response(answer.status, _told(answer.comment, answer.offending), identifier)
-        if final == SUCCESS:
-            yield Response(SUCCESS)
-        association.tally["found"] += matches
-        log.info(
-            "find id=%s model=%s matches=%d status=0x%04X ms=%.1f",
-            association.id, request.model, matches, final, 1000 * (time.monotonic() - started),
-        )  # fmt: skip
+        try:
+            for answer in self._find.answers(request, cancelled=lambda: association.cancelled(message)):
+                matches += answer.identifier is not None
+                final = SUCCESS if answer.identifier is not None else answer.status
+                identifier = _encoded(answer.identifier, request.transfer_syntax)
+                yield Response(answer.status, _told(answer.comment, answer.offending), identifier)
+            if final == SUCCESS:
+                yield Response(SUCCESS)
+        finally:  # this generator is closed where there is nobody any more to answer
+            association.tally["found"] += matches
+            log.info(
+                "find id=%s model=%s matches=%d status=0x%04X ms=%.1f",
+                association.id, request.model, matches, final, 1000 * (time.monotonic() - started),
+            )  # fmt: skip
 
 
 def _store_request(message: Message, association: Association) -> StoreRequest:

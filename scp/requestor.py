@@ -11,7 +11,7 @@ from typing import Any
 from pydicom.dataset import Dataset
 from pynetdicom import AE, evt
 from pynetdicom.association import Association
-from pynetdicom.pdu_primitives import SOPClassExtendedNegotiation
+from pynetdicom.pdu_primitives import A_ASSOCIATE, SOPClassExtendedNegotiation
 from pynetdicom.presentation import PresentationContext
 
 from sphere.conf.errors import PeerError
@@ -142,13 +142,13 @@ def _send_at_once(event: Any) -> None:
 
 def _why_not(assoc: Association, peer: Peer, settings: Settings) -> str:
     """Why there is no association, and what to check."""
-    answer = assoc.acceptor.primitive
-    if assoc.is_rejected and answer is not None:
+    answer = assoc.acceptor.primitive or assoc.dul.peek_next_pdu()  # not taken up yet where it came with the end
+    if isinstance(answer, A_ASSOCIATE) and answer.result:
         return (
             f"{describe(peer)} rejected the association: {answer.reason_str}; check that it knows us as "
             f"{settings.archive.ae_title!r} and is called {peer.ae_title!r}"
         )
-    if answer is not None:
+    if isinstance(answer, A_ASSOCIATE):
         return f"{describe(peer)} accepts none of the services asked for"
     try:
         with socket.create_connection((peer.host, peer.port), timeout=settings.dimse.artim_s or None):

@@ -1,4 +1,4 @@
-"""Fixtures that every kind of test shares. Data: the corpus where it exists, pydicom's packaged files, generated series."""
+"""Fixtures that all tests share. Data: the corpus where it exists, pydicom's packaged files, generated series."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ from pathlib import Path
 import pytest
 
 from sphere.conf.settings import Settings, from_dict
+from tests.support.hdfs import hdfs_cluster
+from tests.support.spark import spark
+
+__all__ = ["hdfs_cluster", "spark"]  # one of each for the whole run
 
 CORPUS = Path(os.environ.get("SPHERE_TEST_CORPUS") or Path(__file__).parent.parent / "../shared/data/dicom")
 

@@ -6,6 +6,7 @@ import logging
 import os
 import threading
 import time
+import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -88,7 +89,8 @@ class Association:
         except Ended as ended:
             end, linger = str(ended), False
         except Exception as error:  # noqa: BLE001  a defect of ours ends this association, and no other
-            end = f"aborted: internal error ({type(error).__name__})"
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            end = f"aborted: internal error ({type(error).__name__} in {where.name}, line {where.lineno})"
             self._last_words(protocol.abort(protocol.USER, protocol.UNSPECIFIED))
         finally:
             if self._placed:

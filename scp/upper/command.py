@@ -36,8 +36,8 @@ def _text(value: bytes) -> str:
 
 
 def _number(value: bytes) -> int:
-    if len(value) not in (2, 4):
-        raise CommandError("a number that is neither US nor UL")
+    if len(value) != 2:
+        raise CommandError("a US of other than 2 bytes")
     return int.from_bytes(value, "little")
 
 
@@ -55,7 +55,7 @@ def _padded(pad: bytes) -> Callable[[str], bytes]:
     return encode
 
 
-_DECODE: dict[str, Callable[[bytes], Any]] = {"US": _number, "UL": _number, "AT": _tags}
+_DECODE: dict[str, Callable[[bytes], Any]] = {"US": _number, "AT": _tags}
 _ENCODE: dict[str, Callable[[Any], bytes]] = {
     "US": struct.Struct("<H").pack,
     "UI": _padded(b"\0"),
@@ -63,7 +63,7 @@ _ENCODE: dict[str, Callable[[Any], bytes]] = {
     "LO": _padded(b" "),
     "AT": lambda tags: b"".join(struct.pack("<HH", tag >> 16, tag & 0xFFFF) for tag in tags),
 }
-_GROUP = {tag: entry for tag, entry in DicomDictionary.items() if tag >> 16 == 0}
+_GROUP = {tag: entry for tag, entry in DicomDictionary.items() if tag >> 16 == 0 and entry[3] != "Retired"}
 _ELEMENTS = {tag: (entry[4], _DECODE.get(entry[0], _text)) for tag, entry in _GROUP.items()}
 _KEYWORDS = {entry[4]: (tag, _ENCODE[entry[0]]) for tag, entry in _GROUP.items() if entry[0] in _ENCODE}
 

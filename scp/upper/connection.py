@@ -50,8 +50,10 @@ class Connection:
         """Type and body of the next PDU; None where `wait` is False and it is not complete.
 
         `first_s` are the seconds until its first byte is there, `rest_s` those from then to its last. Raises Ended,
-        and Violation when the PDU is of no known type, too long or too slow.
+        and Violation when the PDU is of no known type, too long or too slow, or when we are `stopping`.
         """
+        if self.stopping:
+            raise Violation("the receiver stops", reason=protocol.UNSPECIFIED)
         if not self._receive(protocol.PDU_HEADER.size, first_s, rest_s, wait):
             return None
         kind, length = protocol.PDU_HEADER.unpack_from(self._view, self._start)
@@ -158,6 +160,8 @@ class Connection:
         rest = self._view[self._start : self._fill]
         if self.keep:
             self._view = memoryview(mmap.mmap(-1, self._size))
+        else:
+            self._give_back()
         self._view[:left] = rest
         self._start, self._fill = 0, left
 

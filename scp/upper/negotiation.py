@@ -29,7 +29,7 @@ from sphere.scp.upper.protocol import PDU_HEADER, Rejection, Violation
 FIXED: Final = 68  # bytes of an A-ASSOCIATE-RQ between its header and its variable items (PS3.8 Table 9-11)
 PRESENTATION_CONTEXT, USER_INFORMATION = 0x20, 0x50  # item types that have sub-items
 MAX_CONTEXTS: Final = 128  # odd ids of one byte (PS3.8 9.3.2.2)
-MAX_SYNTAXES: Final = 256  # sub-items of one context; PS3.6 knows some 60 transfer syntaxes
+MAX_SYNTAXES: Final = 128  # sub-items of one context; PS3.6 knows some 60 transfer syntaxes
 MAX_USER_ITEMS: Final = 2048  # sub-items of the user information
 _ITEM = struct.Struct(">BxH")
 

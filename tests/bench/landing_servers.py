@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 from pynetdicom import AE, AllStoragePresentationContexts, evt
 
 from sphere.conf import logs
@@ -44,7 +44,7 @@ def storescp(folder: Path, *, tuned: bool) -> Iterator[Server]:
     """storescp writes files and syncs none: one syncfs at the end, counted in, is the least that durable can mean."""
     port, output = free_port(), folder / "output"
     output.mkdir(parents=True)
-    command = [require_tool("storescp"), "-od", str(output), str(port)]
+    command = [require_tool("storescp"), "--fork", "-od", str(output), str(port)]  # else one association at a time
     with _processes([command], folder, port, NODELAY if tuned else {}) as processes:
         yield port, processes, lambda: _syncfs(output)
 
@@ -95,7 +95,9 @@ def _processes(
             with (folder / f"server{number}.log").open("wb") as log:
                 process = subprocess.Popen(command, env=plain | (environment or {}), stdout=log, stderr=log)
             running.append(process)
-            _wait_until_ready(process, folder / f"server{number}.log", port)
+            _wait_until_ready(
+                process, folder / f"server{number}.log", port, says_so="tests.bench.landing_servers" in command
+            )
         yield [psutil.Process(process.pid) for process in running]
     finally:
         for process in running:
@@ -104,11 +106,11 @@ def _processes(
             process.wait(60)
 
 
-def _wait_until_ready(process: subprocess.Popen[Any], log: Path, port: int) -> None:
+def _wait_until_ready(process: subprocess.Popen[Any], log: Path, port: int, *, says_so: bool) -> None:
     """Receivers share a port: each has to say itself that it listens."""
     wait_for_port(port, process)
     deadline = time.monotonic() + 30
-    while "tests.bench.landing_servers" in process.args and "ready" not in log.read_text(errors="replace"):
+    while says_so and "ready" not in log.read_text(errors="replace"):
         if time.monotonic() > deadline:
             raise AssertionError(log.read_text())
         time.sleep(0.05)

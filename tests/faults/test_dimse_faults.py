@@ -10,7 +10,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 import pytest
 from pydicom.dataset import Dataset
 from pynetdicom import AE, build_context, evt
@@ -139,7 +139,7 @@ def test_a_sender_that_dies_in_the_middle_of_a_data_set_leaves_nothing(receiver:
     data = dataset_of(make_instance(tmp_path / "one.dcm", EncapsulatedDocument=bytes(12 << 20)))
     request = C_STORE()
     request.MessageID, request.Priority = 1, 0
-    request.AffectedSOPClassUID, request.AffectedSOPInstanceUID = CT_STORAGE, "1.2.3.4"  # type: ignore[assignment]
+    request.AffectedSOPClassUID, request.AffectedSOPInstanceUID = CT_STORAGE, "1.2.3.4"
     request.DataSet = BytesIO(data)
     assoc = associated(receiver.port, CT_STORAGE, evt_handlers=[(evt.EVT_DATA_SENT, _Dies(10 << 20))])
     assoc.dimse.send_msg(request, 1)
@@ -173,7 +173,7 @@ def test_a_data_set_that_does_not_parse_is_kept_with_a_warning(receiver: Receive
     assoc = associated(receiver.port, CT_STORAGE)
     request = C_STORE()
     request.MessageID, request.Priority = 1, 0
-    request.AffectedSOPClassUID, request.AffectedSOPInstanceUID = CT_STORAGE, "1.2.3.5"  # type: ignore[assignment]
+    request.AffectedSOPClassUID, request.AffectedSOPInstanceUID = CT_STORAGE, "1.2.3.5"
     garbage = bytes(range(256)) * 20
     request.DataSet = BytesIO(garbage)
     response = exchange(assoc, request)
@@ -189,8 +189,8 @@ def test_uids_that_are_none_reach_no_path(receiver: Receiver, tmp_path: Path, in
     assoc = associated(receiver.port, CT_STORAGE)
     request = C_STORE()
     request.MessageID, request.Priority = 1, 0
-    request.AffectedSOPClassUID = CT_STORAGE  # type: ignore[assignment]
-    request._AffectedSOPInstanceUID = instance  # type: ignore[assignment]
+    request.AffectedSOPClassUID = CT_STORAGE
+    request._AffectedSOPInstanceUID = instance
     request.DataSet = BytesIO(dataset_of(make_instance(tmp_path / "one.dcm")))
     assert exchange(assoc, request).Status == MISMATCH
     still_serves(receiver, tmp_path)
@@ -231,6 +231,15 @@ def test_messages_of_another_service_are_refused(
     response = exchange(associated(receiver.port, *contexts), message)
     assert response.Status == status
     assert "1.2.3.6" not in {record.SOPInstanceUID for record in receiver.members()}
+    still_serves(receiver, tmp_path)
+
+
+def test_a_request_that_lacks_what_it_must_have_is_refused(receiver: Receiver, tmp_path: Path) -> None:
+    request = C_STORE()
+    request.MessageID, request.Priority, request.AffectedSOPClassUID = 1, 0, CT_STORAGE
+    request.DataSet = BytesIO(b"\x08\x00\x05\x00CS\x00\x00")
+    assoc = associated(receiver.port, CT_STORAGE)
+    assert exchange(assoc, request).Status == 0xC000  # cannot understand (PS3.4 Table B.2-1)
     still_serves(receiver, tmp_path)
 
 

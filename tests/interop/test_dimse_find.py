@@ -87,8 +87,8 @@ def archive(tmp_path_factory: pytest.TempPathFactory, spark: SparkSession) -> It
     made = tmp_path_factory.mktemp("made")
     files = sendable_files()
     for number, (charset, name) in enumerate(NAMES.items()):
-        values = {"SpecificCharacterSet": charset.split("\\"), "PatientName": name, "PatientID": f"CS{number}"}
-        files.append(make_instance(made / f"{number}.dcm", **values))
+        path, sets = made / f"{number}.dcm", charset.split("\\")
+        files.append(make_instance(path, SpecificCharacterSet=sets, PatientName=name, PatientID=f"CS{number}"))
     with running_receiver(tmp_path_factory.mktemp("archive")) as receiver:
         archive = Archive(receiver)
         for result in client.store(receiver.peer, files, settings=receiver.settings):

@@ -18,7 +18,6 @@ from sphere.ingest.header import identify
 from sphere.scp import client
 from tests.support.dicom_tools import (
     STORESCU_OPTIONS,
-    free_port,
     part10_dataset,
     require_tool,
     run_tool,
@@ -26,7 +25,7 @@ from tests.support.dicom_tools import (
     running_storescp,
 )
 from tests.support.hdfs import HdfsCluster
-from tests.support.receiver import Receiver, running_receiver
+from tests.support.receiver import Receiver, free_port, running_receiver
 from tests.support.samples import CT_STORAGE, dataset_of, make_instance, sendable_files
 
 pytestmark = pytest.mark.interop

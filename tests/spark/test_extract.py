@@ -16,7 +16,18 @@ from sphere.conf.settings import Settings
 from sphere.jobs import extract
 from sphere.jobs.extract import run
 from tests.support.catalog import roll_up
-from tests.support.landing import all_tables, archive, by_uid, changed, copy_of, land, new_member, slices, table_rows
+from tests.support.landing import (
+    all_tables,
+    archive,
+    by_uid,
+    changed,
+    copy_of,
+    land,
+    mixture,
+    new_member,
+    slices,
+    table_rows,
+)
 
 pytestmark = pytest.mark.spark
 
@@ -25,22 +36,6 @@ pytestmark = pytest.mark.spark
 def settings(tmp_path: Path) -> Settings:
     """An archive whose path needs quoting in a URL."""
     return archive(tmp_path / "an archive")
-
-
-def mixture(settings: Settings) -> int:
-    """Land new instances, copies, other versions, an older version again, and rubbish; three bundles, mixed in time."""
-    first, second = slices(4, seed=1), slices(3, seed=2, study=1)
-    other = [changed(first[0], PatientComments=text) for text in ("corrected", "corrected again")]
-    moved = changed(first[1], SeriesInstanceUID="1.2.3.4", SeriesNumber=9)
-    truncated = first[3][:700]
-    bundles = [
-        [(first[0], 0), (first[1], 7), (second[0], 1), (b"", 2), (truncated, 3)],
-        [(other[0], 5), (second[0], 0.5), (first[0], 6), (b"not DICOM" * 40, 4), (truncated, 8)],
-        [(first[2], 9), (other[1], 10), (other[0], 11), (moved, 6.5), (second[1], 12), (second[2], 12)],
-    ]
-    for bundle in bundles:
-        land(settings, [new_member(data, second=second) for data, second in bundle])
-    return sum(len(bundle) for bundle in bundles)
 
 
 def test_new_instances_become_rows(spark: SparkSession, settings: Settings) -> None:
@@ -65,16 +60,16 @@ def test_second_run_changes_nothing(spark: SparkSession, settings: Settings) -> 
     assert all_tables(settings) == before
 
 
-@pytest.mark.parametrize("policy", ["keep-first", "replace"])
-def test_batches_do_not_matter(spark: SparkSession, settings: Settings, tmp_path: Path, policy: str) -> None:
+@pytest.mark.parametrize(("policy", "size"), [("keep-first", 3), ("replace", 1)])
+def test_batches_do_not_matter(spark: SparkSession, settings: Settings, tmp_path: Path, policy: str, size: int) -> None:
     total = mixture(settings)
     ingest = {"on_conflict": policy}
     whole = copy_of(settings, tmp_path / "whole", ingest=ingest)
-    single = copy_of(settings, tmp_path / "single", ingest=ingest, extract={"batch": 1})
+    single = copy_of(settings, tmp_path / "single", ingest=ingest, extract={"batch": size})
     report = run(spark, whole)
     assert (report.read, report.batches) == (total, 1)
     assert report.read == report.rows + report.duplicates + report.rejected
-    assert run(spark, single).batches == total
+    assert run(spark, single).batches == -(-total // size)
     expected, found = all_tables(whole), all_tables(single)
     for name in TABLES:
         assert found[name] == expected[name], name
@@ -292,3 +287,17 @@ def test_tables_are_made_for_old_and_new_readers(spark: SparkSession, settings: 
     assert row["minReaderVersion"] == 1
     assert row["properties"]["delta.enableChangeDataFeed"] == "true"
     assert row["properties"]["delta.dataSkippingNumIndexedCols"] == "32"
+
+
+def test_change_feed_adds_up_to_the_table(spark: SparkSession, tmp_path: Path) -> None:
+    settings = archive(tmp_path, ingest={"on_conflict": "replace"}, extract={"batch": 5})
+    mixture(settings)
+    run(spark, settings)
+    location = f"{settings.archive.state_dir.parent}/storage/catalog/instances"
+    feed = spark.read.format("delta").option("readChangeFeed", "true").option("startingVersion", 0).load(location)
+    left: dict[str, int] = {}
+    for row in feed.select("SOPInstanceUID", "sha256", "_change_type").collect():
+        step = {"insert": 1, "delete": -1}[row["_change_type"]]
+        left[row["SOPInstanceUID"] + row["sha256"]] = left.get(row["SOPInstanceUID"] + row["sha256"], 0) + step
+    expected = {uid + row["sha256"] for uid, row in by_uid(settings).items()}
+    assert {key: count for key, count in left.items() if count} == dict.fromkeys(expected, 1)

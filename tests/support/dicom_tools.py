@@ -73,7 +73,7 @@ def findscu(
 ) -> list[pydicom.Dataset]:
     """The answers that findscu got to `keys`, or to those and a file of keys; fails the test when the query did."""
     folder.mkdir(parents=True, exist_ok=True)
-    arguments = [*options, *(item for key in keys for item in ("-k", key)), "127.0.0.1", port]
+    arguments: list[str | int] = [*options, *(item for key in keys for item in ("-k", key)), "127.0.0.1", port]
     run = run_tool("findscu", "-v", "-aec", "SPHERE", "-X", "-od", folder, *arguments, *([query] if query else []))
     assert run.returncode == 0 and "(Success)" in run.stdout, run.stdout
     return [pydicom.dcmread(path) for path in sorted(folder.glob("rsp*.dcm"))]
@@ -112,8 +112,8 @@ def running_storescp(folder: Path, *options: str) -> Iterator[int]:
     """DCMTK's storescp writing exactly what it receives into `folder`; gives its port."""
     folder.mkdir(parents=True, exist_ok=True)
     port = free_port()
-    command = [require_tool("storescp"), "+xa", "+B", "-pm", "+uf", *options, "-od", folder, str(port)]
-    with running(command, port, folder.parent / f"storescp-{port}.log"):
+    arguments: list[str | Path] = ["+xa", "+B", "-pm", "+uf", *options, "-od", folder, str(port)]
+    with running([require_tool("storescp"), *arguments], port, folder.parent / f"storescp-{port}.log"):
         yield port
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import json
 import os
 import signal
@@ -36,7 +35,10 @@ log4j.appender.out=org.apache.log4j.ConsoleAppender
 log4j.appender.out.layout=org.apache.log4j.PatternLayout
 log4j.appender.out.layout.ConversionPattern=%d %p %c{1}: %m%n
 """
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+# A program that asks the kernel to be killed with its parent (prctl PR_SET_PDEATHSIG, kept over exec) and becomes the
+# command that follows. Not a preexec_fn: forking a process that has threads and going on in Python can hang.
+_PDEATHSIG = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); os.execv(sys.argv[1], sys.argv[1:])"
+_DIE_WITH_PARENT = [sys.executable, "-c", _PDEATHSIG] if sys.platform == "linux" else []
 
 
 class HdfsCluster:
@@ -150,11 +152,10 @@ class HdfsCluster:
         arguments = [] if name == "namenode" else [f"-Ddfs.datanode.data.dir={(self.folder / name).as_uri()}"]
         with (self.folder / f"{name}.log").open("ab") as log:
             self._processes[name] = subprocess.Popen(
-                self._command(main, *arguments),
+                [*_DIE_WITH_PARENT, *self._command(main, *arguments)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                preexec_fn=_die_with_parent,  # noqa: PLW1509  one prctl; no thread of ours runs yet
             )
 
     def _wait(self, wait_s: float) -> None:
@@ -196,11 +197,6 @@ def _write_xml(path: Path, properties: Mapping[str, str]) -> None:
         for name, value in properties.items()
     )
     path.write_text(f'<?xml version="1.0"?>\n<configuration>\n{items}</configuration>\n')
-
-
-def _die_with_parent() -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 @pytest.fixture(scope="session")

@@ -71,6 +71,22 @@ def slices(n: int, **values: Any) -> list[bytes]:
     return list(ct_series(n, **{"rows": 8, "columns": 8, **values}))
 
 
+def mixture(settings: Settings) -> int:
+    """Land new instances, copies, other versions, an older version again, and rubbish; three bundles, mixed in time."""
+    first, second = slices(4, seed=1), slices(3, seed=2, study=1)
+    other = [changed(first[0], PatientComments=text) for text in ("corrected", "corrected again")]
+    moved = changed(first[1], SeriesInstanceUID="1.2.3.4", SeriesNumber=9)
+    truncated = first[3][:700]
+    bundles = [
+        [(first[0], 0), (first[1], 7), (second[0], 1), (b"", 2), (truncated, 3)],
+        [(other[0], 5), (second[0], 0.5), (first[0], 6), (b"not DICOM" * 40, 4), (truncated, 8)],
+        [(first[2], 9), (other[1], 10), (other[0], 11), (moved, 6.5), (second[1], 12), (second[2], 12)],
+    ]
+    for bundle in bundles:
+        land(settings, [new_member(data, second=second) for data, second in bundle])
+    return sum(len(bundle) for bundle in bundles)
+
+
 def changed(data: bytes, **attributes: Any) -> bytes:
     """The same file with other attribute values."""
     dataset = dcmread(io.BytesIO(data))

@@ -6,6 +6,7 @@ import socket
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from pynetdicom import build_context
 from pynetdicom.pdu import A_ASSOCIATE_AC, A_ASSOCIATE_RQ
@@ -19,7 +20,7 @@ ABORTED = 0x07
 
 
 def associate_rq(
-    classes: Sequence[str] = (VERIFICATION, CT), *, max_pdu: int = 16384, ours: Iterable[object] = ()
+    classes: Sequence[str] = (VERIFICATION, CT), *, max_pdu: int = 16384, ours: Iterable[Any] = ()
 ) -> bytes:
     """An A-ASSOCIATE-RQ by pynetdicom: contexts 1, 3, 5, ... for `classes`, in Explicit VR Little Endian."""
     request = A_ASSOCIATE()

@@ -11,6 +11,7 @@ from pydicom.filewriter import dcmwrite
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
 from sphere.ingest.header import identify
+from sphere.ingest.part10 import file_meta
 from tests.conftest import CORPUS
 
 CT_STORAGE = "1.2.840.10008.5.1.4.1.1.2"
@@ -31,7 +32,7 @@ def sendable_files() -> list[Path]:
 def make_instance(path: Path, *, transfer_syntax: str = ExplicitVRLittleEndian, **values: Any) -> Path:
     """A small instance in a Part 10 file, its data set in Explicit VR Little Endian whatever it is said to be."""
     dataset = Dataset()
-    defaults = {
+    defaults: dict[str, Any] = {
         "SOPClassUID": CT_STORAGE, "SOPInstanceUID": generate_uid(), "StudyInstanceUID": generate_uid(),
         "SeriesInstanceUID": generate_uid(), "PatientID": "T1", "PatientName": "Test^Made", "Modality": "CT",
     }  # fmt: skip
@@ -41,14 +42,12 @@ def make_instance(path: Path, *, transfer_syntax: str = ExplicitVRLittleEndian, 
     dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
     dcmwrite(path, dataset, enforce_file_format=True)
     if transfer_syntax != ExplicitVRLittleEndian:
-        meta = pydicom.filereader.read_file_meta_info(path)
-        data = path.read_bytes()
-        body = data[144 + meta.FileMetaInformationGroupLength :]
-        meta.TransferSyntaxUID = transfer_syntax
-        with path.open("wb") as file:
-            file.write(bytes(128) + b"DICM")
-            pydicom.filewriter.write_file_meta_info(file, meta)
-            file.write(body)
+        meta = file_meta(
+            sop_class_uid=dataset.SOPClassUID,
+            sop_instance_uid=dataset.SOPInstanceUID,
+            transfer_syntax_uid=transfer_syntax,
+        )
+        path.write_bytes(meta + dataset_of(path))
     return path
 
 

@@ -19,7 +19,6 @@ ONLY_IN = {
     "pynetdicom": {"scp"},
     "pyspark": {"jobs", "sphere"},
     "deltalake": {"catalog", "jobs"},
-    "delta": {"catalog", "jobs"},
 }
 
 

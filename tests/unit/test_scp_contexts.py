@@ -19,8 +19,8 @@ J2K, PRIVATE = "1.2.840.10008.1.2.4.90", "1.2.3.4.5.99"
 def proposed(abstract_syntax: str, *transfer_syntaxes: str, number: int = 1) -> PresentationContext:
     context = PresentationContext()
     context.context_id = number
-    context.abstract_syntax = abstract_syntax  # type: ignore[assignment]
-    context.transfer_syntax = list(transfer_syntaxes)  # type: ignore[arg-type]
+    context.abstract_syntax = abstract_syntax
+    context.transfer_syntax = list(transfer_syntaxes)
     return context
 
 

@@ -52,7 +52,7 @@ def encoded(**changes: Any) -> bytes:
 
 
 def request(data: bytes, **changes: Any) -> StoreRequest:
-    fields = {
+    fields: dict[str, Any] = {
         "AffectedSOPClassUID": CT, "AffectedSOPInstanceUID": "1.2.3.1", "TransferSyntaxUID": EXPLICIT,
         "dataset": memoryview(data), "size": len(data), "calling_ae": "CT1", "address": "10.0.0.5",
     } | changes  # fmt: skip

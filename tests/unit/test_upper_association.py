@@ -375,7 +375,7 @@ def test_more_associations_than_allowed(bench_with: Callable[..., Bench]) -> Non
     assert third.receive() is None
     first.release()
     bench.server.drain(0)  # both threads have ended, or are told to
-    assert bench.places._value == 2  # type: ignore[attr-defined]
+    assert bench.places._value == 2
 
 
 def test_more_connections_than_are_listened_to(bench_with: Callable[..., Bench]) -> None:

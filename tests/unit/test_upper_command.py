@@ -57,13 +57,14 @@ FIELD, NO_SET = element(0x0100, b"\x30\x00"), element(0x0800, b"\x01\x01")
     ("data", "message"),
     [
         (b"", "no Command Field"),
-        (FIELD, "no Command Data Set Type|no Command Field or no"),
+        (FIELD, "or no Command Data Set Type"),
         (FIELD + NO_SET + b"\0\0\0", "cut off"),
         (FIELD + element(0x0800, b"\x01\x01", length=0xFFFFFFFF), "too long"),
         (FIELD + element(0x0800, b"\x01\x01", length=3), "too long"),
         (FIELD + NO_SET + element(0x0052, b"STUDY ", group=8), "not of group 0000"),
-        (element(0x0100, b"\x30") + NO_SET, "neither US nor UL"),
-        (element(0x0100, b"") + NO_SET, "neither US nor UL"),
+        (element(0x0100, b"\x30") + NO_SET, "other than 2 bytes"),
+        (element(0x0100, b"") + NO_SET, "other than 2 bytes"),
+        (FIELD + NO_SET + element(0x0110, b"\1\0\1\0"), "other than 2 bytes"),
         (FIELD + NO_SET + element(0x0901, b"\x08\x00\x52"), "other than 4 bytes"),
     ],
 )

@@ -1,0 +1,84 @@
+"""kill -9 of an extraction at each of its steps, then again: the tables of an undisturbed run."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from pyspark.sql import SparkSession
+
+from sphere.conf.settings import Settings
+from sphere.jobs.extract import STEPS, run
+from tests.support.landing import all_tables, archive, copy_of, land, mixture, new_member, slices
+from tests.support.spark import QUICK_START
+
+pytestmark = [pytest.mark.faults, pytest.mark.spark]
+
+SECTIONS: dict[str, Any] = {
+    "ingest": {"on_conflict": "replace"},
+    "spark": {"master": "local[1]", "driver_memory": "512m", "conf": QUICK_START},
+}
+
+
+@pytest.fixture(scope="module")
+def landed(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    """An archive that holds catalogued instances, and landed ones that touch every step."""
+    settings = archive(tmp_path_factory.mktemp("kill") / "landed", **SECTIONS)
+    land(settings, [new_member(data, second=-10) for data in slices(3, seed=1)])
+    run(spark, settings)
+    mixture(settings)
+    return settings
+
+
+@pytest.fixture(scope="module")
+def undisturbed(spark: SparkSession, landed: Settings) -> dict[str, Any]:
+    """The tables after one run from beginning to end."""
+    settings = copy_of(landed, landed.archive.state_dir.parent.with_name("undisturbed"), **SECTIONS)
+    run(spark, settings)
+    return all_tables(settings)
+
+
+@pytest.mark.parametrize(("step", "call"), [*((step, 1) for step in STEPS), ("headers", 2), ("discover", 2)])
+def test_killed_and_run_again(
+    spark: SparkSession, landed: Settings, undisturbed: dict[str, Any], tmp_path: Path, step: str, call: int
+) -> None:
+    settings = copy_of(landed, tmp_path / "killed", **SECTIONS)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.support.extract_until", settings.model_dump_json(), step, str(call)],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    driver = psutil.Process(process.pid)
+    seen: set[psutil.Process] = set()
+    watch(lambda: process.poll() is not None, lambda: seen.update(_children(driver)))
+    assert process.returncode == -signal.SIGKILL, process.stderr.read()[-2000:] if process.stderr else ""
+    report = run(spark, settings)  # at once: the JVM of the killed run may still be about to end
+    assert report.read == report.rows + report.duplicates + report.rejected
+    assert all_tables(settings) == undisturbed
+    assert run(spark, settings).read == 0
+    gone, alive = psutil.wait_procs(seen, timeout=60)
+    assert not alive, "the killed run's JVM and workers go with it"
+    assert gone or (step in STEPS[:4] and call == 1)
+    assert all_tables(settings) == undisturbed
+
+
+def watch(done: Callable[[], bool], look: Callable[[], object]) -> None:
+    """Look again and again until it is done."""
+    import time
+
+    while not done():
+        look()
+        time.sleep(0.1)
+
+
+def _children(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return process.children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []

@@ -1,0 +1,48 @@
+"""The Spark session: the catalog's tables by name, as of now, and nothing left lying about."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pyspark.errors import AnalysisException
+from pyspark.sql import SparkSession
+
+from sphere.catalog.schema import TABLES
+from sphere.jobs.extract import run
+from sphere.jobs.session import register_tables
+from tests.support.landing import archive, land, new_member, slices
+
+pytestmark = pytest.mark.spark
+
+
+def test_tables_are_views_as_of_now(spark: SparkSession, tmp_path: Path) -> None:
+    settings = archive(tmp_path / "an archive")
+    files = slices(3)
+    land(settings, [new_member(data) for data in files[:1]])
+    run(spark, settings)
+    register_tables(spark, settings)
+    counted = "SELECT count(*) AS n FROM instances JOIN studies USING (StudyInstanceUID)"
+    assert spark.sql(counted).collect()[0]["n"] == 1
+    land(settings, [new_member(data, second=1) for data in files[1:]])
+    run(spark, settings)
+    register_tables(spark, settings)
+    assert spark.sql(counted).collect()[0]["n"] == 3
+
+
+def test_tables_that_are_not_there_are_unknown(spark: SparkSession, tmp_path: Path) -> None:
+    register_tables(spark, archive(tmp_path))
+    for name in TABLES:
+        with pytest.raises(AnalysisException, match="TABLE_OR_VIEW_NOT_FOUND"):
+            spark.sql(f"SELECT * FROM {name}")
+
+
+def test_times_are_utc(spark: SparkSession) -> None:
+    assert spark.conf.get("spark.sql.session.timeZone") == "UTC"
+    assert spark.sql("SELECT current_timezone() AS zone").collect()[0]["zone"] == "UTC"
+
+
+def test_nothing_is_left_in_the_working_folder(spark: SparkSession) -> None:
+    names = {path.name for path in Path.cwd().iterdir()}
+    assert not names & {"spark-warehouse", "metastore_db", "derby.log", "artifacts"}
+    assert spark.conf.get("spark.ui.enabled") == "false"

@@ -1,0 +1,90 @@
+"""What pip does not bring: Java and JARs, found, checked, and named when they are missing."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sphere.conf import jars
+from sphere.conf.errors import ExternalMissing
+from sphere.conf.java import java, java_version
+
+pytestmark = pytest.mark.unit
+
+
+def fake_java(folder: Path, version: str) -> Path:
+    program = folder / "bin" / "java"
+    program.parent.mkdir(parents=True)
+    program.write_text(f"#!/bin/sh\necho 'openjdk version \"{version}\"' >&2\n")
+    program.chmod(0o755)
+    return program
+
+
+@pytest.mark.parametrize(("version", "feature"), [("17.0.15", 17), ("21", 21), ("1.8.0_402", 8), ("nonsense", 0)])
+def test_versions_are_read(tmp_path: Path, version: str, feature: int) -> None:
+    assert java_version(fake_java(tmp_path, version)) == feature
+
+
+def test_java_home_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = fake_java(tmp_path, "21.0.2")
+    monkeypatch.setenv("JAVA_HOME", str(tmp_path))
+    assert java() == program
+
+
+def test_an_unsupported_java_is_named_with_the_package_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_java(tmp_path, "1.8.0")
+    monkeypatch.setenv("JAVA_HOME", str(tmp_path))
+    with pytest.raises(ExternalMissing, match=r"is Java 8; Java 17 or 21 is needed: .*openjdk-17-jre-headless"):
+        java()
+
+
+def test_a_missing_java_is_said_in_one_line(tmp_path: Path) -> None:
+    """As `make demo` meets it, before anything is installed; a JAVA_HOME of the user's is not meddled with."""
+    environment = {"PATH": os.environ["PATH"], "JAVA_HOME": str(tmp_path / "none")}
+    root = Path(__file__).parent.parent.parent
+    run = subprocess.run(
+        [sys.executable, "-m", "sphere.conf.java"],
+        cwd=root,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 1
+    assert run.stderr.splitlines() == [run.stderr.strip()]
+    assert "apt-get install openjdk-17-jre-headless" in run.stderr
+
+
+def test_every_pin_is_whole() -> None:
+    groups: tuple[jars.Group, ...] = ("spark", "hdfs")
+    pins = [jar for group in groups for jar in jars.pinned(group)]
+    assert len({jar.filename for jar in pins}) == len(pins)
+    assert all(len(jar.sha256) == 64 for jar in pins)
+
+
+def test_bytes_that_are_not_the_pinned_ones_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPHERE_JARS", str(tmp_path))
+
+    def forged(wanted: list[jars.Jar], work: Path) -> None:
+        for jar in wanted:
+            (work / jar.filename).write_bytes(b"something else")
+
+    monkeypatch.setattr(jars, "_run_ivy", forged)
+    with pytest.raises(ExternalMissing, match=r"SHA-256 is [0-9a-f]{64}, [0-9a-f]{64} is pinned in jars\.toml"):
+        jars.paths("spark")
+    assert not list((tmp_path / "spark").glob("*.jar"))
+
+
+def test_jars_that_are_there_are_not_fetched_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPHERE_JARS", str(tmp_path))
+    (tmp_path / "spark").mkdir()
+    for jar in jars.pinned("spark"):
+        (tmp_path / "spark" / jar.filename).write_bytes(b"")
+    monkeypatch.setattr(jars, "_run_ivy", lambda *_: pytest.fail("fetched"))
+    assert len(jars.paths("spark")) == len(jars.pinned("spark"))

@@ -1,0 +1,170 @@
+"""Tables as jobs write them, and the roll-ups, without Spark."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from deltalake import DeltaTable, write_deltalake
+from deltalake.exceptions import DeltaError
+
+from sphere.catalog.schema import TABLES
+from sphere.conf.errors import CatalogError, JobFailed
+from sphere.conf.settings import Settings
+from sphere.jobs import rollup
+from sphere.jobs.tables import NewFile, Tables, changed
+from tests.support.catalog import instance, roll_up
+from tests.support.landing import archive, table_rows
+
+pytestmark = pytest.mark.unit
+
+ROWS = [{"bundle": f"bundles/{name}.tar", "journal_bytes": 10, "members": 1, "sealed": False} for name in "abc"]
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return archive(tmp_path / "an archive")
+
+
+def test_merge_is_by_key(settings: Settings) -> None:
+    tables = Tables(settings)
+    tables.merge("bundles", ROWS)
+    tables.merge("bundles", [{**ROWS[1], "sealed": True}], gone=[ROWS[2], {**ROWS[2], "bundle": "bundles/never.tar"}])
+    assert table_rows(settings, "bundles") == [ROWS[0], {**ROWS[1], "sealed": True}]
+    tables.merge("bundles", [])
+    assert DeltaTable(tables.url("bundles")).version() == 2
+
+
+def test_commit_onto_another_version_is_refused(settings: Settings) -> None:
+    tables = Tables(settings)
+    seen = tables.ensure("bundles")
+    tables.merge("bundles", ROWS[:1])
+    with pytest.raises(JobFailed, match="bundles was changed by another process"):
+        tables.merge("bundles", ROWS[1:], onto=seen)
+    file = NewFile("part-x.parquet", 1, 1, '{"numRecords": 1}')
+    with pytest.raises(JobFailed, match="bundles was changed by another process"):
+        tables.append("bundles", [file], onto=seen)
+    assert table_rows(settings, "bundles") == ROWS[:1]
+
+
+def test_missing_columns_are_added(settings: Settings) -> None:
+    tables = Tables(settings)
+    schema = TABLES["bundles"].schema
+    DeltaTable.create(tables.url("bundles"), pa.schema([field for field in schema if field.name != "sealed"]))
+    tables.merge("bundles", ROWS)
+    assert table_rows(settings, "bundles") == ROWS
+
+
+def test_another_type_is_an_error(settings: Settings) -> None:
+    tables = Tables(settings)
+    DeltaTable.create(tables.url("bundles"), pa.schema([("bundle", pa.int64())]))
+    with pytest.raises(CatalogError, match="bundles: column bundle is int64, this version needs string"):
+        tables.ensure("bundles")
+
+
+def study(number: int, *, study_uid: str, series: str, patient: str | None, **attributes: Any) -> dict[str, Any]:
+    uids = {"StudyInstanceUID": study_uid, "SeriesInstanceUID": series, "PatientID": patient}
+    return instance(number, **uids, IssuerOfPatientID=None, Modality="CT", **attributes)
+
+
+BEFORE = [
+    study(1, study_uid="1.1", series="1.1.1", patient="A", StudyDescription=None),
+    study(2, study_uid="1.1", series="1.1.1", patient="A", StudyDescription="later one"),
+    study(3, study_uid="1.1", series="1.1.2", patient="A"),
+    study(4, study_uid="1.2", series="1.2.1", patient="A"),
+    study(5, study_uid="1.3", series="1.3.1", patient=None),
+]
+MOVED = [
+    study(3, study_uid="1.4", series="1.4.1", patient="B"),  # leaves its series empty
+    study(4, study_uid="1.2", series="1.2.1", patient="C"),  # leaves patient A
+    study(6, study_uid="1.3", series="1.3.1", patient=None),
+]
+
+
+AFTER = [BEFORE[1], BEFORE[4], *MOVED]
+
+
+def write(settings: Settings, rows: list[dict[str, Any]]) -> None:
+    """Make `instances` hold these rows."""
+    tables = Tables(settings)
+    table = tables.ensure("instances")
+    write_deltalake(table, pa.Table.from_pylist(rows, schema=TABLES["instances"].schema), mode="overwrite")
+
+
+def refresh(settings: Settings) -> list[str]:
+    names: list[str] = []
+    rollup.refresh(Tables(settings), settings, on_step=names.append)
+    return names
+
+
+def check(settings: Settings) -> None:
+    """The roll-ups against a plain computation over the tables they come from."""
+    for name in ("series", "studies", "patients"):
+        spec = TABLES[name].roll_up
+        assert spec is not None
+        found = table_rows(settings, name)
+        expected = roll_up(spec, table_rows(settings, spec.source))
+        if name == "studies":
+            assert {row.pop("patient_key") for row in found}
+        assert sorted(map(_canonical, found)) == sorted(map(_canonical, expected)), name
+
+
+def _canonical(row: dict[str, Any]) -> str:
+    return str(sorted(row.items()))
+
+
+def test_roll_ups_follow_what_changed(settings: Settings) -> None:
+    assert refresh(settings) == []
+    write(settings, BEFORE)
+    assert refresh(settings) == ["patients", "studies", "series"]
+    check(settings)
+    assert refresh(settings) == []
+    write(settings, AFTER)
+    refresh(settings)
+    check(settings)
+    assert {row["PatientID"] for row in table_rows(settings, "patients")} == {"A", "B", "C", None}
+    assert "1.1.2" not in {row["SeriesInstanceUID"] for row in table_rows(settings, "series")}
+
+
+@pytest.mark.parametrize("after", ["patients", "studies"])
+def test_roll_ups_cut_short_are_completed(settings: Settings, after: str) -> None:
+    write(settings, BEFORE)
+    refresh(settings)
+    write(settings, AFTER)
+
+    class Cut(Exception):
+        pass
+
+    def stop(name: str) -> None:
+        if name == {"patients": "studies", "studies": "series"}[after]:
+            raise Cut(name)
+
+    with pytest.raises(Cut, match="s"):
+        rollup.refresh(Tables(settings), settings, on_step=stop)
+    refresh(settings)
+    check(settings)
+
+
+def test_roll_ups_without_a_change_feed_are_computed_anew(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(settings, BEFORE)
+    refresh(settings)
+    write(settings, AFTER)
+
+    def cleaned(*args: Any, **kwargs: Any) -> Any:
+        raise DeltaError("the log no longer reaches so far back")
+
+    monkeypatch.setattr(rollup, "changed", cleaned)
+    refresh(settings)
+    check(settings)
+
+
+def test_changed_names_old_and_new_keys(settings: Settings) -> None:
+    tables = Tables(settings)
+    write(settings, BEFORE)
+    table = tables.ensure("instances")
+    since = table.version()
+    write(settings, [*BEFORE[:2], *BEFORE[3:], MOVED[0]])
+    found = changed(tables.ensure("instances"), ("StudyInstanceUID",), since=since)
+    assert sorted(found["StudyInstanceUID"].to_pylist()) == ["1.1", "1.2", "1.3", "1.4"]  # the file was written anew
