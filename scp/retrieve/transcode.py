@@ -6,6 +6,7 @@ Decoding is done by other people's native code on bytes of other people: it runs
 
 from __future__ import annotations
 
+import tempfile
 import zlib
 from io import BytesIO
 from typing import Any, Final
@@ -30,7 +31,7 @@ NATIVE: Final = frozenset((*TARGETS, str(ExplicitVRBigEndian), str(DeflatedExpli
 JPEG, JPEG_LS, J2K, HTJ2K, RLE = ("gdcm",), ("pyjpegls",), ("pylibjpeg",), ("pylibjpeg",), ("pylibjpeg", "pydicom")
 DECODERS: Final[dict[str, tuple[str, ...]]] = {  # transfer syntax to pydicom's names of decoders
     "1.2.840.10008.1.2.4.50": JPEG,  # baseline
-    "1.2.840.10008.1.2.4.51": JPEG,  # extended, 12 bit
+    "1.2.840.10008.1.2.4.51": JPEG,  # extended; for 12 bit see _decode_12_bit
     "1.2.840.10008.1.2.4.57": JPEG,  # lossless
     "1.2.840.10008.1.2.4.70": JPEG,  # lossless, first-order prediction
     "1.2.840.10008.1.2.4.80": JPEG_LS,
@@ -42,7 +43,8 @@ DECODERS: Final[dict[str, tuple[str, ...]]] = {  # transfer syntax to pydicom's 
     "1.2.840.10008.1.2.4.203": HTJ2K,
     "1.2.840.10008.1.2.5": RLE,
 }
-ALWAYS_LOSSY: Final = frozenset(("1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.51"))
+EXTENDED: Final = "1.2.840.10008.1.2.4.51"  # JPEG extended
+ALWAYS_LOSSY: Final = frozenset(("1.2.840.10008.1.2.4.50", EXTENDED))
 CONVERTIBLE: Final = NATIVE | DECODERS.keys()
 MAX_PLAIN: Final = 1 << 30  # bytes of a data set inflated or decoded
 _WORD: Final = {"OW": 2, "OF": 4, "OL": 4, "OD": 8, "OV": 8}  # bytes of one value
@@ -90,7 +92,9 @@ def _converted(dataset: bytes, source: UID, target: UID) -> bytes:
     read = dcmread(BytesIO(meta + dataset), force=True)
     # what it is, which is not always what it is said to be
     implicit = any(isinstance(one, RawDataElement) and one.is_implicit_VR for one in read.values())
-    if source.is_encapsulated:
+    if source == EXTENDED and read.get("BitsAllocated") == 16 and read.get("SamplesPerPixel") == 1:
+        _decode_12_bit(read, meta + dataset)
+    elif source.is_encapsulated:
         _decode(read, source)
     if implicit != target.is_implicit_VR or not source.is_little_endian:
         for _ in read.iterall():  # elements that nobody looked at would be written as the bytes that they are
@@ -115,6 +119,28 @@ def _decode(dataset: Dataset, source: UID) -> None:
     dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
     if source in ALWAYS_LOSSY and "PixelData" in dataset:
         dataset.LossyImageCompression = "01"
+
+
+def _decode_12_bit(dataset: Dataset, file: bytes) -> None:
+    """12-bit JPEG: GDCM reads it from a whole file only, so that pydicom does not use it."""
+    import gdcm
+
+    if _decoded_size(dataset) > MAX_PLAIN:
+        raise NotConverted("too large to be decoded")
+    reader = gdcm.ImageReader()
+    with tempfile.NamedTemporaryFile() as copy:
+        copy.write(file)
+        copy.flush()
+        reader.SetFileName(copy.name)
+        if not reader.Read():
+            raise NotConverted("JPEG that cannot be decoded")
+        pixels = reader.GetImage().GetBuffer().encode("utf-8", "surrogateescape")
+    if len(pixels) != _decoded_size(dataset):
+        raise NotConverted("JPEG with another number of pixels than its header says")
+    dataset.PixelData = pixels
+    dataset["PixelData"].VR = "OW"
+    dataset["PixelData"].is_undefined_length = False
+    dataset.LossyImageCompression = "01"
 
 
 def _decompress(dataset: Dataset, source: UID) -> None:
