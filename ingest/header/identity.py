@@ -18,6 +18,7 @@ _STUDY: Final = 0x0020000D
 _SERIES: Final = 0x0020000E
 _WANTED: Final = frozenset((_SOP_CLASS, _SOP_INSTANCE, _STUDY, _SERIES))
 _SHORT_HEAD: Final = {order: struct.Struct(order + "HH2sH") for order in "<>"}
+_MAX_ELEMENTS: Final = 20_000  # followed before giving up: real headers have some hundred before SeriesInstanceUID
 _MAX_INFLATED: Final = 4 * 1024 * 1024  # bytes of a deflated data set looked at
 
 
@@ -76,7 +77,7 @@ def _walk(layout: Layout) -> tuple[dict[int, str], bool]:
     """UIDs by tag, and whether the walk went as far as it had to."""
     found: dict[int, str] = {}
     window, pos = layout.window, layout.start
-    while True:
+    for _ in range(_MAX_ELEMENTS):
         index = window.load(pos, HEAD)
         if layout.encoding.explicit:
             ahead = _pass_over(window.buf, index, layout.encoding.order)
@@ -105,6 +106,7 @@ def _walk(layout: Layout) -> tuple[dict[int, str], bool]:
             if head.tag == _SERIES:
                 return found, True
         pos += head.length
+    return found, True
 
 
 def _pass_over(buf: bytes, index: int, order: str) -> int:
