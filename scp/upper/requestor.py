@@ -82,7 +82,7 @@ class Requested:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
+        if kind is None or issubclass(kind, GeneratorExit):  # a generator that is not read to its end
             self.release()
         else:
             self.abort()

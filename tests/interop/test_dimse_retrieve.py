@@ -23,6 +23,7 @@ from sphere.scp.contexts import is_storage
 from sphere.scp.retrieve import client as retrieve_client
 from sphere.scp.retrieve.client import Progress
 from sphere.scp.retrieve.transcode import CONVERTIBLE, TARGETS, convert
+from sphere.scp.store import StoreAnswer, StoreRequest
 from tests.support.dicom_tools import (
     STORESCU_OPTIONS,
     part10_dataset,
@@ -30,8 +31,9 @@ from tests.support.dicom_tools import (
     run_tool,
     running_storescp,
 )
+from tests.support.hdfs import HdfsCluster
 from tests.support.receiver import Receiver, running_receiver
-from tests.support.samples import dataset_of, sendable_files
+from tests.support.samples import dataset_of, make_instance, sendable_files
 
 pytestmark = pytest.mark.interop
 
@@ -200,6 +202,30 @@ def test_12_bit_jpeg_is_decoded_as_dcmtk_does(tmp_path: Path) -> None:
         result = pydicom.dcmread(BytesIO(meta + plain))
         np.testing.assert_array_equal(result.pixel_array, pydicom.dcmread(reference).pixel_array)
         assert result.LossyImageCompression == "01" and result.pixel_array.max() > 0
+
+
+@pytest.mark.hdfs
+def test_from_hdfs_what_landed_a_moment_ago(hdfs_cluster: HdfsCluster, tmp_path: Path) -> None:
+    """The bundle is still open, and its last bytes are published within a second: retrieve waits for them."""
+    files = [
+        make_instance(tmp_path / f"{number}.dcm", StudyInstanceUID="1.2.3", SOPInstanceUID=f"1.2.3.{number}")
+        for number in range(1, 21)
+    ]
+    tables = {"storage": {"root": f"{hdfs_cluster.hdfs_url}/retrieve"}}
+    with running_receiver(tmp_path / "archive", tables) as receiver:
+        assert all(result.stored for result in client.store(receiver.peer, files, settings=receiver.settings))
+        landed: dict[str, bytes] = {}
+
+        class Keeps:
+            def land(self, request: StoreRequest) -> StoreAnswer:
+                assert isinstance(request.dataset, list)
+                landed[request.AffectedSOPInstanceUID] = b"".join(request.dataset)
+                return StoreAnswer(0x0000)
+
+        keys, settings = {"StudyInstanceUID": "1.2.3"}, receiver.settings
+        last = finished(retrieve_client.get(receiver.peer, keys, settings=settings, store=Keeps()), len(files))
+    assert (last.status, last.completed) == (0x0000, len(files))
+    assert landed == {f"1.2.3.{number}": dataset_of(path) for number, path in enumerate(files, 1)}
 
 
 def problems(path: Path) -> Counter[str]:
