@@ -82,17 +82,22 @@ class BundleWriter:
         self._stop.set()
         self._thread.join()
         self._groups.submit(_Job(action=self._close))
-        self._settle(last=True)
+        with self._ticking:
+            self._settle(last=True)
 
     def tick(self) -> None:
-        """Do what is due: seal by age, publish, settle bundles that are done with. The background thread calls it."""
-        self._groups.submit(_Job(action=self._seal_if_old))
-        ready: list[OpenBundle] = []
-        if not self._storage.visible_at_once:
-            self._groups.submit(_Job(action=lambda: self._publish_if_due(ready)))
-        for bundle in ready:
-            self._publish_journal(bundle)
-        self._settle()
+        """Do what is due: seal by age, publish, settle bundles that are done with; it is done when this returns.
+
+        The background thread calls it.
+        """
+        with self._ticking:
+            self._groups.submit(_Job(action=self._seal_if_old))
+            ready: list[OpenBundle] = []
+            if not self._storage.visible_at_once:
+                self._groups.submit(_Job(action=lambda: self._publish_if_due(ready)))
+            for bundle in ready:
+                self._publish_journal(bundle)
+            self._settle()
 
     def _run(self) -> None:
         pause = 0.5 if self._storage.visible_at_once else PUBLISH_IDLE_S / 4
@@ -193,15 +198,14 @@ class BundleWriter:
 
     def _settle(self, *, last: bool = False) -> None:
         """Seal or repair the bundles that are done with; `last`: what fails is left to `recovery.recover`."""
-        with self._ticking:
-            for bundle in list(self._leaving):
-                if not bundle.failed:
-                    bundle.seal()
-                if bundle.failed and not bundle.settled and (last or self._clock() >= bundle.repair_at):
-                    bundle.repair(self._clock() + REPAIR_S)
-                if bundle.settled or last:
-                    self._leaving.remove(bundle)
-                    bundle.lock.release(keep=not bundle.settled)
+        for bundle in list(self._leaving):
+            if not bundle.failed:
+                bundle.seal()
+            if bundle.failed and not bundle.settled and (last or self._clock() >= bundle.repair_at):
+                bundle.repair(self._clock() + REPAIR_S)
+            if bundle.settled or last:
+                self._leaving.remove(bundle)
+                bundle.lock.release(keep=not bundle.settled)
 
 
 def new_bundle_path() -> str:
