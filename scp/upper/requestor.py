@@ -1,6 +1,6 @@
 """An association that we ask for (PS3.8 7.1), over the same blocking layer as those that we accept.
 
-pynetdicom's requestor moves 526 kB instances at a fifth of the rate (see docs/decisions/0008-retrieve.md).
+Retrieve uses it in both roles (see docs/decisions/0008-retrieve.md).
 """
 
 from __future__ import annotations
