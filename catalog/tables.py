@@ -86,7 +86,9 @@ class CatalogTables:
         connection = duckdb.connect(str(path), read_only=read_only, config=config)
         if self._hdfs is not None:
             host, _, port = self._netloc.partition(":")
-            connection.register_filesystem(HdfsFileSystem(host, int(port) if port else None))
+            # Out of fsspec's cache of instances: that is cleared in every forked child, where closing the client hangs.
+            files = HdfsFileSystem(host, int(port) if port else None, skip_instance_cache=True)
+            connection.register_filesystem(files)
         return connection
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,12 @@ import pytest
 from sphere.catalog.lock import CatalogLock
 from sphere.catalog.query import Query
 from sphere.catalog.service import QueryService
+from sphere.catalog.tables import CatalogTables
 from sphere.conf.errors import LockHeld
 from sphere.conf.settings import Settings, from_dict
 from tests.contract.backends import Backend, Hdfs, Local
 from tests.support.catalog import Row, instance, write_catalog
+from tests.support.hdfs import HdfsCluster
 
 
 def rows(studies: int) -> list[Row]:
@@ -63,3 +66,13 @@ class TestLocal(Local, CatalogContract):
 
 class TestHdfs(Hdfs, CatalogContract):
     """hdfs://"""
+
+
+@pytest.mark.hdfs
+def test_a_process_that_asked_hdfs_can_still_fork(hdfs_cluster: HdfsCluster, tmp_path: Path) -> None:
+    """As PySpark does when it starts Java: closing a client in the child of a fork would hang it for good."""
+    settings = from_dict({"storage": {"root": f"{hdfs_cluster.hdfs_url}/contract/fork"}}, base=tmp_path)
+    connection = CatalogTables(settings).connect(tmp_path / "x.duckdb", read_only=False, memory_limit="64MB", threads=1)
+    child = subprocess.run(["true"], preexec_fn=lambda: None, timeout=60, check=False)
+    assert child.returncode == 0
+    connection.close()
