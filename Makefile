@@ -7,7 +7,7 @@ EXIT ?=
 PORT ?= 0
 export PYTHONDONTWRITEBYTECODE ?= 1
 
-.PHONY: help demo test lint unit bench bench-landing hdfs setup clean
+.PHONY: help demo test lint unit bench bench-landing bench-retrieve hdfs setup clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 16
@@ -33,6 +33,9 @@ bench: $(VENV)/.ready-test ## extraction in instances/s against the naive way, 1
 
 bench-landing: $(VENV)/.ready-test ## C-STORE against storescp, Orthanc and pynetdicom; needs DCMTK and Orthanc
 	$(BIN)/python -m tests.bench.bench_landing $(LANDING)
+
+bench-retrieve: $(VENV)/.ready-test ## C-MOVE and C-GET against Orthanc and dcmqrscp; needs DCMTK and Orthanc
+	$(BIN)/python -m tests.bench.bench_retrieve $(RETRIEVE)
 
 hdfs: $(VENV)/.ready-test ## a real HDFS (one NameNode, two DataNodes) on loopback until Ctrl-C
 	@$(BIN)/python -m tests.support.hdfs $(HDFS)

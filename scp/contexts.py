@@ -2,13 +2,14 @@
 
 Storage: every storage SOP class, standard, retired, unknown to the library or private, in the first transfer syntax
 that its presentation context proposes, whatever it is: data sets are kept as they come, so what the sender prefers is
-best. Query and Verification: the first proposed transfer syntax that we can encode. Anything else is answered
+best. Query, Retrieve and Verification: the first proposed transfer syntax that we can encode. Anything else is answered
 "abstract syntax not supported".
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Literal
 
 from pydicom._uid_dict import UID_dictionary
 from pydicom.uid import (
@@ -28,6 +29,19 @@ FIND_MODELS: dict[str, Model] = {  # SOP classes of PS3.4 C.6
     "1.2.840.10008.5.1.4.1.2.1.1": "PATIENT_ROOT",
     "1.2.840.10008.5.1.4.1.2.2.1": "STUDY_ROOT",
     "1.2.840.10008.5.1.4.1.2.3.1": "PATIENT_STUDY_ONLY",  # retired
+}
+RetrieveModel = Literal["PATIENT_ROOT", "STUDY_ROOT", "PATIENT_STUDY_ONLY", "INSTANCE_ROOT"]
+MOVE_MODELS: dict[str, RetrieveModel] = {  # PS3.4 C.6, Y.6
+    "1.2.840.10008.5.1.4.1.2.1.2": "PATIENT_ROOT",
+    "1.2.840.10008.5.1.4.1.2.2.2": "STUDY_ROOT",
+    "1.2.840.10008.5.1.4.1.2.3.2": "PATIENT_STUDY_ONLY",  # retired
+    "1.2.840.10008.5.1.4.1.2.4.2": "INSTANCE_ROOT",
+}
+GET_MODELS: dict[str, RetrieveModel] = {
+    "1.2.840.10008.5.1.4.1.2.1.3": "PATIENT_ROOT",
+    "1.2.840.10008.5.1.4.1.2.2.3": "STUDY_ROOT",
+    "1.2.840.10008.5.1.4.1.2.3.3": "PATIENT_STUDY_ONLY",  # retired
+    "1.2.840.10008.5.1.4.1.2.4.3": "INSTANCE_ROOT",
 }
 ENCODABLE = (ExplicitVRLittleEndian, ImplicitVRLittleEndian, DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian)
 RELATIONAL, COMBINED_DATETIME = 1, 2  # bytes of a FIND class' application information (PS3.4 Table C.5-1)
@@ -72,12 +86,31 @@ def narrow(proposed: Iterable[PresentationContext]) -> list[PresentationContext]
 
 def supported(narrowed: Iterable[PresentationContext]) -> list[PresentationContext]:
     """What we say we support to an association whose `narrow`ed contexts are these; one context per abstract syntax."""
-    services = [build_context(uid, list(ENCODABLE)) for uid in (VERIFICATION, *FIND_MODELS)]
+    services = [build_context(uid, list(ENCODABLE)) for uid in (VERIFICATION, *FIND_MODELS, *MOVE_MODELS, *GET_MODELS)]
     storage: dict[str, list[str | UID]] = {}
     for cx in narrowed:
         if is_storage(str(cx.abstract_syntax)):
             storage.setdefault(str(cx.abstract_syntax), []).append(cx.transfer_syntax[0])
-    return services + [build_context(uid, syntaxes) for uid, syntaxes in storage.items()]
+    return services + [_either_role(build_context(uid, syntaxes)) for uid, syntaxes in storage.items()]
+
+
+def _either_role(cx: PresentationContext) -> PresentationContext:
+    """We receive instances, and send them to who asks by C-GET (PS3.4 C.5.3.1)."""
+    cx.scu_role = cx.scp_role = True
+    return cx
+
+
+def is_extended(sop_class: str) -> bool:
+    """Whether we answer SOP Class Extended Negotiation of this class."""
+    return sop_class in FIND_MODELS or sop_class in MOVE_MODELS or sop_class in GET_MODELS
+
+
+def extensions(sop_class: str, asked: bytes | None) -> bytes:
+    """Our answer to SOP Class Extended Negotiation: relational retrieval is granted too (PS3.4 C.5.2.1, C.5.3.2)."""
+    asked = asked or b""
+    if sop_class in FIND_MODELS:
+        return find_extensions(asked)
+    return bytes(1 if value == 1 else 0 for value in asked[:1]) + bytes(max(0, len(asked) - 1))
 
 
 def find_extensions(asked: bytes) -> bytes:

@@ -30,14 +30,22 @@ CANNOT_UNDERSTAND = 0xC000  # PS3.4 Table B.2-1
 class Handlers:
     """One per receiver process."""
 
-    def __init__(self, policy: CallingPolicy, store: StoreService, find: FindService) -> None:
+    def __init__(
+        self,
+        policy: CallingPolicy,
+        store: StoreService,
+        find: FindService,
+        more: Mapping[int, Service] | None = None,
+    ) -> None:
+        """`more` are services that live elsewhere."""
         self._policy = policy
         self._store = store
         self._find = find
+        self._more = more or {}
 
     def services(self) -> Mapping[int, Service]:
         """By the command field of the request."""
-        return {C_ECHO_RQ: self.on_echo, C_STORE_RQ: self.on_store, C_FIND_RQ: self.on_find}
+        return {C_ECHO_RQ: self.on_echo, C_STORE_RQ: self.on_store, C_FIND_RQ: self.on_find, **self._more}
 
     def admit(self, proposal: Proposal, address: str) -> None:
         """Raise Rejection for unknown callers."""

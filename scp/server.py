@@ -6,6 +6,7 @@ import logging
 import signal
 import threading
 from collections.abc import Callable
+from contextlib import closing
 
 from sphere.catalog.service import QueryService
 from sphere.conf.errors import SphereError
@@ -17,6 +18,10 @@ from sphere.scp.find import FindService
 from sphere.scp.handlers import Handlers
 from sphere.scp.libraries import prepare_libraries
 from sphere.scp.peers import CallingPolicy
+from sphere.scp.retrieve.handlers import RetrieveHandlers
+from sphere.scp.retrieve.locate import Locator
+from sphere.scp.retrieve.service import RetrieveService
+from sphere.scp.retrieve.transcoder import Transcoder
 from sphere.scp.store import StoreService
 from sphere.scp.upper.association import Acceptor
 from sphere.scp.upper.messages import Limits
@@ -40,8 +45,10 @@ def run_receiver(settings: Settings, *, ready: Callable[[int], None]) -> None:
     writer = BundleWriter(storage, settings)
     threading.Thread(target=_recover, args=(storage, settings), daemon=True, name="recovery").start()
     try:
-        with QueryService(settings) as finder:
-            handlers = Handlers(CallingPolicy(settings.peers), StoreService(writer), FindService(finder))
+        with QueryService(settings) as finder, closing(Transcoder()) as transcoder:
+            service = RetrieveService(settings, storage, Locator(finder), transcoder)
+            retrieve = RetrieveHandlers(service).services()
+            handlers = Handlers(CallingPolicy(settings.peers), StoreService(writer), FindService(finder), retrieve)
             _serve(listen(settings, handlers), stop, ready)
     finally:
         writer.close()

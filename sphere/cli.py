@@ -15,6 +15,7 @@ from sphere.conf.settings import Settings, from_dict, load
 from sphere.dimse_commands import echo, find, store
 from sphere.output import Format, format_options, write_rows
 from sphere.progress import import_progress
+from sphere.retrieve_commands import get, move
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
@@ -209,7 +210,7 @@ def completion(shell: str) -> None:
     click.echo(factory(main, {}, "sphere", "_SPHERE_COMPLETE").source())
 
 
-for command in (echo, store, find):
+for command in (echo, store, find, move, get):
     main.add_command(command)
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from sphere.conf.settings import Settings, from_dict
-from tests.support.hdfs import hdfs_cluster
+from tests.support.hdfs import expendable_hdfs_cluster, hdfs_cluster
 from tests.support.spark import spark
 
-__all__ = ["hdfs_cluster", "spark"]  # one of each for the whole run
+__all__ = ["expendable_hdfs_cluster", "hdfs_cluster", "spark"]  # one of the latter two for the whole run
 
 CORPUS = Path(os.environ.get("SPHERE_TEST_CORPUS") or Path(__file__).parent.parent / "../shared/data/dicom")
 

@@ -16,8 +16,9 @@ from typing import Any
 from sphere.scp.upper import command as dimse
 from sphere.scp.upper import protocol
 from sphere.scp.upper.connection import Connection
-from sphere.scp.upper.messages import Inbox, Limits, Message
+from sphere.scp.upper.messages import Context, Inbox, Limits, Message
 from sphere.scp.upper.negotiation import Agreement, Proposal, agree, read_request
+from sphere.scp.upper.outgoing import Asking, Outgoing
 from sphere.scp.upper.protocol import Ended, Rejection, Released, TooSlow, Violation
 
 log = logging.getLogger(__name__)
@@ -64,6 +65,7 @@ class Association:
         self._acceptor = acceptor
         self._agreement: Agreement
         self._inbox: Inbox
+        self._asking: Asking
         self._waiting: deque[Message] = deque()  # requests that came while another was served
         self._cancelled: deque[int] = deque(maxlen=MAX_CANCELS)
         self._placed = False
@@ -109,6 +111,30 @@ class Association:
         """The application information granted to `sop_class`, b"" for none (PS3.7 D.3.3.5)."""
         return self._agreement.extensions.get(sop_class, b"")
 
+    @property
+    def user_contexts(self) -> list[Context]:
+        """The presentation contexts in which we may ask: role selection made us a service class user of them."""
+        return [context for context in self._agreement.contexts.values() if context.as_scu]
+
+    def ask(self, context: Context, command: Mapping[str, Any], dataset: Outgoing | None) -> dimse.Command:
+        """Send a request of ours while one of the peer's is served; the command set of its response.
+
+        Raises Released, Ended and Violation, after which nothing can be sent any more, and what `dataset` raises.
+        """
+        if self._over is not None:
+            raise self._over
+        try:
+            number = self._asking.send(context.id, command, dataset)
+            message = self._asking.response(command["CommandField"], number, self._take)
+        except (Released, Ended, Violation) as end:
+            self._over = end
+            raise
+        except Exception as error:
+            self._over = Violation("a data set that could not be read to its end", reason=protocol.UNSPECIFIED)
+            raise self._over from error
+        self._inbox.finish(message)
+        return message.command
+
     def cancelled(self, request: Message) -> bool:
         """Whether to stop working on `request`: the peer sent C-CANCEL, or there is nobody any more to answer."""
         try:
@@ -135,6 +161,8 @@ class Association:
             raise Rejection(*protocol.LOCAL_LIMIT_EXCEEDED)
         self._agreement = agree(proposal, max_pdu=self._acceptor.max_pdu)
         self._inbox = Inbox(self._connection, self._agreement.contexts, self._acceptor.limits)
+        within_s = self._acceptor.limits.message_s
+        self._asking = Asking(self._connection, self._inbox, max_pdu=self._agreement.max_pdu, within_s=within_s)
         self._connection.send(self._agreement.answer, artim_s)
         log.info(
             "association accepted id=%s calling=%s called=%s address=%s contexts=%d refused=%d",

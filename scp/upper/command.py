@@ -16,7 +16,9 @@ from pydicom._dicom_dict import DicomDictionary
 Command = dict[str, Any]  # by keyword: int, str, or list of int (AT)
 
 C_STORE_RQ: Final = 0x0001  # command fields (PS3.7 E.1)
+C_GET_RQ: Final = 0x0010
 C_FIND_RQ: Final = 0x0020
+C_MOVE_RQ: Final = 0x0021
 C_ECHO_RQ: Final = 0x0030
 C_CANCEL_RQ: Final = 0x0FFF
 RESPONSE: Final = 0x8000

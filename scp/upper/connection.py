@@ -8,6 +8,7 @@ import mmap
 import socket
 import struct
 import time
+from collections.abc import Sequence
 
 from sphere.scp.upper import protocol
 from sphere.scp.upper.dataset import Budget
@@ -17,6 +18,7 @@ CONTROL_PDU = 1 << 20  # bytes; an A-ASSOCIATE-RQ may be longer than any P-DATA-
 SLACK = 1024  # bytes by which a P-DATA-TF PDU may be longer than announced: some senders count otherwise
 TICK_S = 0.25  # seconds after which a blocked receive looks at its deadline and whether it should stop
 LINGER_S = 2.0  # seconds for the peer to read an A-ABORT or A-ASSOCIATE-RJ before the connection is closed
+SEND_PARTS = 512  # buffers of one send; the kernel takes 1024 (IOV_MAX)
 QUICKACK = getattr(socket, "TCP_QUICKACK", None)  # Linux only
 
 
@@ -79,13 +81,17 @@ class Connection:
 
     def send(self, data: bytes, within_s: float) -> None:
         """Send all of `data`; raises Ended when the peer is gone or takes longer than `within_s` seconds."""
+        self.send_parts([data], within_s)
+
+    def send_parts(self, parts: Sequence[bytes | memoryview], within_s: float) -> None:
+        """`send` of several buffers, at most SEND_PARTS, without joining them."""
         deadline = _deadline(within_s)
-        view = memoryview(data)
-        while view:
+        left = [memoryview(part) for part in parts if len(part)]
+        while left:
             try:
-                view = view[self._sock.send(view) :]
+                _advance(left, self._sock.sendmsg(left))
             except BlockingIOError:
-                if time.monotonic() > deadline:
+                if self.stopping or time.monotonic() > deadline:
                     raise Ended("the peer does not read") from None
             except OSError as error:
                 raise Ended(f"connection lost ({error.strerror})") from None
@@ -163,6 +169,17 @@ class Connection:
         if self._taken:
             self._budget.give(self._taken)
             self._taken = 0
+
+
+def _advance(views: list[memoryview], sent: int) -> None:
+    """Take the first `sent` bytes off."""
+    done = 0
+    while done < len(views) and sent >= len(views[done]):
+        sent -= len(views[done])
+        done += 1
+    del views[:done]
+    if sent:
+        views[0] = views[0][sent:]
 
 
 def _deadline(seconds: float) -> float:

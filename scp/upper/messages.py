@@ -26,6 +26,7 @@ class Context:
     id: int
     abstract_syntax: UID
     transfer_syntax: UID
+    as_scu: bool = False  # whether we may send requests in it (PS3.7 D.3.3.4)
 
 
 @dataclass(slots=True)
@@ -61,8 +62,10 @@ class Inbox:
         self._message: Message | None = None  # its command set is complete
         self._give_up = math.inf  # monotonic time after which a data set that cannot be kept is no longer read
 
-    def next(self, *, wait: bool = True) -> Message | None:
+    def next(self, *, wait: bool = True, within_s: float | None = None) -> Message | None:
         """The next message; None where `wait` is False and it is not complete.
+
+        `within_s` are the seconds until it begins, where not those of an idle association.
 
         Raises Released, Ended (closed, lost or aborted by the peer), and Violation.
         """
@@ -72,7 +75,8 @@ class Inbox:
                     return message
             self._make_room()
             limits = self._limits
-            first_s = limits.idle_s if self._context is None else limits.message_s
+            idle_s = limits.idle_s if within_s is None else within_s
+            first_s = idle_s if self._context is None else limits.message_s
             received = self._connection.pdu(first_s=first_s, rest_s=limits.message_s, wait=wait)
             if received is None:
                 return None

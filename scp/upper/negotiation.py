@@ -83,20 +83,23 @@ def agree(proposal: Proposal, *, max_pdu: int) -> Agreement:
     }
     narrowed = contexts.narrow(proposal.primitive.presentation_context_definition_list)
     results, ac_roles = negotiate_as_acceptor(narrowed, contexts.supported(narrowed), roles)
-    accepted = [Context(*cx.as_tuple) for cx in results if cx.result == 0]
-    extensions = {
-        str(item.sop_class_uid): contexts.find_extensions(item.service_class_application_information or b"")
-        for item in items
-        if isinstance(item, SOPClassExtendedNegotiation) and item.sop_class_uid in contexts.FIND_MODELS
-    }
+    accepted = [Context(*cx.as_tuple, as_scu=bool(cx.as_scu)) for cx in results if cx.result == 0]
+    extensions = dict(_extensions(items))
     theirs = [item.maximum_length_received for item in items if isinstance(item, MaximumLengthNotification)]
     return Agreement(
         contexts={cx.id: cx for cx in accepted},
         refused=len(results) - len(accepted),
         max_pdu=(theirs or [0])[0] or 0,
         extensions=extensions,
-        answer=_accept(proposal, results, [*_ours(max_pdu), *ac_roles, *_granted(extensions)]),
+        answer=_accept(proposal, results, [*own_items(max_pdu), *ac_roles, *_granted(extensions)]),
     )
+
+
+def _extensions(items: list[Any]) -> Iterator[tuple[str, bytes]]:
+    for item in items:
+        if isinstance(item, SOPClassExtendedNegotiation) and contexts.is_extended(str(item.sop_class_uid)):
+            uid = str(item.sop_class_uid)
+            yield uid, contexts.extensions(uid, item.service_class_application_information)
 
 
 def _accept(proposal: Proposal, results: list[Any], user_information: list[Any]) -> bytes:
@@ -112,7 +115,8 @@ def _accept(proposal: Proposal, results: list[Any], user_information: list[Any])
     return bytes(pdu.encode())
 
 
-def _ours(max_pdu: int) -> Iterator[Any]:
+def own_items(max_pdu: int) -> Iterator[Any]:
+    """What every association of ours says of itself (PS3.7 D.3.3.1, D.3.3.2)."""
     length = MaximumLengthNotification()
     length.maximum_length_received = max_pdu
     yield length

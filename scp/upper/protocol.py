@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Final
 
 ASSOCIATE_RQ: Final = 0x01  # PDU types (PS3.8 9.3)
@@ -17,6 +17,7 @@ PDU_HEADER: Final = struct.Struct(">BxI")  # type, length of what follows
 PDV_HEADER: Final = struct.Struct(">IBB")  # length of the rest, context id, control (PS3.8 9.3.5, E.2)
 COMMAND: Final = 0x01  # bits of the message control header
 LAST: Final = 0x02
+MAX_SENT_PDU: Final = 1 << 18  # bytes of a P-DATA-TF that we send at most, however much the peer would take
 
 USER: Final = 0  # source of an A-ABORT (PS3.8 9.3.8)
 PROVIDER: Final = 2
@@ -91,3 +92,31 @@ def p_data(context_id: int, command: bytes, dataset: bytes, *, max_pdu: int) -> 
             control = kind | (LAST if start + room >= len(data) else 0)
             header = PDU_HEADER.pack(P_DATA_TF, len(part) + PDV_HEADER.size)
             yield header + PDV_HEADER.pack(len(part) + 2, context_id, control) + part
+
+
+def p_data_parts(
+    context_id: int, parts: Iterable[bytes | memoryview], size: int, *, max_pdu: int
+) -> Iterator[bytes | memoryview]:
+    """P-DATA-TF PDUs of a data set of `size` bytes that comes in `parts`, as buffers: headers, and views of the parts.
+
+    Fragments are of even length (PS3.8 E.2 lets a data set be cut anywhere; DCMTK wants them even). Raises ValueError
+    where the parts do not hold `size` bytes.
+    """
+    room = (min(max_pdu or MAX_SENT_PDU, MAX_SENT_PDU) - PDV_HEADER.size) & ~1 or 1
+    pdu_left = 0
+    for part in parts:
+        view = memoryview(part)
+        if len(view) > size + pdu_left:
+            raise ValueError("a data set that is longer than it was said to be")
+        while view:
+            if not pdu_left:
+                pdu_left = min(room, size)
+                size -= pdu_left
+                header = PDU_HEADER.pack(P_DATA_TF, pdu_left + PDV_HEADER.size)
+                yield header + PDV_HEADER.pack(pdu_left + 2, context_id, 0 if size else LAST)
+            yield view[:pdu_left]
+            taken = min(pdu_left, len(view))
+            view = view[taken:]
+            pdu_left -= taken
+    if size or pdu_left:
+        raise ValueError("a data set that ends early")

@@ -18,13 +18,13 @@ from tests.support.hdfs import HdfsCluster
 
 @pytest.mark.hdfs
 @pytest.mark.faults
-def test_a_datanode_is_killed(hdfs_cluster: HdfsCluster, tmp_path: Path) -> None:
-    archive = from_dict({"storage": {"root": f"{hdfs_cluster.hdfs_url}/datanode"}}, base=tmp_path)
+def test_a_datanode_is_killed(expendable_hdfs_cluster: HdfsCluster, tmp_path: Path) -> None:
+    archive = from_dict({"storage": {"root": f"{expendable_hdfs_cluster.hdfs_url}/datanode"}}, base=tmp_path)
     storage = open_storage(archive.storage.root)
     writer = BundleWriter(storage, archive)
     numbers = itertools.count()
     acknowledged = {number: writer.store(new_member(number)) for number in itertools.islice(numbers, 20)}
-    hdfs_cluster.kill_datanode()
+    expendable_hdfs_cluster.kill_datanode()
     refused = 0
     for number in numbers:
         try:
@@ -34,7 +34,7 @@ def test_a_datanode_is_killed(hdfs_cluster: HdfsCluster, tmp_path: Path) -> None
         if len(acknowledged) == 40:
             break
     assert refused < 20
-    hdfs_cluster.start_datanodes()
+    expendable_hdfs_cluster.start_datanodes()
     writer.close()
     recover(storage, archive)
     assert_sound(storage)

@@ -22,24 +22,24 @@ DEAD_S = 60.0  # seconds: 14 for the NameNode, the deadlines of the calls under 
 
 
 @pytest.mark.parametrize("node", ["DataNode", "NameNode"])
-def test_a_node_is_killed_and_comes_back(hdfs_cluster: HdfsCluster, tmp_path: Path, node: str) -> None:
+def test_a_node_is_killed_and_comes_back(expendable_hdfs_cluster: HdfsCluster, tmp_path: Path, node: str) -> None:
     ledger = Ledger()
-    root = f"{hdfs_cluster.hdfs_url}/faults/{node}"
+    root = f"{expendable_hdfs_cluster.hdfs_url}/faults/{node}"
     with running_supervisor(tmp_path, root=root, workers=1) as serving:
         with Senders(ledger, serving.port, count=3, pause_s=0.01):
             ledger.wait_for_count(50)
             killed = time.monotonic()
             if node == "DataNode":
-                hdfs_cluster.kill_datanode()
+                expendable_hdfs_cluster.kill_datanode()
                 try:
                     ledger.wait_for_success(killed + 0.5, within_s=DEAD_S)  # on the other one
                     print(f"\nresumed {time.monotonic() - killed:.1f} s after the kill")
                 finally:
-                    hdfs_cluster.start_datanodes()
+                    expendable_hdfs_cluster.start_datanodes()
             else:
-                hdfs_cluster.kill_namenode()
+                expendable_hdfs_cluster.kill_namenode()
                 time.sleep(1)
-                hdfs_cluster.start_namenode()
+                expendable_hdfs_cluster.start_namenode()
             back = time.monotonic()
             ledger.wait_for_success(back)
             print(f"\nresumed {time.monotonic() - back:.1f} s after the {node} was back")

@@ -136,7 +136,7 @@ def test_every_storage_class_is_accepted_in_what_is_proposed_first(receiver: Rec
 
 def test_what_is_no_storage_is_refused_alone(receiver: Receiver) -> None:
     ae = AE()
-    refused = ["1.2.840.10008.5.1.4.1.2.2.99", "1.2.840.10008.5.1.1.9", "1.2.840.10008.5.1.4.1.2.2.2"]
+    refused = ["1.2.840.10008.5.1.4.1.2.2.99", "1.2.840.10008.5.1.1.9", "1.2.840.10008.5.1.4.31"]
     for uid in [*refused, CT_STORAGE]:
         ae.add_requested_context(uid)
     assoc = ae.associate("127.0.0.1", receiver.port)

@@ -210,6 +210,13 @@ def _write_xml(path: Path, properties: Mapping[str, str]) -> None:
     path.write_text(f'<?xml version="1.0"?>\n<configuration>\n{items}</configuration>\n')
 
 
+@pytest.fixture
+def expendable_hdfs_cluster(hdfs_cluster: HdfsCluster, tmp_path: Path) -> Iterator[HdfsCluster]:
+    """A cluster of its own for a test that kills parts of it; the shared one says whether there can be any here."""
+    with HdfsCluster(tmp_path / "hdfs") as cluster:
+        yield cluster
+
+
 @pytest.fixture(scope="session")
 def hdfs_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HdfsCluster]:
     """The cluster of this test run, with blocks of 4 MiB so that files have several."""

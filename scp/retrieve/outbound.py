@@ -1,0 +1,205 @@
+"""C-STORE sub-operations: which context carries an instance, and what became of each (PS3.4 C.4.2.3, C.4.3.3)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from pydicom.uid import UID
+
+from sphere.catalog.service import StoredInstance
+from sphere.conf.errors import StorageError
+from sphere.conf.logs import hashed
+from sphere.scp.retrieve.read_ahead import Range
+from sphere.scp.retrieve.transcode import CONVERTIBLE, TARGETS, NotConverted
+from sphere.scp.retrieve.transcoder import MAX_SOURCE
+from sphere.scp.upper.command import C_STORE_RQ, Command
+from sphere.scp.upper.messages import Context
+from sphere.scp.upper.outgoing import Outgoing
+from sphere.scp.upper.requestor import MAX_CONTEXTS, Proposed
+
+log = logging.getLogger(__name__)
+
+SUCCESS = 0x0000
+WARNINGS = range(0xB000, 0xC000)  # of a C-STORE: stored, with a remark (PS3.4 Table B.2-1)
+DEFLATED = "1.2.840.10008.1.2.1.99"
+IMPLICIT = "1.2.840.10008.1.2"  # what a data set without transfer syntax is taken for (PS3.5 10.1)
+
+
+class Channel(Protocol):
+    """An association on which we may send instances."""
+
+    @property
+    def user_contexts(self) -> list[Context]:
+        """Contexts in which we may ask."""
+
+    def ask(self, context: Context, command: Mapping[str, Any], dataset: Outgoing | None) -> Command:
+        """Send a request; the command set of its response."""
+
+
+class Converter(Protocol):
+    """What changes the transfer syntax."""
+
+    def convert(self, dataset: bytes, source: str, target: str) -> bytes:
+        """The data set in `target`; raises NotConverted."""
+
+
+@dataclass(slots=True)
+class Counts:
+    """The sub-operations of one retrieve (PS3.7 9.1.4.1.7 and following)."""
+
+    remaining: int
+    completed: int = 0
+    failed: int = 0
+    warning: int = 0
+    failed_uids: list[str] = field(default_factory=list)
+    reason: str = ""  # of the first failure
+
+    def add(self, instance: StoredInstance, status: int | None, reason: str = "") -> None:
+        """One sub-operation is over; `status` is that of its C-STORE, None where there was none."""
+        self.remaining -= 1
+        if status == SUCCESS:
+            self.completed += 1
+        elif status is not None and status in WARNINGS:
+            self.warning += 1
+        else:
+            self.failed += 1
+            self.failed_uids.append(instance.SOPInstanceUID)
+            self.reason = self.reason or reason or f"status 0x{status or 0:04X}"
+            log.warning(
+                "sub-operation failed instance=%s: %s",
+                hashed(instance.SOPInstanceUID), reason or f"status 0x{status or 0:04X}",
+            )  # fmt: skip
+
+
+def syntax_of(instance: StoredInstance) -> str:
+    """The transfer syntax in which it lies."""
+    return instance.transfer_syntax_uid or IMPLICIT
+
+
+def range_of(instance: StoredInstance) -> Range:
+    """Its data set's bytes."""
+    return Range(
+        instance.bundle, instance.offset + instance.dataset_offset, instance.length - instance.dataset_offset
+    )  # fmt: skip
+
+
+def is_odd(instance: StoredInstance) -> bool:
+    """Whether its data set has an odd length, which PS3.5 7.1 forbids."""
+    return bool((instance.length - instance.dataset_offset) % 2)
+
+
+def groups(instances: Sequence[StoredInstance]) -> Iterator[tuple[list[Proposed], list[StoredInstance]]]:
+    """Instances that one association can carry, and the contexts to propose for them.
+
+    For each SOP class one context for each transfer syntax that is stored, and one for what we can convert to.
+    """
+    syntaxes: dict[str, set[str]] = {}
+    for instance in instances:
+        syntaxes.setdefault(instance.SOPClassUID, set()).add(syntax_of(instance))
+    group: list[Proposed] = []
+    classes: set[str] = set()
+    for sop_class, stored in syntaxes.items():
+        needed = _proposed(sop_class, stored) if sop_class else []
+        if len(group) + len(needed) > MAX_CONTEXTS:
+            yield group, [one for one in instances if one.SOPClassUID in classes]
+            group, classes = [], set()
+        group += needed
+        classes.add(sop_class)
+    if classes:
+        yield group, [one for one in instances if one.SOPClassUID in classes]
+
+
+def _proposed(sop_class: str, stored: Iterable[str]) -> list[Proposed]:
+    as_they_lie = sorted(stored)[: MAX_CONTEXTS - 1]
+    plain = tuple(syntax for syntax in TARGETS if syntax not in as_they_lie)
+    proposed = [Proposed(sop_class, (syntax,)) for syntax in as_they_lie]
+    return [*proposed, Proposed(sop_class, plain)] if plain else proposed
+
+
+class Sender:
+    """Sends instances on one association."""
+
+    def __init__(
+        self, channel: Channel, converter: Converter, origin: Mapping[str, Any], padded: Container[str] | None = None
+    ) -> None:
+        """`origin` are further elements of every C-STORE request: who asked for the C-MOVE (PS3.7 9.1.1.1).
+
+        A data set of odd length, which PS3.5 forbids, gets a NUL more if its SOP Instance UID is in `padded`, or if
+        that is None: some peers end the association over it.
+        """
+        self._channel = channel
+        self._converter = converter
+        self._origin = origin
+        self._padded = padded
+        self._contexts = {(str(cx.abstract_syntax), str(cx.transfer_syntax)): cx for cx in channel.user_contexts}
+
+    def route(self, instance: StoredInstance) -> Context | str:
+        """The context for an instance: in its own transfer syntax, else in one that we can convert to; or why none."""
+        sop_class, syntax = instance.SOPClassUID, syntax_of(instance)
+        context = self._contexts.get((sop_class, syntax))
+        if context is not None:
+            return context
+        accepted = [self._contexts[sop_class, plain] for plain in TARGETS if (sop_class, plain) in self._contexts]
+        if not accepted:
+            return f"not accepted: {UID(sop_class).name or 'no SOP class'} in {UID(syntax).name}"
+        if syntax not in CONVERTIBLE:
+            return f"{UID(syntax).name} is not accepted and cannot be converted"
+        return accepted[0]
+
+    def send(self, instance: StoredInstance, context: Context, parts: Iterator[memoryview]) -> tuple[int | None, str]:
+        """One C-STORE: its status, or None and why it was not sent.
+
+        Raises what the channel raises when the association is over, and StorageError when the bytes failed after the
+        first of them were sent: then it cannot go on.
+        """
+        size = instance.length - instance.dataset_offset
+        try:
+            if context.transfer_syntax != syntax_of(instance):
+                dataset = Outgoing.of(self._converted(instance, str(context.transfer_syntax), parts, size))
+            else:
+                dataset = Outgoing(size, _begun(parts))
+        except (StorageError, NotConverted) as error:
+            return None, str(error)
+        if dataset.size % 2 and self._is_padded(instance, context):
+            dataset = Outgoing(dataset.size + 1, _padded(dataset.parts))
+        response = self._channel.ask(context, self._request(instance), dataset)
+        comment = response.get("ErrorComment", "")
+        return int(response["Status"]), f"status 0x{response['Status']:04X} {comment}".rstrip()
+
+    def _is_padded(self, instance: StoredInstance, context: Context) -> bool:
+        return context.transfer_syntax == DEFLATED or self._padded is None or instance.SOPInstanceUID in self._padded
+
+    def _request(self, instance: StoredInstance) -> dict[str, Any]:
+        return {
+            "AffectedSOPClassUID": instance.SOPClassUID,
+            "CommandField": C_STORE_RQ,
+            "Priority": 0,  # medium
+            "AffectedSOPInstanceUID": instance.SOPInstanceUID,
+            **self._origin,
+        }
+
+    def _converted(self, instance: StoredInstance, target: str, parts: Iterator[memoryview], size: int) -> bytes:
+        if size > MAX_SOURCE:
+            raise NotConverted(f"too large to be converted ({size >> 20} MiB)")
+        return self._converter.convert(b"".join(parts), syntax_of(instance), target)
+
+
+def _begun(parts: Iterator[memoryview]) -> Iterator[memoryview]:
+    """The same, the first part already there: a read that fails must not cost the association."""
+    first = next(parts, None)
+
+    def every() -> Iterator[memoryview]:
+        if first is not None:
+            yield first
+        yield from parts
+
+    return every()
+
+
+def _padded(parts: Iterable[bytes | memoryview]) -> Iterator[bytes | memoryview]:
+    """A data set made even with a NUL (for a deflated one see PS3.5 A.5)."""
+    yield from parts
+    yield b"\0"

@@ -1,0 +1,273 @@
+"""C-MOVE and C-GET with other people's programs: what comes back is what went in."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import pytest
+from pydicom.data import get_testdata_file
+from pydicom.uid import ExplicitVRLittleEndian
+
+from sphere.ingest.header import identify
+from sphere.ingest.part10 import file_meta
+from sphere.scp import client
+from sphere.scp.contexts import is_storage
+from sphere.scp.retrieve import client as retrieve_client
+from sphere.scp.retrieve.client import Progress
+from sphere.scp.retrieve.transcode import CONVERTIBLE, TARGETS, convert
+from sphere.scp.store import StoreAnswer, StoreRequest
+from tests.support.dicom_tools import (
+    STORESCU_OPTIONS,
+    part10_dataset,
+    require_tool,
+    run_tool,
+    running_storescp,
+)
+from tests.support.hdfs import HdfsCluster
+from tests.support.receiver import Receiver, running_receiver
+from tests.support.samples import dataset_of, make_instance, sendable_files
+
+pytestmark = pytest.mark.interop
+
+UID = re.compile("[0-9.]{1,64}")
+NOT_CONVERTED = {  # by one sample each
+    "1.2.840.10008.1.2.4.55",  # JPEG full progression, retired
+    "1.2.840.10008.1.2.8.1",  # frame-wise deflate
+    "1.2.840.10008.1.2.4.91",  # a code stream that OpenJPEG refuses
+    "1.2.840.10008.1.2.5",  # RLE of 1 bit
+}
+LOSSY = ("1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.51")
+
+
+@dataclass
+class Holding:
+    """A receiver that holds every sample, and a destination that takes some transfer syntaxes."""
+
+    receiver: Receiver
+    destination: Path
+    files: dict[str, Path]  # by SOP Instance UID
+
+    def studies(self) -> list[str]:
+        return sorted({one.StudyInstanceUID for one in self.receiver.members() if UID.fullmatch(one.StudyInstanceUID)})
+
+    def retrievable(self) -> dict[str, Path]:
+        """Of the instances that say which study they are of: others will be quarantined."""
+        known = {one.SOPInstanceUID for one in self.receiver.members() if UID.fullmatch(one.StudyInstanceUID)}
+        return {uid: path for uid, path in self.files.items() if uid in known and UID.fullmatch(uid)}
+
+
+@contextmanager
+def holding(
+    base: Path,
+    *options: str,
+    files: Sequence[Path] | None = None,
+    peers: Sequence[Mapping[str, object]] = (),
+) -> Iterator[Holding]:
+    """An archive with `files` (every sample), and a storescp that was started with `options`, besides other `peers`."""
+    paths = sendable_files() if files is None else files
+    identities = [(identify(path.read_bytes(), size=path.stat().st_size), path) for path in paths]
+    chosen = {found.SOPInstanceUID: path for found, path in identities if is_storage(found.SOPClassUID)}
+    out = base / "out"
+    with running_storescp(out, *options) as port:
+        known = [*peers, {"name": "dest", "ae_title": "DEST", "host": "127.0.0.1", "port": port}]
+        with running_receiver(base / "archive", {"peers": known}) as receiver:
+            results = list(client.store(receiver.peer, chosen.values(), settings=receiver.settings))
+            unstored = [(result.path, result.error) for result in results if not result.stored]
+            assert not unstored, unstored
+            yield Holding(receiver, out, chosen)
+
+
+def by_instance(folder: Path) -> dict[str, Path]:
+    return {identify(path.read_bytes(), size=path.stat().st_size).SOPInstanceUID: path for path in folder.iterdir()}
+
+
+def syntax_of(path: Path) -> str:
+    return identify(path.read_bytes(), size=path.stat().st_size).TransferSyntaxUID
+
+
+def as_sent(path: Path) -> bytes:
+    """A file's data set, one of odd length with a NUL more: DCMTK ends the association over it."""
+    data = dataset_of(path)
+    return data + bytes(len(data) % 2)
+
+
+def finished(responses: Iterator[Progress], total: int) -> Progress:
+    """The final response; the counts of each add up."""
+    last = None
+    for last in responses:
+        if last.pending:
+            assert last.remaining + last.completed + last.failed + last.warning == total
+    assert last is not None and not last.pending
+    assert last.completed + last.failed + last.warning == total
+    return last
+
+
+def plain_files(count: int) -> list[Path]:
+    """Some files in Explicit VR Little Endian."""
+    return [path for path in sendable_files() if syntax_of(path) == ExplicitVRLittleEndian][:count]
+
+
+def moved(held: Holding, destination: str = "DEST") -> Progress:
+    """Every study by one C-MOVE."""
+    keys = {"StudyInstanceUID": "\\".join(held.studies())}
+    peer, settings = held.receiver.peer, held.receiver.settings
+    responses = retrieve_client.move(peer, keys, settings=settings, destination=destination)
+    return finished(responses, len(held.retrievable()))
+
+
+def test_every_file_comes_back_byte_for_byte_by_c_move(tmp_path: Path) -> None:
+    """storescp takes most transfer syntaxes; what it does not take is converted, or fails alone."""
+    with holding(tmp_path) as held:
+        wanted = held.retrievable()
+        last = moved(held)
+        got = by_instance(held.destination)
+        failed = set(last.failed_uids)
+        assert last.status == (0xB000 if failed else 0x0000)
+        assert got.keys() | failed == wanted.keys() and last.completed == len(got) >= 0.9 * len(wanted)
+        assert all(syntax_of(wanted[uid]) not in CONVERTIBLE for uid in failed)
+        for uid, path in got.items():
+            if syntax_of(path) == syntax_of(wanted[uid]):
+                assert part10_dataset(path.read_bytes()) == as_sent(wanted[uid]), wanted[uid]
+            else:
+                assert syntax_of(wanted[uid]) not in STORESCU_OPTIONS
+
+
+def test_another_archive_gets_every_byte(tmp_path: Path) -> None:
+    with running_receiver(tmp_path / "other", {"archive": {"ae_title": "OTHER"}}) as other:
+        peers = [{"name": "other", "ae_title": "OTHER", "host": "127.0.0.1", "port": other.port}]
+        with holding(tmp_path, peers=peers) as held:
+            last = moved(held, "OTHER")
+            wanted = held.retrievable()
+            assert (last.status, last.completed) == (0x0000, len(wanted))
+            assert {one.SOPInstanceUID: one.sha256 for one in other.members()} == {
+                one.SOPInstanceUID: one.sha256 for one in held.receiver.members() if one.SOPInstanceUID in wanted
+            }
+
+
+def test_movescu_counts_each_response(tmp_path: Path) -> None:
+    with holding(tmp_path, files=plain_files(20)) as held:
+        uids = "\\".join(held.studies())
+        keys = ("-k", "QueryRetrieveLevel=STUDY", "-k", f"StudyInstanceUID={uids}")
+        run = run_tool("movescu", "-d", "-aem", "DEST", "-S", *keys, "127.0.0.1", held.receiver.port)
+        assert run.returncode == 0 and "Sub-operations complete - No failures or warnings" in run.stdout
+        total = len(held.retrievable())
+        rows = [
+            re.findall(rf"{name} Suboperations +: (\w+)", run.stdout) for name in ("Remaining", "Completed", "Failed")
+        ]
+        expected = [(total - done, done, 0) for done in range(1, total)] + [("none", total, 0)]
+        assert list(zip(*rows, strict=True)) == [tuple(map(str, row)) for row in expected]
+        assert len(list(held.destination.iterdir())) == total
+
+
+def test_getscu_gets_what_it_accepts(tmp_path: Path) -> None:
+    require_tool("getscu")
+    with holding(tmp_path, files=plain_files(20)) as held:
+        (tmp_path / "got").mkdir()
+        uids = "\\".join(held.studies())
+        keys = ("-k", "QueryRetrieveLevel=STUDY", "-k", f"StudyInstanceUID={uids}")
+        run = run_tool("getscu", "-v", "-B", "-S", "-od", tmp_path / "got", *keys, "127.0.0.1", held.receiver.port)
+        assert run.returncode == 0, run.stdout
+        assert by_instance(tmp_path / "got").keys() == held.retrievable().keys(), run.stdout
+
+
+@pytest.mark.parametrize("option", ["+xe", "+xi"])
+def test_what_is_not_accepted_is_converted_to_the_same_pixels(tmp_path: Path, option: str) -> None:
+    """storescp with +xe takes little endian uncompressed ones, with +xi implicit VR only."""
+    with holding(tmp_path, option) as held:
+        wanted = held.retrievable()
+        failed = set(moved(held).failed_uids)
+        got = by_instance(held.destination)
+        assert got.keys() | failed == wanted.keys() and not got.keys() & failed
+        assert {syntax_of(wanted[uid]) for uid in failed} <= NOT_CONVERTED and len(failed) <= 5
+        for uid, path in got.items():
+            check_same_image(wanted[uid], path)
+
+
+def test_12_bit_jpeg_is_decoded_as_dcmtk_does(tmp_path: Path) -> None:
+    path = Path(str(get_testdata_file("JPEG-lossy.dcm")))
+    reference = tmp_path / "reference.dcm"
+    run = run_tool("dcmdjpeg", path, reference)
+    assert reference.exists(), run.stdout
+    for number, target in enumerate(TARGETS):
+        plain = convert(dataset_of(path), syntax_of(path), target)
+        meta = file_meta(sop_class_uid="1.2", sop_instance_uid=f"1.{number}", transfer_syntax_uid=target)
+        result = pydicom.dcmread(BytesIO(meta + plain))
+        np.testing.assert_array_equal(result.pixel_array, pydicom.dcmread(reference).pixel_array)
+        assert result.LossyImageCompression == "01" and result.pixel_array.max() > 0
+
+
+@pytest.mark.hdfs
+def test_from_hdfs_what_landed_a_moment_ago(hdfs_cluster: HdfsCluster, tmp_path: Path) -> None:
+    """The bundle is still open, and its last bytes are published within a second: retrieve waits for them."""
+    files = [
+        make_instance(tmp_path / f"{number}.dcm", StudyInstanceUID="1.2.3", SOPInstanceUID=f"1.2.3.{number}")
+        for number in range(1, 21)
+    ]
+    tables = {"storage": {"root": f"{hdfs_cluster.hdfs_url}/retrieve"}}
+    with running_receiver(tmp_path / "archive", tables) as receiver:
+        assert all(result.stored for result in client.store(receiver.peer, files, settings=receiver.settings))
+        landed: dict[str, bytes] = {}
+
+        class Keeps:
+            def land(self, request: StoreRequest) -> StoreAnswer:
+                assert isinstance(request.dataset, list)
+                landed[request.AffectedSOPInstanceUID] = b"".join(request.dataset)
+                return StoreAnswer(0x0000)
+
+        keys, settings = {"StudyInstanceUID": "1.2.3"}, receiver.settings
+        last = finished(retrieve_client.get(receiver.peer, keys, settings=settings, store=Keeps()), len(files))
+    assert (last.status, last.completed) == (0x0000, len(files))
+    assert landed == {f"1.2.3.{number}": dataset_of(path) for number, path in enumerate(files, 1)}
+
+
+def problems(path: Path) -> Counter[str]:
+    """The errors that dciodvfy finds."""
+    return Counter(line for line in run_tool("dciodvfy", path).stdout.splitlines() if line.startswith("Error"))
+
+
+def test_dciodvfy_finds_no_new_error_in_what_was_converted(tmp_path: Path) -> None:
+    """The smallest sample of each transfer syntax."""
+    smallest: dict[str, Path] = {}
+    for path in sorted(sendable_files(), key=lambda path: path.stat().st_size):
+        found = identify(path.read_bytes(), size=path.stat().st_size)
+        dataset = pydicom.dcmread(path, force=True)
+        convertible = found.TransferSyntaxUID in CONVERTIBLE and found.complete and dataset.get("BitsAllocated") != 1
+        if convertible and "PixelData" in dataset:
+            smallest.setdefault(found.TransferSyntaxUID, path)
+    assert len(smallest) >= 8
+    for syntax, path in smallest.items():
+        found = identify(path.read_bytes(), size=path.stat().st_size)
+        expected = problems(path)
+        for target in TARGETS:
+            meta = file_meta(
+                sop_class_uid=found.SOPClassUID, sop_instance_uid=found.SOPInstanceUID, transfer_syntax_uid=target
+            )
+            (tmp_path / "result.dcm").write_bytes(meta + convert(dataset_of(path), syntax, target))
+            after = problems(tmp_path / "result.dcm")
+            if "Error - Dicom dataset read failed" in expected:  # a deflated one; inflated, nothing else has changed
+                expected = after
+            assert not after - expected, (path, target)
+
+
+def check_same_image(before: Path, after: Path) -> None:
+    source, result = pydicom.dcmread(before, force=True), pydicom.dcmread(after)
+    assert not result.file_meta.TransferSyntaxUID.is_compressed
+    assert source.SOPInstanceUID == result.SOPInstanceUID
+    if syntax_of(before) in LOSSY:
+        assert result.LossyImageCompression == "01"
+    assert result.get("LossyImageCompression", source.get("LossyImageCompression")) is not None or (
+        "LossyImageCompression" not in source
+    )
+    try:
+        expected = source.pixel_array
+    except (ValueError, AttributeError, NotImplementedError, RuntimeError):  # no pixels, or damaged ones
+        return
+    np.testing.assert_array_equal(result.pixel_array, expected, err_msg=str(before))

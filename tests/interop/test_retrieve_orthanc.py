@@ -1,0 +1,125 @@
+"""Orthanc as destination, as requester, and as the peer that `sphere move` and `sphere get` pull from."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from pydicom.uid import ExplicitVRLittleEndian
+
+from sphere.cli import main
+from sphere.ingest.header import identify
+from sphere.scp import client
+from sphere.template import render
+from tests.support.dicom_tools import Orthanc, part10_dataset, running_orthanc
+from tests.support.receiver import Receiver, free_port, running_receiver
+from tests.support.samples import make_instance
+
+pytestmark = pytest.mark.interop
+
+
+@contextmanager
+def both(base: Path) -> Iterator[tuple[Orthanc, Receiver, Path]]:
+    """An Orthanc and an archive that know each other, and the settings file of the archive."""
+    port = free_port()
+    with running_orthanc(base / "orthanc", {"sphere": ("SPHERE", port)}) as orthanc:
+        peer = {"name": "orthanc", "ae_title": "ORTHANC", "host": "127.0.0.1", "port": orthanc.dicom_port}
+        with running_receiver(base / "archive", {"dimse": {"port": port}, "peers": [peer]}) as receiver:
+            config = base / "archive" / "sphere.toml"
+            peers = "".join(f"\n{key} = {json.dumps(value)}" for key, value in peer.items())
+            config.write_text(f"{render({'dimse.port': port})}\n[[peers]]{peers}\n")
+            yield orthanc, receiver, config
+
+
+def studies(base: Path) -> list[Path]:
+    """Three studies of four instances each: numbers 1.1.1.1 to 1.3.1.4."""
+    base.mkdir(exist_ok=True)
+    return [
+        make_instance(
+            base / f"{study}-{number}.dcm", StudyInstanceUID=f"1.{study}", SeriesInstanceUID=f"1.{study}.1",
+            SOPInstanceUID=f"1.{study}.1.{number}", PatientID=f"P{study}",
+        )
+        for study in (1, 2, 3)
+        for number in (1, 2, 3, 4)
+    ]  # fmt: skip
+
+
+def call(config: Path, *arguments: str) -> Result:
+    return CliRunner().invoke(main, ["--config", str(config), *arguments])
+
+
+def held(receiver: Receiver) -> list[str]:
+    return sorted(one.SOPInstanceUID for one in receiver.members())
+
+
+def test_orthanc_asks_and_receives(tmp_path: Path) -> None:
+    with both(tmp_path) as (orthanc, receiver, _):
+        assert all(
+            one.stored for one in client.store(receiver.peer, studies(tmp_path / "f"), settings=receiver.settings)
+        )
+        orthanc.post(
+            "/modalities/sphere/move",
+            {"Level": "Study", "Resources": [{"StudyInstanceUID": "1.1"}, {"StudyInstanceUID": "1.2"}], "Timeout": 60},
+        )
+        instances = orthanc.get("/instances")
+        assert len(instances) == 8
+
+
+def test_get_and_move_from_orthanc(tmp_path: Path) -> None:
+    """One study by C-GET, then what is missing of all by C-MOVE: nothing comes twice."""
+    files = studies(tmp_path / "files")
+    with both(tmp_path) as (orthanc, receiver, config):
+        for path in files:
+            orthanc.post("/instances", path.read_bytes())
+        result = call(config, "get", "orthanc", "-k", "StudyInstanceUID=1.1")
+        assert result.exit_code == 0, result.output
+        assert "1 asked for, 0 already here: 4 instances sent, 0 failed" in result.output
+        by_uid = {identify(path.read_bytes(), size=path.stat().st_size).SOPInstanceUID: path for path in files}
+        for one in receiver.members():
+            assert one.source_aet == "ORTHANC" and one.TransferSyntaxUID == ExplicitVRLittleEndian
+            assert receiver.dataset_bytes(one) == part10_dataset(by_uid[one.SOPInstanceUID].read_bytes())
+        listed = tmp_path / "uids.txt"
+        listed.write_text("1.1\n1.2 # the second\n1.3\n")
+        arguments = ["move", "orthanc", "--to", "SPHERE", "--from", str(listed), "--existing", "--pause", "0.1"]
+        result = call(config, *arguments)
+        assert result.exit_code == 0, result.output
+        assert "3 asked for, 1 already here: 8 instances sent, 0 failed" in result.output
+        deadline = time.monotonic() + 10
+        while len(held(receiver)) < 12 and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert held(receiver) == sorted(by_uid)
+        result = call(config, *arguments)
+        assert "3 asked for, 3 already here: 0 instances sent, 0 failed" in result.output
+        result = call(config, "move", "orthanc", "--to", "SPHERE", "--level", "PATIENT", "-k", "PatientID=P1")
+        assert "4 instances sent" in result.output
+
+
+def test_what_failed_is_listed_with_its_reason(tmp_path: Path) -> None:
+    with both(tmp_path) as (orthanc, _, config):
+        orthanc.post("/instances", studies(tmp_path / "files")[0].read_bytes())
+        arguments = ["-k", "StudyInstanceUID=1.1", "--tries", "1"]
+        result = call(config, "move", "orthanc", "--to", "NOBODY", *arguments)
+        assert result.exit_code == 1
+        assert "STUDY 1.1" in result.output and "status 0x" in result.output
+        result = call(config, "get", f"ORTHANC@127.0.0.1:{free_port()}", *arguments)
+        assert result.exit_code == 1 and "cannot connect" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["move", "orthanc", "-k", "StudyInstanceUID=1"], "Missing option '--to'"),
+        (["get", "orthanc"], "either -k KEYWORD=VALUE, or --from FILE"),
+        (["get", "nobody", "-k", "StudyInstanceUID=1"], "neither a name in the settings"),
+    ],
+)
+def test_wrong_calls(tmp_path: Path, arguments: list[str], message: str) -> None:
+    config = tmp_path / "sphere.toml"
+    config.write_text('[[peers]]\nname = "orthanc"\nae_title = "ORTHANC"\nhost = "127.0.0.1"\n')
+    result = call(config, *arguments)
+    assert result.exit_code == 2 and message in result.output
