@@ -104,7 +104,7 @@ class Extract(Section):
         ge=1,
         description="MiB of header, inflated where deflated, above which an instance is quarantined.",
     )
-    lock_wait_s: Seconds = Field(0.0, description="Seconds to wait for another extraction before giving up.")
+    lock_wait_s: Seconds = Field(60.0, description="Seconds to wait for another extraction before giving up.")
 
 
 class Peer(Section):

@@ -39,7 +39,7 @@ def settings(tmp_path: Path) -> Settings:
         {
             "spark": {"master": "local[2]", "shuffle_partitions": 2},
             "dimse": {"port": 0, "workers": 1},
-            "extract": {"every_s": 0},
+            "extract": {"every_s": 0, "lock_wait_s": 0},
         },
         base=tmp_path,
     )

@@ -42,7 +42,7 @@ class CatalogContract(Backend):
     @pytest.fixture
     def archive(self, url: str, tmp_path: Path) -> Settings:
         """Settings whose catalog is on this storage too."""
-        settings = from_dict({}, base=tmp_path)
+        settings = from_dict({"extract": {"lock_wait_s": 0}}, base=tmp_path)
         return settings.model_copy(update={"storage": settings.storage.model_copy(update={"root": url})})
 
     def test_answers_follow_the_tables(self, archive: Settings) -> None:

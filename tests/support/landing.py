@@ -27,7 +27,7 @@ START = datetime(2026, 3, 1, 8, 0, 0, 250, tzinfo=timezone.utc)
 
 def archive(folder: Path, **sections: Any) -> Settings:
     """Settings of an archive below `folder`, its sections changed by name; the folder's name needs quoting in a URL."""
-    base = {"spark": {"master": "local[2]", "shuffle_partitions": 2}, "extract": {"every_s": 0}}
+    base = {"spark": {"master": "local[2]", "shuffle_partitions": 2}, "extract": {"every_s": 0, "lock_wait_s": 0}}
     merged = {name: {**base.get(name, {}), **sections.get(name, {})} for name in {*base, *sections}}
     return from_dict(merged, base=folder)
 

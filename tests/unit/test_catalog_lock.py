@@ -54,7 +54,7 @@ def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
 
 def test_the_second_is_told_who_holds_it(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
     said = rf"being written by extract \(process {holder.pid} on .+, since 20.+\+00:00\)"
-    with pytest.raises(LockHeld, match=said), CatalogLock(archive(tmp_path), job="compact"):
+    with pytest.raises(LockHeld, match=said), CatalogLock(patient(tmp_path, 0), job="compact"):
         pass
 
 
