@@ -105,8 +105,14 @@ def values_of(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row of RECENT with the columns of `instances` that roll-ups are made of."""
     columns = orjson.loads(row["columns"])
     for name in _DATES & columns.keys():
-        columns[name] = date.fromisoformat(columns[name])
+        columns[name] = _dates_of(columns[name])
     return {**columns, **row}
 
 
-_DATES = {column.keyword for column in COLUMNS if column.vr == "DA" and not column.multiple}
+def _dates_of(value: str | list[str | None] | None) -> date | list[date | None] | None:
+    if isinstance(value, list):
+        return [date.fromisoformat(one) if one else None for one in value]
+    return date.fromisoformat(value) if value else None
+
+
+_DATES = {column.keyword for column in COLUMNS if column.vr == "DA"}

@@ -60,13 +60,14 @@ def tell_story(config: Path, samples: Path, peer: str) -> None:
 
 def write_samples(folder: Path) -> int:
     """Write the sample files, of pydicom's those that belong to a study; returns how many."""
-    from pydicom.data import get_testdata_files
+    import pydicom.data
 
     from sphere.ingest.header import identify
     from sphere.jobs.synthetic import ct_series
 
     samples = {f"ct/{number:04}.dcm": data for number, data in enumerate(ct_series(CT_SLICES), start=1)}
-    for file in map(Path, get_testdata_files("*.dcm")):
+    packaged = Path(pydicom.data.__file__).parent / "test_files"  # what came with it: nothing is downloaded
+    for file in sorted(packaged.glob("*.dcm")):
         data = file.read_bytes()
         found = identify(data, size=len(data))
         if found.SOPInstanceUID and found.StudyInstanceUID and found.SeriesInstanceUID and found.TransferSyntaxUID:

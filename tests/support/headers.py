@@ -10,8 +10,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import pydicom
 from pydicom import dcmread
-from pydicom.data import get_testdata_files
 from pydicom.datadict import keyword_for_tag, tag_for_keyword
 from pydicom.dataset import Dataset
 from pydicom.multival import MultiValue
@@ -119,7 +119,8 @@ def header(data: bytes, **how: int) -> Header:
 
 def packaged_files() -> list[Path]:
     """pydicom's packaged real files."""
-    return sorted(path for path in map(Path, get_testdata_files()) if path.is_file())
+    packaged = Path(pydicom.__file__).parent / "data" / "test_files"
+    return sorted(path for path in packaged.rglob("*") if path.is_file())
 
 
 def pydicom_dataset(path: Path) -> Dataset:

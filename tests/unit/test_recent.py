@@ -24,6 +24,7 @@ from sphere.ingest.storage import open_storage
 from sphere.ingest.storage.local import LocalStorage
 from tests.support import catalog
 from tests.support.extracted import extract
+from tests.support.headers import packaged_files
 from tests.support.landing import changed, new_member, slices
 
 pytestmark = pytest.mark.unit
@@ -263,3 +264,25 @@ def test_a_damaged_journal_hides_no_other(settings: Settings, caplog: pytest.Log
         assert len(answers(service, "IMAGE")) == 1
     writer.close()
     assert caplog.text.count("leave out a bundle") == 1
+
+
+def test_dates_of_several_values(settings: Settings, writer: BundleWriter) -> None:
+    dates = ["20240101", "20240201"]
+    data = changed(slices(1)[0], DateOfLastCalibration=dates, PatientBirthDate="")
+    writer.store(new_member(data))
+    with QueryService(settings) as service:
+        query = Query.build("SERIES", return_keys=("DateOfLastCalibration", "PatientBirthDate"), relational=True)
+        [found] = [match.identifier() for match in service.find(query)]
+    assert list(found.DateOfLastCalibration) == dates
+
+
+def test_the_packaged_files_are_answered_before_and_after_extraction(settings: Settings, writer: BundleWriter) -> None:
+    """Whatever real headers hold goes through the overlay too."""
+    for file in packaged_files():
+        writer.store(new_member(file.read_bytes()))
+    with QueryService(settings) as service:
+        before = {level: service.count(Query.build(level)) for level in get_args(Level)}
+    assert before["IMAGE"] > 20
+    extract(settings)
+    with QueryService(settings) as service:
+        assert {level: service.count(Query.build(level)) for level in get_args(Level)} == before
