@@ -85,9 +85,12 @@ def test_waiting_until_it_is_free(tmp_path: Path) -> None:
 
 
 def test_taken_again_after_use(tmp_path: Path) -> None:
+    taken = 0
     for _ in range(2):
-        with CatalogLock(archive(tmp_path)):
-            pass
+        with CatalogLock(archive(tmp_path)) as lock:
+            lock.check()
+            taken += 1
+    assert taken == 2
 
 
 @pytest.fixture
