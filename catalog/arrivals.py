@@ -15,7 +15,7 @@ from sphere.conf.errors import StorageError
 from sphere.ingest.header import Header, HeaderReader
 from sphere.ingest.header.columns import COLUMNS
 from sphere.ingest.records import MemberRecord
-from sphere.ingest.storage.base import Storage
+from sphere.ingest.storage.base import Readable
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ RECENT = pa.schema(
 class HeadersOfMembers:
     """Turns journal records into rows of RECENT. Not for several threads at once."""
 
-    def __init__(self, storage: Storage, max_header: int) -> None:
+    def __init__(self, storage: Readable, max_header: int) -> None:
         self._storage = storage
         self._reader = HeaderReader(max_header=max_header)
 

@@ -36,7 +36,7 @@ from sphere.catalog.tail import JournalTail
 from sphere.conf.errors import CatalogError
 from sphere.conf.settings import Settings
 from sphere.ingest.journal import Landed
-from sphere.ingest.storage import open_storage
+from sphere.ingest.spool import open_readable
 
 log = logging.getLogger(__name__)
 
@@ -153,7 +153,7 @@ class IndexCache:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._tables = CatalogTables(settings)
-        self._storage = open_storage(settings.storage.root, user=settings.storage.user)
+        self._storage = open_readable(settings)
         self._folder = settings.archive.state_dir / "index"
         self._lock = threading.Lock()
         self._index: Index | None = None

@@ -10,16 +10,19 @@ from collections.abc import Iterator, Mapping, Set
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
-from sphere.conf.errors import BundleDamaged
+from sphere.conf.errors import BundleDamaged, StorageError
 from sphere.ingest.journal import BUNDLES, Landed
 from sphere.ingest.records import MemberRecord
-from sphere.ingest.storage.base import Storage
+from sphere.ingest.spool import SpoolFirst
+from sphere.ingest.storage.base import Readable
 from sphere.ingest.storage.local import LocalStorage
 
 log = logging.getLogger(__name__)
 
 FAR_S = 1.0
 """Seconds between looks at a storage on which looking costs a call to a server; other hosts publish as often."""
+AWAY_S = 30.0
+"""Seconds until the next look at a storage that did not answer, while this host's spool has what arrives here."""
 COARSE_NS = 50_000_000
 """A folder changed less than this before it was read may change again with the same modification time."""
 
@@ -32,13 +35,13 @@ class JournalTail:
 
     `sealed` bundles are never looked at. On local disk, only the folders of today and of yesterday (UTC) are watched
     for new bundles: bundles are begun in the folder of the day. Elsewhere this host's own journals are read from their
-    local mirror at once, those of other hosts from the storage, at most every FAR_S.
+    local mirror (or the spool) at once, those of other hosts from the storage, at most every FAR_S.
     """
 
     def __init__(
-        self, storage: Storage, state_dir: Path, positions: Mapping[str, int], sealed: Set[str] = frozenset()
+        self, storage: Readable, state_dir: Path, positions: Mapping[str, int], sealed: Set[str] = frozenset()
     ) -> None:
-        self._storage = storage
+        self._near, self._far = _sides(storage)
         self._landed = Landed(storage, state_dir)
         self._mirrors = state_dir / "journal"
         self._positions = dict(positions)
@@ -46,7 +49,7 @@ class JournalTail:
         self._open: set[str] = set()  # bundles whose journals are looked at
         self._queue: deque[MemberRecord] = deque()
         self._stamps: dict[Path, _Stamp] = {}
-        self._walked = False
+        self._walked_near = self._walked_far = False
         self._next_far = 0.0
 
     def take(self, most: int) -> list[MemberRecord]:
@@ -60,20 +63,29 @@ class JournalTail:
         self._queue.extendleft(reversed(records))
 
     def _look(self) -> None:
-        if not self._walked:
-            self._grown(self._walk(BUNDLES))
-            self._walked = True
-        elif isinstance(self._storage, LocalStorage):
-            self._grown(self._local(self._storage.root))
-        else:
+        if self._near is not None:
+            self._grown(self._local(self._near.root) if self._walked_near else self._walk(self._near, BUNDLES))
+            self._walked_near = True
+        if self._far is not None:
             self._grown(self._mirrored())
             now = time.monotonic()
             if now >= self._next_far:
                 self._next_far = now + FAR_S
-                self._grown(entry for day in _days() for entry in self._walk(day))
+                self._look_far(self._far)
 
-    def _walk(self, prefix: str) -> Iterator[tuple[str, int]]:
-        for entry in self._storage.walk(prefix):
+    def _look_far(self, far: Readable) -> None:
+        try:
+            folders = _days() if self._walked_far else (BUNDLES,)
+            self._grown(entry for folder in folders for entry in self._walk(far, folder))
+            self._walked_far = True
+        except StorageError as error:
+            if self._near is None:
+                raise
+            log.warning("recent arrivals are those of this host only: %s", error)
+            self._next_far = time.monotonic() + AWAY_S
+
+    def _walk(self, storage: Readable, prefix: str) -> Iterator[tuple[str, int]]:
+        for entry in storage.walk(prefix):
             if entry.path.endswith(_JOURNAL):
                 bundle = entry.path.removesuffix(_JOURNAL) + ".tar"
                 if bundle not in self._sealed:
@@ -126,6 +138,13 @@ class JournalTail:
                 if sealed:
                     self._sealed.add(bundle)
                     self._open.discard(bundle)
+
+
+def _sides(storage: Readable) -> tuple[LocalStorage | None, Readable | None]:
+    """What is watched by its folders, and what is asked now and then."""
+    if isinstance(storage, SpoolFirst):
+        return storage.spool, storage.storage
+    return (storage, None) if isinstance(storage, LocalStorage) else (None, storage)
 
 
 def _days() -> tuple[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any, Literal
 import orjson
 
 FILE = "serve.json"
+SPOOL_FILE = "spool.json"
 STALE_S = 10.0  # seconds without a new state after which its writer is taken for dead or stopped
 
 
@@ -29,6 +31,33 @@ class ChildState:
 
 
 @dataclass(frozen=True, slots=True)
+class SpoolState:
+    """What waits in the spool, and how shipping goes. Times are ISO 8601, UTC; "" for none. Sizes in bytes."""
+
+    written_at: str = ""
+    bundles: int = 0
+    bytes: int = 0
+    oldest: str = ""  # when the oldest bundle was begun
+    shipped_bundles: int = 0  # since this shipper was started
+    shipped_bytes: int = 0
+    damaged: int = 0  # bundles that are not what their journals say: kept in the spool
+    failing_since: str = ""
+    error: str = ""  # of the last attempt
+
+    def __str__(self) -> str:
+        """A line for a person."""
+        parts = [f"{self.bundles} bundles, {self.bytes / 1e6:.1f} MB to be shipped"]
+        if self.oldest:
+            age = datetime.now(timezone.utc) - datetime.fromisoformat(self.oldest)
+            parts.append(f"the oldest begun {age.total_seconds():.0f} s ago")
+        if self.damaged:
+            parts.append(f"{self.damaged} DAMAGED and kept")
+        if self.failing_since:
+            parts.append(f"failing since {self.failing_since}: {self.error}")
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True, slots=True)
 class ServeState:
     """The state of a supervisor and of its children."""
 
@@ -37,6 +66,7 @@ class ServeState:
     written_at: str  # ISO 8601, UTC
     stopping: bool
     children: tuple[ChildState, ...]
+    spool: SpoolState | None = None  # where instances are spooled
 
     @property
     def not_ready(self) -> list[str]:
@@ -73,13 +103,30 @@ def now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
 
 
-def write(state_dir: Path, *, pid: int, port: int, stopping: bool, children: Sequence[ChildState]) -> None:
+def write(
+    state_dir: Path,
+    *,
+    pid: int,
+    port: int,
+    stopping: bool,
+    children: Sequence[ChildState],
+    spool: SpoolState | None = None,
+) -> None:
     """Replace the state file atomically; raises OSError."""
-    state = ServeState(pid, port, now(), stopping, tuple(children))
+    _replace(state_dir, FILE, ServeState(pid, port, now(), stopping, tuple(children), spool))
+
+
+def write_spool(state_dir: Path, state: SpoolState) -> None:
+    """What the shipper says; a disk that is full must not end it."""
+    with suppress(OSError):
+        _replace(state_dir, SPOOL_FILE, state)
+
+
+def _replace(state_dir: Path, name: str, state: ServeState | SpoolState) -> None:
     state_dir.mkdir(parents=True, exist_ok=True)
-    temporary = state_dir / f".{FILE}.{pid}"
+    temporary = state_dir / f".{name}.{os.getpid()}"
     temporary.write_bytes(orjson.dumps(asdict(state), option=orjson.OPT_INDENT_2))
-    temporary.replace(state_dir / FILE)
+    temporary.replace(state_dir / name)
 
 
 def read(state_dir: Path) -> ServeState | None:
@@ -87,8 +134,17 @@ def read(state_dir: Path) -> ServeState | None:
     try:
         data: dict[str, Any] = orjson.loads((state_dir / FILE).read_bytes())
         children = tuple(ChildState(**child) for child in data.pop("children"))
-        return ServeState(**data, children=children)
+        spool = data.pop("spool", None)
+        return ServeState(**data, children=children, spool=SpoolState(**spool) if spool else None)
     except (OSError, ValueError, TypeError, KeyError):  # none, or of another version
+        return None
+
+
+def read_spool(state_dir: Path) -> SpoolState | None:
+    """What a shipper said last; None where there was none."""
+    try:
+        return SpoolState(**orjson.loads((state_dir / SPOOL_FILE).read_bytes()))
+    except (OSError, ValueError, TypeError):
         return None
 
 

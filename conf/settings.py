@@ -87,6 +87,24 @@ class Ingest(Section):
         description="Same SOPInstanceUID with other bytes: which version `instances` shows. Both stay in the bundles, "
         "and `conflicts` says what happened.",
     )
+    durability: Literal["storage", "spool"] = Field(
+        "storage",
+        description="What Success of a C-STORE promises: the instance is on `storage.root`, or it is synced in a spool "
+        "on this host, from where `sphere serve` ships it to `storage.root`, also after that was away for hours.",
+    )
+    spool_dir: Path = Field(
+        Path("spool"),
+        description="Local folder of the spool, on a disk that is kept: what it holds is nowhere else yet. Relative to "
+        "the settings file.",
+    )
+    spool_limit_mib: int = Field(
+        20480, ge=1, description="MiB in the spool from which on instances are refused (0xA700) until some are shipped."
+    )
+    spool_seal_s: Seconds = Field(
+        30.0,
+        description="Seconds after which an open bundle of the spool is sealed, and shipped, as soon as nothing comes "
+        "for one; at the latest after `storage.seal_age_s`.",
+    )
 
 
 class Spark(Section):
@@ -226,10 +244,13 @@ def _resolve(settings: Settings, base: Path) -> Settings:
         raise SettingsError("peers: each name may stand once only")
     archive = settings.archive.model_copy(update={"state_dir": base / settings.archive.state_dir})
     storage = settings.storage.model_copy(update={"root": _absolute(settings.storage.root, base)})
+    ingest = settings.ingest.model_copy(update={"spool_dir": base / settings.ingest.spool_dir})
     catalog = settings.catalog.model_copy(
         update={"root": _absolute(settings.catalog.root, base) if settings.catalog.root else ""}
     )
-    resolved = settings.model_copy(update={"archive": archive, "storage": storage, "catalog": catalog})
+    resolved = settings.model_copy(
+        update={"archive": archive, "storage": storage, "catalog": catalog, "ingest": ingest}
+    )
     if set("[]") & set(unquote(urlsplit(resolved.catalog_root).path)):
         raise SettingsError(
             f"{resolved.catalog_root}: Delta tables cannot be read below a folder with [ or ] in its name"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 import secrets
@@ -26,6 +27,7 @@ __all__ = ["BundleWriter", "FileRange", "NewMember"]
 
 PUBLISH_IDLE_S = 0.2  # seconds without a write after which an open bundle is published
 PUBLISH_LOAD_S = 0.75  # seconds from the first unpublished write after which it is published under load
+QUIET_S = 1.0  # seconds without a write after which a bundle may be sealed before its time
 REPAIR_S = 5.0  # seconds between attempts to repair a bundle that a write failed on
 
 _log = logging.getLogger(__name__)
@@ -47,15 +49,24 @@ class BundleWriter:
     """The open bundle of this process. Thread-safe; made after the process was forked.
 
     A bundle is begun by the first member, and sealed when it has reached ``storage.seal_mib`` or was open for
-    ``storage.seal_age_s`` (by `clock`, in seconds). A background thread seals, publishes to other hosts within a
-    second, and repairs a bundle that a write failed on; members go into a new bundle from then on.
+    ``storage.seal_age_s`` (by `clock`, in seconds), or for `quiet_age_s` and nothing comes any more. A background
+    thread seals, publishes to other hosts within a second, and repairs a bundle that a write failed on; members go into
+    a new bundle from then on.
     """
 
-    def __init__(self, storage: Storage, settings: Settings, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        settings: Settings,
+        *,
+        quiet_age_s: float = math.inf,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._storage = storage
         self._state_dir = settings.archive.state_dir
         self._seal_size = settings.storage.seal_mib << 20
         self._seal_age_s = settings.storage.seal_age_s
+        self._quiet_age_s = quiet_age_s
         self._clock = clock
         self._bundle: OpenBundle | None = None
         self._leaving: list[OpenBundle] = []  # full, old or failed: to be sealed or repaired, written to by nobody
@@ -170,8 +181,11 @@ class BundleWriter:
         self._leave()
 
     def _seal_if_old(self) -> None:
-        if self._bundle is not None and self._clock() - self._bundle.opened_at >= self._seal_age_s:
-            self._leave()
+        if self._bundle is not None:
+            now = self._clock()
+            age_s, quiet_s = now - self._bundle.opened_at, now - self._bundle.written_at
+            if age_s >= self._seal_age_s or (age_s >= self._quiet_age_s and quiet_s >= QUIET_S):
+                self._leave()
 
     def _publish_if_due(self, ready: list[OpenBundle]) -> None:
         bundle = self._bundle

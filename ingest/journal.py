@@ -18,7 +18,7 @@ import orjson
 
 from sphere.conf.errors import BundleDamaged, StorageMissing
 from sphere.ingest.records import MemberRecord
-from sphere.ingest.storage.base import Appender, Storage
+from sphere.ingest.storage.base import Appender, Readable, Storage
 from sphere.ingest.storage.paths import storage_error
 
 BUNDLES = "bundles"  # folder of bundles below the storage root
@@ -78,7 +78,7 @@ class Landed:
     `state_dir` (None on hosts that receive nothing) is where this host's own, not yet published lines are.
     """
 
-    def __init__(self, storage: Storage, state_dir: Path | None = None) -> None:
+    def __init__(self, storage: Readable, state_dir: Path | None = None) -> None:
         self._storage = storage
         self._state_dir = state_dir
 

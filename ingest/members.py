@@ -67,6 +67,13 @@ class NewMember:
     dataset: Dataset
     sha256: str = ""
 
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        if isinstance(self.dataset, FileRange):
+            return len(self.preamble) + self.dataset.length
+        return len(self.preamble) + sum(memoryview(part).nbytes for part in _parts(self.dataset))
+
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
@@ -91,7 +98,6 @@ def prepare(member: NewMember) -> Prepared:
     """Digest and headers of `member`; raises StorageError when its waiting file cannot be read."""
     streamed = member.dataset if isinstance(member.dataset, FileRange) else None
     parts = _parts(member.dataset)
-    size = streamed.length if streamed else sum(memoryview(part).nbytes for part in parts)
     sha256 = member.sha256 or _digest(streamed.chunks() if streamed else parts)
     fields: dict[str, Any] = {
         "dataset_offset": len(member.preamble),
@@ -105,7 +111,7 @@ def prepare(member: NewMember) -> Prepared:
         "source_aet": _text(member.source_aet),
         "origin": _text(member.origin),
     }
-    length = len(member.preamble) + size
+    length = member.size
     name = tar.member_name(member.SOPInstanceUID, sha256)
     header = tar.member_header(name, length, fields["received_at"], fields)
     return Prepared(header, [member.preamble, *parts], streamed, length, fields)

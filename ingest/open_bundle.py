@@ -19,7 +19,8 @@ _log = logging.getLogger(__name__)
 
 
 class OpenBundle:
-    """A tar that grows, its journal, and the lock that says so. `good` is the end of its last durable member in bytes.
+    """A tar that grows, its journal, and the lock that says so. `good` is the end of its last durable member in bytes,
+    `written_at` when that came (by the clock of the caller).
 
     `failed`: a write, sync or publication failed; nothing may be written to it any more but by `repair`.
     `settled`: sealed, or removed because it held nothing.
@@ -37,7 +38,7 @@ class OpenBundle:
         self._state_dir = state_dir
         self._members = 0
         self._published = 0
-        self._dirty_since = self._written_at = now
+        self._dirty_since = self.written_at = now
         self.journal = JournalWriter(storage, state_dir, path)
         try:
             self._appender = storage.create(path)
@@ -66,7 +67,7 @@ class OpenBundle:
         self._appender.sync()
         if self._published == self.good:
             self._dirty_since = now
-        self._written_at = now
+        self.written_at = now
         self.good = at
         self._members += len(records)
         return records
@@ -74,7 +75,7 @@ class OpenBundle:
     def publish_due(self, now: float, *, idle_s: float, load_s: float) -> bool:
         """Whether there is something to publish, and it was quiet for `idle_s` or is `load_s` old, in seconds."""
         dirty = self._published != self.good
-        return dirty and (now - self._written_at >= idle_s or now - self._dirty_since >= load_s)
+        return dirty and (now - self.written_at >= idle_s or now - self._dirty_since >= load_s)
 
     def publish(self) -> None:
         """Make the members readable everywhere; their journal lines follow by `journal.publish`."""

@@ -16,7 +16,7 @@ from sphere.ingest import tar
 from sphere.ingest.journal import BUNDLES, Landed, Sealed, bundle_id, journal_path, mirror_path, parse, to_lines
 from sphere.ingest.lock import BundleLock, locked_bundles
 from sphere.ingest.records import MemberRecord
-from sphere.ingest.storage.base import Storage
+from sphere.ingest.storage.base import Readable, Storage
 
 _WINDOW = 256 << 10  # bytes read at once while headers are scanned
 
@@ -143,7 +143,7 @@ class Verification:
     problems: tuple[str, ...]
 
 
-def verify(storage: Storage, bundle: str) -> Verification:
+def verify(storage: Readable, bundle: str) -> Verification:
     """Read a sealed bundle whole: every digest, the end-of-archive, and that the journal says the same."""
     size = storage.size(bundle)
     window = Window(storage, bundle)
@@ -167,7 +167,7 @@ def verify(storage: Storage, bundle: str) -> Verification:
 class Window:
     """Reads a file by pieces, small neighbouring ones from one read of the storage."""
 
-    def __init__(self, storage: Storage, path: str) -> None:
+    def __init__(self, storage: Readable, path: str) -> None:
         self._storage = storage
         self._path = path
         self._start = 0

@@ -52,11 +52,14 @@ class Tables:
         return unquote(f"{self._root}/{path}")
 
     def open(self, name: str) -> DeltaTable | None:
-        """The table as of now, or None where nothing was ever written to it."""
+        """The table as of now, or None where nothing was ever written to it; raises CatalogError where it cannot be
+        read."""
         try:
             return DeltaTable(self.url(name))
         except TableNotFoundError:
             return None
+        except OSError as error:
+            raise CatalogError(f"{self.url(name)} cannot be read: {' '.join(str(error).split())}") from None
 
     def ensure(self, name: str) -> DeltaTable:
         """The table as of now, made or given the columns that it lacks; raises CatalogError where a type differs."""

@@ -11,9 +11,7 @@ from contextlib import closing
 from sphere.catalog.service import QueryService
 from sphere.conf.errors import SphereError
 from sphere.conf.settings import Settings
-from sphere.ingest.bundle import BundleWriter
-from sphere.ingest.recovery import recover
-from sphere.ingest.storage import Storage, open_storage
+from sphere.ingest.spool import open_readable, open_writer, recover_all
 from sphere.scp.find import FindService
 from sphere.scp.handlers import Handlers
 from sphere.scp.libraries import prepare_libraries
@@ -41,12 +39,11 @@ def run_receiver(settings: Settings, *, ready: Callable[[int], None]) -> None:
     stop = _stop_signal()
     prepare_libraries()
     threading.excepthook = _log_thread_error
-    storage = open_storage(settings.storage.root, user=settings.storage.user)
-    writer = BundleWriter(storage, settings)
-    threading.Thread(target=_recover, args=(storage, settings), daemon=True, name="recovery").start()
+    writer = open_writer(settings)
+    threading.Thread(target=_recover, args=(settings,), daemon=True, name="recovery").start()
     try:
         with QueryService(settings) as finder, closing(Transcoder()) as transcoder:
-            service = RetrieveService(settings, storage, Locator(finder), transcoder)
+            service = RetrieveService(settings, open_readable(settings), Locator(finder), transcoder)
             retrieve = RetrieveHandlers(service).services()
             handlers = Handlers(CallingPolicy(settings.peers), StoreService(writer), FindService(finder), retrieve)
             _serve(listen(settings, handlers), stop, ready)
@@ -67,10 +64,10 @@ def _serve(server: Server, stop: threading.Event, ready: Callable[[int], None]) 
     server.drain(DRAIN_S)
 
 
-def _recover(storage: Storage, settings: Settings) -> None:
+def _recover(settings: Settings) -> None:
     """Settle the bundles of dead receivers while this one serves; killed anywhere, the next one goes on."""
     try:
-        report = recover(storage, settings)
+        report = recover_all(settings)
     except SphereError as error:  # the storage is away: the next start or extraction does it
         log.warning("bundles of dead writers are left for later: %s", error)
         return

@@ -175,6 +175,29 @@ def status(ctx: click.Context, as_json: bool) -> None:
     """
     report = Archive(settings_of(ctx)).status()
     click.echo(report.to_json() if as_json else str(report))
+    sys.exit(1 if report.problem else 0)
+
+
+@main.command()
+@click.pass_context
+def ship(ctx: click.Context) -> None:
+    """Ship what the spool holds to the storage, once; `sphere serve` does so all the time.
+
+    Bundles that a receiver is writing stay until they are sealed. Exit status 1 when something could not be shipped.
+
+    \b
+    Example:
+      sphere ship
+    """
+    from sphere.ingest.shipping import Shipper, exclusive
+
+    settings = settings_of(ctx)
+    with exclusive(settings):
+        done = Shipper(settings).round()
+    click.echo(f"{done.bundles} bundles shipped ({done.bytes / 1e6:.1f} MB), {done.damaged} damaged")
+    if done.error:
+        click.echo(done.error, err=True)
+    sys.exit(1 if done.error or done.damaged else 0)
 
 
 @main.command()

@@ -123,11 +123,10 @@ def get(
 
 @contextmanager
 def _archive_store(settings: Settings) -> Iterator[Lands]:
-    from sphere.ingest.bundle import BundleWriter
-    from sphere.ingest.storage import open_storage
+    from sphere.ingest.spool import open_writer
     from sphere.scp.store import StoreService
 
-    writer = BundleWriter(open_storage(settings.storage.root, user=settings.storage.user), settings)
+    writer = open_writer(settings)
     try:
         yield StoreService(writer)
     finally:

@@ -22,6 +22,7 @@ from typing import Literal
 from sphere.conf import logs, serving
 from sphere.conf.errors import SettingsError, SphereError
 from sphere.conf.settings import Settings
+from sphere.ingest.spool import in_use
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +89,8 @@ class Supervisor:
         self.children = [Child(f"receiver-{n + 1}", receive) for n in range(settings.dimse.workers)]
         if settings.extract.every_s:
             self.children.append(Child("extract", extract_regularly, JOB_PATIENCE_S))
+        if in_use(settings):
+            self.children.append(Child("shipper", ship_regularly, JOB_PATIENCE_S))
         for child in self.children:
             self._start(child)
         while not self._stop.is_set():
@@ -172,7 +175,8 @@ class Supervisor:
         self._told, self._tell_again = told, time.monotonic() + STATE_S
         state_dir, port = self.settings.archive.state_dir, self.settings.dimse.port
         try:
-            serving.write(state_dir, pid=os.getpid(), port=port, stopping=stopping, children=told)
+            spool = serving.read_spool(state_dir) if in_use(self.settings) else None
+            serving.write(state_dir, pid=os.getpid(), port=port, stopping=stopping, children=told, spool=spool)
         except OSError as error:  # a full disk must not end the supervisor
             log.error("state file: %s", error.strerror)
 
@@ -257,6 +261,16 @@ def extract_regularly(settings: Settings, ready: Callable[[int], None]) -> None:
         except SphereError as error:
             log.error("extraction: %s", error)
     archive.close()
+
+
+def ship_regularly(settings: Settings, ready: Callable[[int], None]) -> None:
+    """Ship what the spool holds, again and again."""
+    from sphere.ingest.shipping import run_shipper
+
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    ready(0)
+    run_shipper(settings, stop)
 
 
 def with_port(settings: Settings) -> Settings:

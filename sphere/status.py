@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import orjson
 
 from sphere.catalog.schema import TABLES
 from sphere.conf import serving
-from sphere.conf.serving import ServeState
+from sphere.conf.errors import SphereError
+from sphere.conf.serving import ServeState, SpoolState
 from sphere.conf.settings import Settings
 from sphere.ingest.journal import BundleState, Landed
+from sphere.ingest.spool import backlog, in_use
 from sphere.ingest.storage import open_storage
 from sphere.jobs.tables import Tables, read
 
@@ -23,8 +25,9 @@ COUNTED = ("patients", "studies", "series", "instances", "quarantine", "conflict
 class Status:
     """The state of an archive; sizes in bytes.
 
-    `landed` members are in bundles, `waiting` of them are not yet catalogued. `catalogued` counts rows by table,
-    `quarantine` rejected members by reason. `serving`: the running `sphere serve` of this host, None where none runs.
+    `landed` members are in bundles on the storage, `waiting` of them are not yet catalogued. `catalogued` counts rows
+    by table, `quarantine` rejected members by reason. `serving`: the running `sphere serve` of this host, None where
+    none runs.
     """
 
     storage_root: str
@@ -37,6 +40,8 @@ class Status:
     catalogued: dict[str, int]
     quarantine: dict[str, int]
     serving: ServeState | None
+    spool: SpoolState | None  # what waits to be shipped, where instances are spooled
+    problem: str = ""  # why storage and catalog could not be read: what is said of them is then 0
 
     def to_json(self) -> str:
         """One JSON object."""
@@ -44,22 +49,39 @@ class Status:
 
     def __str__(self) -> str:
         """A few lines for a person."""
+        lines = [f"PROBLEM     {self.problem}"] if self.problem else self._stored()
+        if self.spool is not None:
+            lines.append(f"spool       {self.spool}")
+        return "\n".join([*lines, f"serving     {self.serving or 'no'}"])
+
+    def _stored(self) -> list[str]:
         rows = ", ".join(f"{count} {name}" for name, count in self.catalogued.items())
         why = ", ".join(f"{reason} {count}" for reason, count in sorted(self.quarantine.items()))
-        return "\n".join(
-            [
-                f"storage     {self.storage_root}: {self.bundles} bundles ({self.bundles_open} open), "
-                f"{self.bundle_bytes / 1e6:.1f} MB, {self.landed} members",
-                f"waiting     {self.waiting} members" + (" (sphere extract)" if self.waiting else ""),
-                f"catalog     {self.catalog_root}: {rows}",
-                f"quarantine  {why or 'empty'}",
-                f"serving     {self.serving or 'no'}",
-            ]
-        )
+        return [
+            f"storage     {self.storage_root}: {self.bundles} bundles ({self.bundles_open} open), "
+            f"{self.bundle_bytes / 1e6:.1f} MB, {self.landed} members",
+            f"waiting     {self.waiting} members" + (" (sphere extract)" if self.waiting else ""),
+            f"catalog     {self.catalog_root}: {rows}",
+            f"quarantine  {why or 'empty'}",
+        ]
 
 
 def take(settings: Settings) -> Status:
-    """Look at the storage and at the catalog; raises StorageError or CatalogError where they cannot be read."""
+    """Look at the storage, the catalog and the spool; `Status.problem` says why one of the first two cannot be read."""
+    spool, running = _spool(settings), _serving(settings)
+    try:
+        return replace(_stored(settings), spool=spool, serving=running)
+    except SphereError as error:
+        return replace(_nothing(settings), spool=spool, serving=running, problem=str(error))
+
+
+def _nothing(settings: Settings) -> Status:
+    roots = settings.storage.root, settings.catalog_root
+    return Status(*roots, 0, 0, 0, 0, 0, dict.fromkeys(COUNTED, 0), {}, None, None)
+
+
+def _stored(settings: Settings) -> Status:
+    """What storage and catalog hold; raises StorageError or CatalogError where they cannot be read."""
     tables = Tables(settings)
     done = _catalogued(tables)
     bundles = size = opened = landed = waiting = 0
@@ -69,9 +91,8 @@ def take(settings: Settings) -> Status:
         opened += not state.sealed
         landed += members
         waiting += members - done.get(state.bundle, 0)
-    return Status(
-        storage_root=settings.storage.root,
-        catalog_root=settings.catalog_root,
+    return replace(
+        _nothing(settings),
         bundles=bundles,
         bundles_open=opened,
         bundle_bytes=size,
@@ -79,8 +100,17 @@ def take(settings: Settings) -> Status:
         waiting=waiting,
         catalogued={name: _count(tables, name) for name in COUNTED},
         quarantine=dict(Counter(_column(tables, "quarantine", "reason"))),
-        serving=_serving(settings),
     )
+
+
+def _spool(settings: Settings) -> SpoolState | None:
+    """What the shipper says, with what the spool holds now; None where nothing is spooled."""
+    if not in_use(settings):
+        return None
+    said = serving.read_spool(settings.archive.state_dir) or SpoolState()
+    left = backlog(settings)
+    oldest = left.oldest.isoformat(timespec="milliseconds") if left.oldest else ""
+    return replace(said, bundles=left.bundles, bytes=left.bytes, oldest=oldest)
 
 
 def _serving(settings: Settings) -> ServeState | None:

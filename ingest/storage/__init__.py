@@ -6,9 +6,9 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from sphere.conf.errors import StorageError
-from sphere.ingest.storage.base import Appender, Buffer, Entry, Storage
+from sphere.ingest.storage.base import Appender, Buffer, Entry, Readable, Storage
 
-__all__ = ["Appender", "Buffer", "Entry", "Storage", "open_storage"]
+__all__ = ["Appender", "Buffer", "Entry", "Readable", "Storage", "open_storage"]
 
 
 def open_storage(url: str, *, user: str = "") -> Storage:

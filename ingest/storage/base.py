@@ -49,30 +49,20 @@ class Appender(ABC):
         """Let go without raising and without promising anything of what was not synced."""
 
 
-class Storage(ABC):
-    """Files below one root URL. Paths are relative, with "/", never begin with "/" nor contain ".."."""
+class Readable(ABC):
+    """Files below one root URL, to be read. Paths are relative, with "/", never begin with "/" nor contain "..".
+
+    Safe to use from several threads.
+    """
 
     url: str
-    visible_at_once: bool = False  # whether every process reads what was written without waiting for `publish`
-
-    @abstractmethod
-    def create(self, path: str) -> Appender:
-        """A new file (its folders made and synced); raises StorageError where it exists."""
-
-    @abstractmethod
-    def append(self, path: str) -> Appender:
-        """An existing file, to go on at its end; raises StorageMissing."""
 
     @abstractmethod
     def read(self, path: str, offset: int = 0, length: int | None = None) -> bytes:
         """Bytes ``[offset, offset + length)``, to the end where `length` is None; fewer only at the end of the file.
 
-        Raises StorageMissing. Safe to call from several threads.
+        Raises StorageMissing.
         """
-
-    @abstractmethod
-    def write(self, path: str, data: bytes) -> None:
-        """Replace the whole file atomically and durably."""
 
     @abstractmethod
     def size(self, path: str) -> int:
@@ -85,6 +75,29 @@ class Storage(ABC):
     @abstractmethod
     def walk(self, prefix: str = "") -> Iterator[Entry]:
         """Every file below the folder `prefix`, in the order of their paths; nothing where it does not exist."""
+
+
+class Storage(Readable):
+    """Files that can be written as well."""
+
+    visible_at_once: bool = False  # whether every process reads what was written without waiting for `publish`
+
+    @abstractmethod
+    def create(self, path: str) -> Appender:
+        """A new file (its folders made and synced); raises StorageError where it exists."""
+
+    @abstractmethod
+    def append(self, path: str) -> Appender:
+        """An existing file, to go on at its end; raises StorageMissing."""
+
+    @abstractmethod
+    def write(self, path: str, data: bytes) -> None:
+        """Replace the whole file atomically and durably."""
+
+    @abstractmethod
+    def rename(self, path: str, to: str) -> None:
+        """Give a closed file another name in the same folder, atomically and durably; raises StorageError where there
+        is one of that name, StorageMissing where there is none of the first."""
 
     @abstractmethod
     def truncate(self, path: str, size: int) -> None:

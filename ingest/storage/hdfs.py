@@ -124,6 +124,13 @@ class HdfsStorage(Storage):
         with _told(f"writing {full}"):
             self._replace(full, [data])
 
+    def rename(self, path: str, to: str) -> None:
+        full, other = self._path(path), self._path(to)
+        self._forget(full)
+        self._forget(other)
+        with _told(f"renaming {full}"):
+            self._client.rename(full, other, False)
+
     def size(self, path: str) -> int:
         full = self._path(path)
         with _told(f"looking at {full}"):

@@ -129,6 +129,14 @@ class LocalStorage(Storage):
                 raise
             _sync_folder(full.parent)
 
+    def rename(self, path: str, to: str) -> None:
+        full, other = self._path(path), self._path(to)
+        with _told(f"renaming {full}"):
+            if other.exists():
+                raise StorageError(f"renaming {full}: there is a {other.name} already")
+            full.rename(other)
+            _sync_folder(other.parent)
+
     def size(self, path: str) -> int:
         full = self._path(path)
         with _told(f"looking at {full}"):

@@ -124,6 +124,11 @@ class WebHdfsStorage(Storage):
                 client.delete(temporary)
                 raise
 
+    def rename(self, path: str, to: str) -> None:
+        full, other = self._path(path), self._path(to)
+        with _told(f"renaming {full}"):
+            self._client()._rename(full, destination=other, renameoptions="NONE")
+
     def size(self, path: str) -> int:
         full = self._path(path)
         with _told(f"looking at {full}"):

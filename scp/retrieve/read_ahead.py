@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from sphere.conf.errors import StorageError
-from sphere.ingest.storage.base import Storage
+from sphere.ingest.storage.base import Readable
 
 WINDOW = 4 << 20  # bytes of one read
 GAP = 64 << 10  # bytes between two wanted ranges that are read rather than skipped: a tar header has some kB
@@ -79,7 +79,7 @@ def windows(ranges: Sequence[Range]) -> Iterator[Window]:
 class ReadAhead:
     """The bytes of some ranges, in order, read by a thread of its own. To be closed."""
 
-    def __init__(self, storage: Storage, ranges: Sequence[Range]) -> None:
+    def __init__(self, storage: Readable, ranges: Sequence[Range]) -> None:
         self._storage = storage
         self._windows: queue.Queue[tuple[Window, memoryview | StorageError] | None] = queue.Queue(QUEUE)
         self._stopped = threading.Event()

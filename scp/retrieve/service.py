@@ -14,7 +14,7 @@ from pydicom.uid import UID
 from sphere.catalog.service import StoredInstance
 from sphere.conf.errors import PeerError, QueryError, SphereError, StorageError
 from sphere.conf.settings import Peer, Settings
-from sphere.ingest.storage.base import Storage
+from sphere.ingest.storage.base import Readable
 from sphere.scp.contexts import RetrieveModel
 from sphere.scp.retrieve.identifier import Selection, decode_identifier, parse_selection
 from sphere.scp.retrieve.outbound import Channel, Converter, Counts, Sender, groups, is_odd, range_of
@@ -72,7 +72,7 @@ class RetrieveService:
     def __init__(
         self,
         settings: Settings,
-        storage: Storage,
+        storage: Readable,
         locator: Finds,
         converter: Converter,
         *,

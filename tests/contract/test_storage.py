@@ -102,6 +102,23 @@ class StorageContract(Backend):
         assert other.read("x/state") == b""
         assert [entry.path for entry in storage.walk()] == ["x/state"]
 
+    def test_rename_gives_another_name_and_replaces_nothing(self, storage: Storage, other: Storage) -> None:
+        storage.write("x/.hidden", b"old" * 3)
+        assert storage.read("x/.hidden", 0, 3) == b"old"
+        storage.delete("x/.hidden")
+        appender = storage.create("x/.hidden")
+        appender.write([b"whole"])
+        appender.close()
+        storage.rename("x/.hidden", "x/name")
+        assert other.read("x/name") == b"whole"
+        assert not other.exists("x/.hidden")
+        storage.write("x/second", b"2")
+        with pytest.raises(StorageError, match="x/second"):
+            storage.rename("x/second", "x/name")
+        assert other.read("x/name") == b"whole"
+        with pytest.raises(StorageMissing):
+            storage.rename("x/none", "x/other")
+
     @pytest.mark.parametrize("size", [0, 1, 511, 5_000_000, 6_000_000])
     def test_truncate(self, storage: Storage, size: int) -> None:
         data = bytes(range(250)) * 24_000

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sphere.conf import serving
 from sphere.conf.serving import ChildState, ServeState
@@ -66,14 +68,22 @@ def send_signal(child: ChildState, number: signal.Signals) -> None:
 
 
 @contextmanager
-def running_supervisor(base: Path, *, root: str = "file:storage", workers: int = 2, port: int = 0) -> Iterator[Serving]:
+def running_supervisor(
+    base: Path, *, root: str = "file:storage", workers: int = 2, port: int = 0, ingest: Mapping[str, Any] | None = None
+) -> Iterator[Serving]:
     """`sphere serve` on an archive in `base`, every part ready; killed at the end where the test has not stopped it."""
     base.mkdir(parents=True, exist_ok=True)
     port = port or free_port()
     config = base / "sphere.toml"
     text = f'[dimse]\nport = {port}\nworkers = {workers}\n[storage]\nroot = "{root}"\n[extract]\nevery_s = 0\n'
+    text += "[ingest]\n" + "".join(f"{name} = {json.dumps(value)}\n" for name, value in (ingest or {}).items())
     config.write_text(text)
-    tables = {"dimse": {"port": port, "workers": workers}, "storage": {"root": root}, "extract": {"every_s": 0}}
+    tables = {
+        "dimse": {"port": port, "workers": workers},
+        "storage": {"root": root},
+        "extract": {"every_s": 0},
+        "ingest": dict(ingest or {}),
+    }
     with (base / "serve.log").open("a") as log:
         command = [sys.executable, "-m", "sphere.cli", "--config", str(config), "serve"]
         process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, text=True)

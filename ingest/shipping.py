@@ -1,0 +1,246 @@
+"""Shipping: sealed bundles go from the spool to the storage, each exactly once.
+
+The steps of a bundle are such that a process killed between any two of them leaves a state from which the next one
+goes on: copied under a temporary name, read back, renamed; then the journal, which makes extraction see it; then it
+leaves the spool. A bundle is therefore always readable from one side at least, and never listed twice, as its path is
+the same.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from sphere.conf import serving
+from sphere.conf.errors import BundleDamaged, SphereError, StorageError
+from sphere.conf.settings import Settings
+from sphere.ingest.journal import BUNDLES, Landed, journal_path
+from sphere.ingest.recovery import recover, verify
+from sphere.ingest.spool import backlog, remove_empty_folders, spool_settings, spool_storage
+from sphere.ingest.storage import Readable, open_storage
+from sphere.ingest.storage.paths import TEMPORARY
+
+LOOK_S = 1.0  # seconds between looks at a spool with nothing to ship
+RETRY_S = 1.0, 30.0  # seconds before the next attempt after a failure: first, longest
+RECOVER_S = 10.0  # seconds between looks for bundles of dead receivers
+STUCK_S = 120.0  # seconds without progress: a NameNode that is away is tried for 15 s, a pipeline for 10 s
+CHUNK = 4 << 20  # bytes copied or read back at a time
+STEPS = ("verify", "copy", "copying", "read back", "rename", "journal", "remove", "remove journal", "done")
+"""Names that `on_step` is called with, in the order of a bundle."""
+
+OnStep = Callable[[str], None]
+log = logging.getLogger(__name__)
+
+
+class Stopped(Exception):
+    """The process is to end; what is under way is done again by the next one."""
+
+
+@dataclass(slots=True)
+class Shipped:
+    """What one round did; `damaged` bundles stay in the spool, `error` says why the round ended early."""
+
+    bundles: int = 0
+    bytes: int = 0
+    damaged: int = 0
+    error: str = ""
+
+
+class Shipper:
+    """Ships what is sealed. One at a time for a spool: see `exclusive`.
+
+    `alive_at` is the monotonic time of its last progress: hdfs-native may wait without end for a DataNode that died at
+    the wrong moment, and a process that is killed then and started again goes on.
+    """
+
+    def __init__(
+        self, settings: Settings, *, on_step: OnStep = lambda _: None, stopped: Callable[[], bool] = lambda: False
+    ) -> None:
+        self._settings = settings
+        self._spool = spool_storage(settings)
+        self._storage = open_storage(settings.storage.root, user=settings.storage.user)
+        self._tell = on_step
+        self._stopped = stopped
+        self._recover_at = 0.0
+        self.alive_at = time.monotonic()
+
+    def round(self) -> Shipped:
+        """Ship every bundle that is sealed now, the oldest first; the first failure of the storage ends the round."""
+        done = Shipped()
+        try:
+            self._step("look")
+            for bundle in self._sealed():
+                try:
+                    done.bytes += self._ship(bundle)
+                    done.bundles += 1
+                except BundleDamaged as error:
+                    log.error("not shipped: %s", error)
+                    done.damaged += 1
+            remove_empty_folders(self._settings)
+        except StorageError as error:
+            done.error = str(error)
+        except Stopped:
+            log.info("shipping interrupted; it goes on with the next start")
+        return done
+
+    def _sealed(self) -> list[str]:
+        """The bundles that can be shipped, the oldest first; those of dead receivers are sealed before."""
+        now = time.monotonic()
+        if now >= self._recover_at:
+            self._recover_at = now + RECOVER_S
+            recover(self._spool, spool_settings(self._settings))
+            self._finish_removals()
+        return [state.bundle for state in Landed(self._spool).bundles() if state.sealed]
+
+    def _finish_removals(self) -> None:
+        """A journal whose tar is on the storage only: who shipped it was killed before its last step."""
+        names = {entry.path for entry in self._spool.walk(BUNDLES)}
+        for path in sorted(names):
+            bundle = path.removesuffix(".journal") + ".tar"
+            alone = path.endswith(".journal") and bundle not in names and not self._spool.exists(bundle)
+            if alone and self._storage.exists(bundle):
+                self._spool.delete(path)
+
+    def _ship(self, bundle: str) -> int:
+        """All steps of a bundle that are not done yet; its size in bytes."""
+        self._step("verify")
+        wanted = self._verified(bundle)
+        if not self._storage.exists(bundle):
+            self._copy(bundle, wanted)
+        elif self._fingerprint(self._storage, bundle) != wanted:
+            raise BundleDamaged(f"bundle {bundle}: the storage has other bytes under its name")
+        self._step("journal")
+        self._copy_journal(bundle)
+        self._step("remove")
+        self._spool.delete(bundle)
+        self._step("remove journal")
+        self._spool.delete(journal_path(bundle))
+        self._step("done")
+        log.info("bundle shipped bytes=%d", wanted[0])
+        return wanted[0]
+
+    def _verified(self, bundle: str) -> tuple[int, str]:
+        """The fingerprint of a bundle of the spool, once its members have their digests and its journal says the same.
+
+        Raises BundleDamaged.
+        """
+        try:
+            problems = verify(self._spool, bundle).problems
+            if not problems:
+                return self._fingerprint(self._spool, bundle)
+        except StorageError as error:  # this disk, not the storage
+            problems = (str(error),)
+        raise BundleDamaged(f"bundle {bundle} of the spool: {'; '.join(problems[:3])}")
+
+    def _copy(self, bundle: str, wanted: tuple[int, str]) -> None:
+        """Bring the tar's bytes to the storage, look at them there, and give them their name."""
+        temporary = _temporary(bundle)
+        self._step("copy")
+        self._storage.delete(temporary)  # of a process that was killed here
+        appender = self._storage.create(temporary)
+        try:
+            for offset in range(0, wanted[0], CHUNK):
+                appender.write([self._spool.read(bundle, offset, CHUNK)])
+                self._step("copying")
+            appender.close()
+        finally:
+            appender.abandon()
+        self._step("read back")
+        if self._fingerprint(self._storage, temporary) != wanted:
+            raise StorageError(f"bundle {bundle}: the storage gives back other bytes than were written")
+        self._step("rename")
+        self._storage.rename(temporary, bundle)
+
+    def _copy_journal(self, bundle: str) -> None:
+        path = journal_path(bundle)
+        lines = self._spool.read(path)
+        if not self._storage.exists(path) or self._storage.read(path) != lines:
+            self._storage.write(path, lines)
+            if self._storage.read(path) != lines:
+                raise StorageError(f"journal of {bundle}: the storage gives back other lines than were written")
+
+    def _fingerprint(self, storage: Readable, path: str) -> tuple[int, str]:
+        """(size in bytes, sha256) of a file."""
+        size, sha = storage.size(path), hashlib.sha256()
+        for offset in range(0, size, CHUNK):
+            sha.update(storage.read(path, offset, min(CHUNK, size - offset)))
+            self._step("reading")
+        return size, sha.hexdigest()
+
+    def _step(self, name: str) -> None:
+        self.alive_at = time.monotonic()
+        if self._stopped():
+            raise Stopped
+        self._tell(name)
+
+
+def _temporary(bundle: str) -> str:
+    """The one name under which a bundle is copied: a process that goes on after another's end removes it first."""
+    folder, _, name = bundle.rpartition("/")
+    return f"{folder}/.{name}{TEMPORARY}"
+
+
+@contextmanager
+def exclusive(settings: Settings) -> Iterator[None]:
+    """No other process of this host ships; raises SphereError where one does."""
+    settings.ingest.spool_dir.mkdir(parents=True, exist_ok=True)
+    fd = os.open(settings.ingest.spool_dir / "ship.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SphereError(f"another process ships from {settings.ingest.spool_dir}") from None
+        yield
+    finally:
+        os.close(fd)
+
+
+def run_shipper(settings: Settings, stop: threading.Event, *, on_step: OnStep = lambda _: None) -> None:
+    """Ship until `stop`; failures are tried again after 1 s, then twice as long each time, 30 s at most.
+
+    Ends the process where the storage does not answer for STUCK_S: `sphere serve` starts it again. Raises SphereError
+    where another process ships.
+    """
+    shipper = Shipper(settings, on_step=on_step, stopped=stop.is_set)
+    threading.Thread(target=_watch, args=(shipper,), daemon=True, name="watch").start()
+    state = serving.SpoolState()
+    pause = RETRY_S[0]
+    with exclusive(settings):
+        while not stop.is_set():
+            done = shipper.round()
+            if done.error:
+                log.warning("shipping failed, next attempt in %.0f s: %s", pause, done.error)
+            state = _after(state, done, settings)
+            serving.write_spool(settings.archive.state_dir, state)
+            stop.wait(pause if done.error else LOOK_S)
+            pause = min(2 * pause, RETRY_S[1]) if done.error else RETRY_S[0]
+
+
+def _watch(shipper: Shipper) -> None:
+    while time.monotonic() - shipper.alive_at < STUCK_S:
+        time.sleep(1)
+    log.error("the storage has not answered for %.0f s: shipping begins anew", STUCK_S)
+    os._exit(1)
+
+
+def _after(before: serving.SpoolState, done: Shipped, settings: Settings) -> serving.SpoolState:
+    """The state after a round."""
+    left = backlog(settings)
+    return serving.SpoolState(
+        written_at=serving.now(),
+        bundles=left.bundles,
+        bytes=left.bytes,
+        oldest=left.oldest.isoformat(timespec="milliseconds") if left.oldest else "",
+        shipped_bundles=before.shipped_bundles + done.bundles,
+        shipped_bytes=before.shipped_bytes + done.bytes,
+        damaged=done.damaged,
+        failing_since=(before.failing_since or serving.now()) if done.error else "",
+        error=done.error,
+    )
