@@ -96,6 +96,7 @@ def _row(header: Header, record: MemberRecord) -> dict[str, Any]:
         "source_aet": record.source_aet,
         "origin": record.origin,
         "header_warnings": header.warnings,
+        "collections": list(record.collections) or None,
         "columns": orjson.dumps(values).decode(),
         "dataset": header.dataset.decode(),
     }

@@ -35,8 +35,8 @@ class Fold:
         if value is None:
             return
         name = aggregate.column
-        if aggregate.kind in ("count_distinct", "collect_set"):
-            self._sets.setdefault(name, set()).add(value)
+        if aggregate.kind in ("count_distinct", "collect_set", "union"):
+            self._sets.setdefault(name, set()).update(value if aggregate.kind == "union" else (value,))
         elif name not in self._numbers:
             self._numbers[name] = value
         elif aggregate.kind in ("count", "sum"):
@@ -50,7 +50,7 @@ class Fold:
         row |= {name: value for name, (_, value) in self._first.items()}
         row |= self._numbers
         for aggregate in self._spec.aggregates:
-            if aggregate.kind == "collect_set":
+            if aggregate.kind in ("collect_set", "union"):
                 row[aggregate.column] = sorted(self._sets.get(aggregate.column, ())) or None
             elif aggregate.kind == "count_distinct":
                 row[aggregate.column] = len(self._sets.get(aggregate.column, ()))

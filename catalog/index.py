@@ -40,7 +40,7 @@ from sphere.ingest.spool import open_readable
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2
+FORMAT = 3
 """Raised when the layout of the file changes: files of another format are built anew."""
 
 WATCHED = ("bundles", "instances", "series", "studies", "patients")

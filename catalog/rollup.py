@@ -12,6 +12,7 @@ _SQL: Mapping[str, str] = {
     "count": "count(*)",
     "count_distinct": 'count(DISTINCT "{0}")',
     "collect_set": 'list_sort(list(DISTINCT "{0}") FILTER ("{0}" IS NOT NULL))',
+    "union": 'nullif(list_sort(list_distinct(flatten(list("{0}") FILTER ("{0}" IS NOT NULL)))), [])',
     "sum": 'sum("{0}")',
     "min": 'min("{0}")',
     "max": 'max("{0}")',

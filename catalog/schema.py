@@ -104,11 +104,12 @@ def patient_key(patient_id: str | None, issuer: str | None, study_instance_uid: 
 class Aggregate:
     """A roll-up column computed over a group: `kind` of the column `source` of the rows rolled up.
 
-    ``count`` counts rows (source ""), ``count_distinct`` and ``collect_set`` leave out null, and the latter is sorted.
+    ``count`` counts rows (source ""), ``count_distinct`` and ``collect_set`` leave out null, and the latter is sorted;
+    ``union`` collects the elements of lists in the same way.
     """
 
     column: str
-    kind: Literal["count", "count_distinct", "collect_set", "sum", "min", "max"]
+    kind: Literal["count", "count_distinct", "collect_set", "union", "sum", "min", "max"]
     source: str
     arrow: pa.DataType
 
@@ -139,10 +140,12 @@ class Table:
 
 
 _EARLIEST = ("received_at", "bundle", "offset")
+_COLLECTIONS = Aggregate("collections", "union", "collections", TEXTS)
 _EXTENT = (
     Aggregate("size_bytes", "sum", "length", pa.int64()),
     Aggregate("first_received_at", "min", "received_at", TIMESTAMP),
     Aggregate("last_received_at", "max", "received_at", TIMESTAMP),
+    _COLLECTIONS,
 )
 
 _SERIES = RollUp(
@@ -183,6 +186,7 @@ _PATIENTS = RollUp(
         Aggregate("size_bytes", "sum", "size_bytes", pa.int64()),
         Aggregate("first_received_at", "min", "first_received_at", TIMESTAMP),
         Aggregate("last_received_at", "max", "last_received_at", TIMESTAMP),
+        _COLLECTIONS,
     ),
 )
 
@@ -223,6 +227,7 @@ INSTANCE_FIELDS: Mapping[str, pa.DataType] = {
     "source_aet": pa.string(),
     "origin": pa.string(),
     "header_warnings": TEXTS,
+    "collections": TEXTS,
 }
 """Columns of `instances` that are not DICOM attributes; offsets and lengths in bytes (see MemberRecord)."""
 

@@ -65,6 +65,16 @@ class QueryError(SphereError):
         self.offending = offending
 
 
+class Refused(SphereError):
+    """An instance that the settings do not let in; ``dimse`` is the failure status that they name."""
+
+    dimse, http = 0x0124, 403  # Refused: not authorized (PS3.7 C.5.24)
+
+    def __init__(self, message: str, *, status: int = 0x0124) -> None:
+        super().__init__(message)
+        self.dimse = status
+
+
 class PeerError(SphereError):
     """A peer could not be reached, refused the association or answered with a failure."""
 

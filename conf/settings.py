@@ -7,13 +7,23 @@ Sources, later ones win: the defaults below, the TOML file (``--config``, else `
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import unquote, urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from sphere.conf import toml
 from sphere.conf.errors import SettingsError
@@ -21,6 +31,39 @@ from sphere.conf.errors import SettingsError
 Port = Annotated[int, Field(ge=0, le=65535)]
 AETitle = Annotated[str, Field(min_length=1, max_length=16, pattern=r"^[\x20-\x5b\x5d-\x7e]*[\x21-\x5b\x5d-\x7e]$")]
 Seconds = Annotated[float, Field(ge=0)]
+NOT_AUTHORIZED = 0x0124  # Refused: not authorized (PS3.7 C.5.24)
+
+
+def _several(value: Any) -> Any:
+    """One value may stand for a list of it."""
+    return value if isinstance(value, list | tuple) else (value,)
+
+
+def _network(value: str) -> str:
+    try:
+        ipaddress.ip_network(value, strict=False)
+    except ValueError:
+        raise ValueError("is neither an IP address nor a network such as 10.0.0.0/8") from None
+    return value
+
+
+def _failure(value: int) -> int:
+    """A C-STORE failure that a receiver may answer (PS3.4 Table B.2-1, PS3.7 9.1.1.1.9)."""
+    ranges = (range(0xA700, 0xA800), range(0xA900, 0xAA00), range(0xC000, 0xD000))
+    if value in (0x0110, 0x0111, 0x0117, 0x0122, 0x0124, 0x0212) or any(value in one for one in ranges):
+        return value
+    raise ValueError(
+        "is no failure status of C-STORE: 0xA7xx out of resources, 0xA9xx or 0xCxxx data set, 0x0110, 0x0111, 0x0117, "
+        "0x0122, 0x0124 not authorized or 0x0212"
+    )
+
+
+Text = Annotated[str, Field(min_length=1)]
+Texts = Annotated[tuple[Text, ...], BeforeValidator(_several)]
+Networks = Annotated[tuple[Annotated[str, AfterValidator(_network)], ...], BeforeValidator(_several)]
+CollectionName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
+Collections = Annotated[tuple[CollectionName, ...], BeforeValidator(_several)]
+KeyValues = Annotated[tuple[Text | Mapping[str, Any], ...], BeforeValidator(_several)]
 
 
 class Section(BaseModel):
@@ -132,6 +175,53 @@ class Peer(Section):
     port: Port = Field(104, description="Its TCP port.")
 
 
+Way = Literal["dimse", "web", "import"]
+
+
+class Rule(Section):
+    """What is to be done with instances of which everything holds that is given; several values: any of them."""
+
+    name: str = Field("", description="What the log and the sender are told of a refusal; empty: its place, rules.0.")
+    via: Annotated[tuple[Way, ...], BeforeValidator(_several)] = Field(
+        (), description="How it comes: dimse (C-STORE, C-GET), web (STOW-RS), import; a list means any of them."
+    )
+    calling_ae: Texts = Field((), description="AE title of the sender; * and ? are wild cards. A list: any of them.")
+    called_ae: Texts = Field((), description="AE title that the sender called; wild cards as above.")
+    peer: Texts = Field((), description="Name of the sender in [[peers]], by its AE title and address.")
+    address: Networks = Field((), description="IP address or network of the sender: 10.0.0.5, 10.0.0.0/8.")
+    modality: Texts = Field((), description="Modality (0008,0060); the same as that key in `keys`.")
+    sop_class: Texts = Field((), description="SOP class: keyword (CTImageStorage), UID, or UID with wild cards.")
+    transfer_syntax: Texts = Field((), description="Transfer syntax: keyword, UID, or UID with wild cards.")
+    keys: Mapping[str, KeyValues] = Field(
+        default_factory=dict,
+        description="Any attributes of the header by keyword or tag, matched as in a query (PS3.4 C.2.2.2): "
+        '{PatientID="TRIAL*", StudyDate="20240101-"}; a list of values: any of them; a table: the item of a '
+        "sequence. All must match.",
+    )
+    action: Literal["tag", "accept", "reject"] = Field(
+        description="tag: add the collections and look at the next rule; accept: add them and look at no further rule; "
+        "reject: refuse the instance. Without a rule that rejects it, an instance is accepted."
+    )
+    collection: Collections = Field((), description="Collections that the instance is catalogued in.")
+    status: Annotated[int, AfterValidator(_failure)] = Field(
+        NOT_AUTHORIZED, description="DIMSE status of a refusal: a failure of C-STORE (0x0124, 292, is: not authorized)."
+    )
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> Rule:
+        if self.action == "tag" and not self.collection:
+            raise ValueError("a rule that tags needs a `collection`")
+        if self.action == "reject" and self.collection:
+            raise ValueError("a rule that rejects takes no `collection`: nothing is catalogued")
+        if self.action != "reject" and self.status != NOT_AUTHORIZED:
+            raise ValueError("`status` is for a rule that rejects")
+        return self
+
+
+LISTS: Mapping[str, type[Section]] = {"peers": Peer, "rules": Rule}
+"""Sections that are lists of tables."""
+
+
 class Settings(Section):
     """Everything that can be set, by section of sphere.toml."""
 
@@ -144,6 +234,7 @@ class Settings(Section):
     spark: Spark = Spark()
     extract: Extract = Extract()
     peers: tuple[Peer, ...] = ()
+    rules: tuple[Rule, ...] = ()
 
     @property
     def catalog_root(self) -> str:
@@ -231,7 +322,7 @@ def documented_keys() -> list[tuple[str, Any]]:
     """(dotted key, pydantic FieldInfo) of every setting, in the order of the file."""
     keys: list[tuple[str, Any]] = []
     for section, info in Settings.model_fields.items():
-        model = Peer if section == "peers" else info.annotation
+        model = LISTS.get(section) or info.annotation
         assert isinstance(model, type) and issubclass(model, BaseModel)
         keys += [(f"{section}.{name}", field) for name, field in model.model_fields.items()]
     return keys
@@ -242,6 +333,10 @@ def _resolve(settings: Settings, base: Path) -> Settings:
     names = [peer.name for peer in settings.peers]
     if len(set(names)) != len(names):
         raise SettingsError("peers: each name may stand once only")
+    for number, rule in enumerate(settings.rules):
+        if strange := set(rule.peer) - set(names):
+            known = ", ".join(names) or "none"
+            raise SettingsError(f"rules.{number}.peer: no peer is called {sorted(strange)[0]!r} (known: {known})")
     archive = settings.archive.model_copy(update={"state_dir": base / settings.archive.state_dir})
     storage = settings.storage.model_copy(update={"root": _absolute(settings.storage.root, base)})
     ingest = settings.ingest.model_copy(update={"spool_dir": base / settings.ingest.spool_dir})

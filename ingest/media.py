@@ -51,17 +51,20 @@ def import_files(
     *,
     memory_bytes: int,
     only_dicom: bool = False,
+    admit: Callable[[NewMember], NewMember] = lambda member: member,
     clock: Callable[[], datetime] = lambda: datetime.now(timezone.utc),
 ) -> Iterator[Imported]:
     """Store every file of `paths`; yields one result a file, in order, each only when it is durable.
 
     Files that are not DICOM are stored too (extraction puts them into quarantine with a reason), or left out with
-    `only_dicom`. Files of up to `memory_bytes` are read whole, larger ones are copied in pieces.
+    `only_dicom`. Files of up to `memory_bytes` are read whole, larger ones are copied in pieces. `admit` gives the
+    member as it is to be stored, or raises Refused.
     """
 
     def store(path: Path) -> Imported:
         try:
-            return _import_one(path, writer, memory_bytes, only_dicom, clock())
+            member = _look_at(path, memory_bytes, only_dicom, clock())
+            return Imported(path, skipped=True) if member is None else Imported(path, writer.store(admit(member)))
         except OSError as error:
             return Imported(path, error=error.strerror or str(error))
         except SphereError as error:
@@ -77,9 +80,8 @@ def import_files(
             yield waiting.popleft().result()
 
 
-def _import_one(
-    path: Path, writer: BundleWriter, memory_bytes: int, only_dicom: bool, received_at: datetime
-) -> Imported:
+def _look_at(path: Path, memory_bytes: int, only_dicom: bool, received_at: datetime) -> NewMember | None:
+    """The file as a member; None where it is to be left out."""
     size = path.stat().st_size
     with path.open("rb") as file:
         prefix = file.read(memory_bytes if size <= memory_bytes else PREFIX)
@@ -88,10 +90,10 @@ def _import_one(
             prefix += file.read(LONG_PREFIX)
             identity = identify(prefix, size=size)
     if only_dicom and not identity.SOPInstanceUID:
-        return Imported(path, skipped=True)
+        return None
     preamble, offset = _part10_head(prefix, identity)
     whole = len(prefix) == size
-    member = NewMember(
+    return NewMember(
         SOPInstanceUID=identity.SOPInstanceUID,
         SOPClassUID=identity.SOPClassUID,
         StudyInstanceUID=identity.StudyInstanceUID,
@@ -103,7 +105,6 @@ def _import_one(
         preamble=preamble,
         dataset=memoryview(prefix)[offset:] if whole else FileRange(path, offset, size - offset),
     )
-    return Imported(path, record=writer.store(member))
 
 
 def _part10_head(prefix: bytes, identity: Identity) -> tuple[bytes, int]:

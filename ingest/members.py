@@ -41,6 +41,15 @@ class FileRange:
         except OSError as error:
             raise storage_error(error, f"reading {self.path}") from error
 
+    def read(self, offset: int, count: int) -> bytes:
+        """Bytes ``[offset, offset + count)`` of it, fewer at its end; raises StorageError."""
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                file.seek(self.offset + offset)
+                return file.read(max(0, min(count, self.length - offset)))
+        except OSError as error:
+            raise storage_error(error, f"reading {self.path}") from error
+
 
 Dataset = Buffer | Sequence[Buffer] | FileRange
 
@@ -66,13 +75,28 @@ class NewMember:
     preamble: bytes
     dataset: Dataset
     sha256: str = ""
+    collections: tuple[str, ...] = ()  # that it is catalogued in
 
     @property
     def size(self) -> int:
-        """Bytes of the file."""
+        """Bytes of the whole file."""
         if isinstance(self.dataset, FileRange):
             return len(self.preamble) + self.dataset.length
         return len(self.preamble) + sum(memoryview(part).nbytes for part in _parts(self.dataset))
+
+    def fetch(self, offset: int, count: int) -> bytes:
+        """Bytes ``[offset, offset + count)`` of the file, fewer at its end; raises StorageError."""
+        found: list[bytes] = []
+        streamed = self.dataset if isinstance(self.dataset, FileRange) else None
+        for part in (self.preamble, *_parts(self.dataset)):
+            size = memoryview(part).nbytes
+            if offset < size and count > 0:
+                found.append(bytes(part[offset : offset + count]))
+                count -= len(found[-1])
+            offset = max(0, offset - size)
+        if streamed is not None and count > 0:
+            found.append(streamed.read(offset, count))
+        return b"".join(found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +135,8 @@ def prepare(member: NewMember) -> Prepared:
         "source_aet": _text(member.source_aet),
         "origin": _text(member.origin),
     }
+    if member.collections:
+        fields["collections"] = member.collections
     length = member.size
     name = tar.member_name(member.SOPInstanceUID, sha256)
     header = tar.member_header(name, length, fields["received_at"], fields)

@@ -8,6 +8,8 @@ from typing import Any
 
 import orjson
 
+_NO_COLLECTIONS = b',"collections":[]}'
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemberRecord:
@@ -32,14 +34,22 @@ class MemberRecord:
     received_at: datetime  # UTC, microseconds
     source_aet: str  # calling AE title; "" for an import
     origin: str  # "dimse:<AE title>@<address>" or "import:<path>"
+    collections: tuple[str, ...] = ()  # that rules tagged it with; left out of the line where there are none
 
     def to_json(self) -> bytes:
         """One JSON line, without the line feed; received_at as RFC 3339 in UTC."""
-        return orjson.dumps(self, option=orjson.OPT_UTC_Z)
+        line = orjson.dumps(self, option=orjson.OPT_UTC_Z)
+        return line if self.collections else line.removesuffix(_NO_COLLECTIONS) + b"}"
 
     @classmethod
     def from_json(cls, line: bytes) -> MemberRecord:
         """The record of one JSON line; raises ValueError or TypeError when it is not one."""
         fields: dict[str, Any] = orjson.loads(line)
+        return cls.from_fields(fields)
+
+    @classmethod
+    def from_fields(cls, fields: dict[str, Any]) -> MemberRecord:
+        """The record of fields as JSON has them; raises KeyError, ValueError or TypeError when they are not one."""
         fields["received_at"] = datetime.fromisoformat(fields["received_at"].replace("Z", "+00:00"))
+        fields["collections"] = tuple(fields.get("collections", ()))
         return cls(**fields)

@@ -47,8 +47,7 @@ class TarMember:
         fields = dict(self.fields)
         if fields.pop("sphere") != FORMAT:
             raise ValueError("comment record of another format")
-        fields["received_at"] = datetime.fromisoformat(fields["received_at"].replace("Z", "+00:00"))
-        return MemberRecord(bundle=bundle, offset=self.offset, length=self.length, **fields)
+        return MemberRecord.from_fields({**fields, "bundle": bundle, "offset": self.offset, "length": self.length})
 
 
 @dataclass(frozen=True, slots=True)

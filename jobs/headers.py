@@ -19,7 +19,7 @@ from typing import Any
 import pyarrow as pa
 from pyspark.sql import SparkSession
 
-from sphere.catalog.schema import TABLES, TIMESTAMP
+from sphere.catalog.schema import TABLES, TEXTS, TIMESTAMP
 from sphere.conf.errors import RejectReason, SphereError
 from sphere.conf.settings import Settings
 from sphere.ingest.header import Header, HeaderReader, Rejected, RowBuilder
@@ -39,11 +39,13 @@ _ROW_GROUP_BYTES = 64 * 1024 * 1024  # of datasets, above which a row group ends
 _EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 _NAMES = [name.name for name in fields(MemberRecord)]
 _RECORD = attrgetter(*_NAMES)
-_TYPES = {"offset": pa.int64(), "length": pa.int64(), "dataset_offset": pa.int64(), "received_at": TIMESTAMP}
+_INTEGERS = {"offset": pa.int64(), "length": pa.int64(), "dataset_offset": pa.int64(), "received_at": TIMESTAMP}
+_TYPES = {**_INTEGERS, "collections": TEXTS}
 _RECORD_TYPES = [_TYPES.get(name, pa.string()) for name in _NAMES]
 # received_at travels as microseconds since 1970: Spark would give it the session's time zone.
 _PLAN = pa.schema(
-    [(name, pa.int64() if name in _TYPES else pa.string()) for name in _NAMES] + [("contested", pa.bool_())]
+    [(name, pa.int64() if name in _INTEGERS else _TYPES.get(name, pa.string())) for name in _NAMES]
+    + [("contested", pa.bool_())]
 )
 _RESULT = pa.schema(
     [
@@ -166,6 +168,7 @@ class _Task:
             for row, (prefix, fetch) in zip(rows, beginnings, strict=True):
                 contested = row.pop("contested")
                 row["received_at"] = _EPOCH + timedelta(microseconds=row["received_at"])
+                row["collections"] = tuple(row["collections"])
                 record = MemberRecord(**row)
                 sink.add(record, _read(reader, record, prefix, fetch), contested)
         results = sink.finish(self._sources)

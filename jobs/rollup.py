@@ -34,9 +34,9 @@ def refresh(tables: Tables, settings: Settings, *, on_step: Callable[[str], None
 
     Works in MEMORY_LIMIT, and beyond it in the archive's state folder. Raises JobFailed where another process writes.
     """
-    instances = tables.open("instances")
-    if instances is None:
+    if tables.open("instances") is None:
         return
+    instances = tables.ensure("instances")  # of an older version, it lacks columns
     rolled = {name: tables.ensure(name) for name in ("patients", "studies", "series")}
     since = min(_seen(table) for table in rolled.values())
     if since >= instances.version():

@@ -115,6 +115,7 @@ def _store_request(message: Message, association: Association) -> StoreRequest:
         size=message.dataset.size,
         sha256=message.dataset.sha256,
         calling_ae=association.calling,
+        called_ae=association.called,
         address=association.address,
         problem=message.dataset.error,
     )

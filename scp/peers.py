@@ -74,6 +74,14 @@ class CallingPolicy:
             return True
         return any(peer.ae_title == ae_title.strip() and plain in self._addresses(peer.host) for peer in self._peers)
 
+    def name(self, ae_title: str, address: str) -> str:
+        """The name of the peer that calls by this AE title from this address; "" for a stranger."""
+        plain = plain_address(address)
+        for peer in self._peers:
+            if peer.ae_title == ae_title.strip() and plain in self._addresses(peer.host):
+                return peer.name
+        return ""
+
     def _addresses(self, host: str) -> frozenset[str]:
         now = self._clock()
         kept = self._kept.get(host)

@@ -16,6 +16,7 @@ from sphere.scp.find import FindService
 from sphere.scp.handlers import Handlers
 from sphere.scp.libraries import prepare_libraries
 from sphere.scp.peers import CallingPolicy
+from sphere.scp.policy import Policy
 from sphere.scp.retrieve.handlers import RetrieveHandlers
 from sphere.scp.retrieve.locate import Locator
 from sphere.scp.retrieve.service import RetrieveService
@@ -45,7 +46,9 @@ def run_receiver(settings: Settings, *, ready: Callable[[int], None]) -> None:
         with QueryService(settings) as finder, closing(Transcoder()) as transcoder:
             service = RetrieveService(settings, open_readable(settings), Locator(finder), transcoder)
             retrieve = RetrieveHandlers(service).services()
-            handlers = Handlers(CallingPolicy(settings.peers), StoreService(writer), FindService(finder), retrieve)
+            callers = CallingPolicy(settings.peers)
+            store = StoreService(writer, Policy(settings, callers))
+            handlers = Handlers(callers, store, FindService(finder), retrieve)
             _serve(listen(settings, handlers), stop, ready)
     finally:
         writer.close()

@@ -14,6 +14,7 @@ from sphere.ingest.header import Identity, identify
 from sphere.ingest.members import Dataset
 from sphere.ingest.part10 import file_meta
 from sphere.ingest.records import MemberRecord
+from sphere.scp.policy import Policy, Via
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,9 @@ class StoreRequest:
     size: int  # bytes of the data set
     sha256: str = ""  # of the data set, hexadecimal; "": to be computed
     calling_ae: str
+    called_ae: str = ""
     address: str  # of the sender
+    via: Via = "dimse"
     problem: OSError | None = None  # the disk failed while it arrived: `dataset` is not whole
 
 
@@ -58,8 +61,10 @@ class Writer(Protocol):
 class StoreService:
     """Lands instances: durable first, then Success."""
 
-    def __init__(self, writer: Writer) -> None:
+    def __init__(self, writer: Writer, policy: Policy | None = None) -> None:
+        """`policy` decides what is let in; without one everything is."""
         self._writer = writer
+        self._policy = policy
 
     def land(self, request: StoreRequest) -> StoreAnswer:
         """Store the bytes as they came; never raises.
@@ -71,7 +76,12 @@ class StoreService:
             return self._failed(request, OUT_OF_RESOURCES, f"no room: {request.problem.strerror}")
         try:
             found = _identify(request)
-            self._writer.store(_member(request, found))
+            member = _member(request, found)
+            if self._policy is not None:
+                member = self._policy.admit(
+                    member, via=request.via, called_ae=request.called_ae, address=request.address
+                )
+            self._writer.store(member)
         except SphereError as error:
             return self._failed(request, error.dimse, str(error))
         except Exception as error:  # noqa: BLE001  a defect of ours must be answered, and not end the association

@@ -115,12 +115,20 @@ class Archive:
         from sphere.ingest.bundle import BundleWriter
         from sphere.ingest.media import import_files
         from sphere.ingest.storage import open_storage
+        from sphere.scp.policy import Policy
 
+        policy = Policy(self.settings)
         storage = open_storage(self.settings.storage.root, user=self.settings.storage.user)
         writer = BundleWriter(storage, self.settings)
         try:
             memory = self.settings.storage.memory_mib << 20
-            yield from import_files(paths, writer, memory_bytes=memory, only_dicom=only_dicom)
+            yield from import_files(
+                paths,
+                writer,
+                memory_bytes=memory,
+                only_dicom=only_dicom,
+                admit=lambda member: policy.admit(member, via="import"),
+            )
         finally:
             writer.close()
 

@@ -124,11 +124,13 @@ def get(
 @contextmanager
 def _archive_store(settings: Settings) -> Iterator[Lands]:
     from sphere.ingest.spool import open_writer
+    from sphere.scp.policy import Policy
     from sphere.scp.store import StoreService
 
+    policy = Policy(settings)
     writer = open_writer(settings)
     try:
-        yield StoreService(writer)
+        yield StoreService(writer, policy)
     finally:
         writer.close()
 

@@ -23,6 +23,7 @@ from sphere.conf import logs, serving
 from sphere.conf.errors import SettingsError, SphereError
 from sphere.conf.settings import Settings
 from sphere.ingest.spool import in_use
+from sphere.scp.policy import Policy
 
 log = logging.getLogger(__name__)
 
@@ -81,8 +82,9 @@ class Supervisor:
     def run(self) -> int:
         """Serve until SIGTERM or SIGINT; returns the exit status, 0 when every child stopped cleanly.
 
-        Raises SettingsError when the DIMSE port is taken.
+        Raises SettingsError when the DIMSE port is taken, or a rule asks for what cannot be matched.
         """
+        Policy(self.settings)  # a rule that cannot be matched ends this here, not one receiver after the other
         self.settings = settings = with_port(self.settings)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self._stop.set())

@@ -10,9 +10,22 @@ from typing import Any
 import orjson
 from pydantic_core import PydanticUndefined
 
-from sphere.conf.settings import documented_keys
+from sphere.conf.settings import LISTS, documented_keys
 
-PEER_EXAMPLE = {"name": "ward", "ae_title": "WARD", "host": "10.0.0.5", "port": 104}
+EXAMPLES: Mapping[str, Mapping[str, Any]] = {
+    "peers": {"name": "ward", "ae_title": "WARD", "host": "10.0.0.5", "port": 104},
+    "rules": {
+        "name": "trial",
+        "calling_ae": "CT*",
+        "keys": {"PatientID": "TRIAL*"},
+        "action": "tag",
+        "collection": "trial",
+    },
+}
+_INTRODUCTIONS: Mapping[str, str] = {
+    "peers": "# Who may talk to this archive, and whom it talks to: one such table a peer.",
+    "rules": "# What is accepted, refused, or catalogued in collections: one such table a rule, in their order.",
+}
 
 
 def render(values: Mapping[str, Any]) -> str:
@@ -23,13 +36,10 @@ def render(values: Mapping[str, Any]) -> str:
         table, _, name = key.partition(".")
         if table != section:
             section = table
-            lines += ["", "# Who may talk to this archive, and whom it talks to: one such table a peer."] * (
-                table == "peers"
-            )
-            lines += ["# [[peers]]" if table == "peers" else f"[{table}]"]
+            lines += ["", _INTRODUCTIONS[table], f"# [[{table}]]"] if table in LISTS else [f"[{table}]"]
         lines += textwrap.wrap(field.description, 110, initial_indent="# ", subsequent_indent="# ")
-        if table == "peers":
-            lines.append(f"# {name} = {_toml(PEER_EXAMPLE[name])}")
+        if name in EXAMPLES.get(table, ()):
+            lines.append(f"# {name} = {_toml(EXAMPLES[table][name])}")
         elif key in values:
             lines.append(f"{name} = {_toml(values[key])}")
         else:

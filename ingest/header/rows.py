@@ -26,6 +26,7 @@ _FIXED: Final[dict[str, _Source]] = {
     "source_aet": lambda header, record: record.source_aet,
     "origin": lambda header, record: record.origin,
     "header_warnings": lambda header, record: header.warnings,
+    "collections": lambda header, record: record.collections or None,
     "dataset": lambda header, record: header.dataset,
 }
 

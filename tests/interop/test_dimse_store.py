@@ -264,3 +264,17 @@ def test_a_context_that_pynetdicom_builds(receiver: Receiver) -> None:
     assoc = ae.associate("127.0.0.1", receiver.port)
     assert [context.result for context in assoc.rejected_contexts] == [4]
     assoc.abort()
+
+
+def test_rules_decide_what_storescu_is_answered(tmp_path: Path) -> None:
+    rules = [
+        {"calling_ae": "TRIAL*", "action": "tag", "collection": "trial"},
+        {"modality": "MR", "action": "reject", "status": 0xA7FF, "name": "no-mr"},
+    ]
+    ct, mr = make_instance(tmp_path / "ct.dcm"), make_instance(tmp_path / "mr.dcm", Modality="MR")
+    with running_receiver(tmp_path / "archive", {"rules": rules}) as receiver:
+        for title, path, said in (("TRIAL1", ct, "0x0000"), ("OTHER", ct, "0x0000"), ("TRIAL1", mr, "0xa7ff")):
+            run = run_tool("storescu", "-d", "-aet", title, "127.0.0.1", receiver.port, path)
+            assert f"DIMSE Status                  : {said}" in run.stdout, run.stdout
+        assert {record.collections for record in receiver.members()} == {("trial",), ()}
+    assert "refused by rule no-mr" in receiver.log

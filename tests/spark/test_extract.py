@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -301,3 +302,14 @@ def test_change_feed_adds_up_to_the_table(spark: SparkSession, tmp_path: Path) -
         left[row["SOPInstanceUID"] + row["sha256"]] = left.get(row["SOPInstanceUID"] + row["sha256"], 0) + step
     expected = {uid + row["sha256"] for uid, row in by_uid(settings).items()}
     assert {key: count for key, count in left.items() if count} == dict.fromkeys(expected, 1)
+
+
+def test_collections_are_columns(spark: SparkSession, settings: Settings) -> None:
+    first, second, third = slices(3)
+    tagged = [replace(new_member(first), collections=("b", "a")), replace(new_member(second), collections=("b",))]
+    land(settings, [*tagged, new_member(third)])
+    run(spark, settings)
+    rows = table_rows(settings, "instances")
+    assert sorted(row["collections"] or [] for row in rows) == [[], ["b"], ["b", "a"]]
+    for name in ("series", "studies", "patients"):
+        assert [row["collections"] for row in table_rows(settings, name)] == [["a", "b"]]

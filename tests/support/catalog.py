@@ -113,6 +113,7 @@ def _rolled(spec: RollUp, key: tuple[Any, ...], group: list[Row]) -> Row:
             "count": lambda values: len(group),
             "count_distinct": lambda values: len(set(values)),
             "collect_set": lambda values: sorted(set(values)),
+            "union": lambda values: sorted({one for value in values for one in value}) or None,
             "sum": sum,
             "min": lambda values: min(values, default=None),
             "max": lambda values: max(values, default=None),

@@ -31,7 +31,7 @@ def test_instances_hold_every_column_once() -> None:
     assert set(names) == {column.keyword for column in COLUMNS} | set(INSTANCE_FIELDS) | {"dataset"}
     assert names[-1] == "dataset"
     assert names[:4] == ["SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "SOPClassUID"]
-    assert set(INSTANCE_FIELDS) <= set(names[:STATISTICS])
+    assert set(INSTANCE_FIELDS) - {"collections"} <= set(names[:STATISTICS])  # a list has no bounds
 
 
 @pytest.mark.parametrize("name", TABLES)

@@ -12,10 +12,20 @@ from pydicom.filebase import DicomBytesIO
 from pydicom.filewriter import write_dataset
 
 from sphere.conf.errors import StorageFull
+from sphere.conf.settings import from_dict
 from sphere.ingest.bundle import FileRange, NewMember
 from sphere.ingest.part10 import read_file_meta
 from sphere.ingest.records import MemberRecord
-from sphere.scp.store import MISMATCH, OUT_OF_RESOURCES, PROCESSING_FAILURE, SUCCESS, StoreRequest, StoreService
+from sphere.scp.policy import Policy
+from sphere.scp.store import (
+    MISMATCH,
+    OUT_OF_RESOURCES,
+    PROCESSING_FAILURE,
+    SUCCESS,
+    StoreAnswer,
+    StoreRequest,
+    StoreService,
+)
 from sphere.scp.upper.dataset import ArrivingDataSet
 
 pytestmark = pytest.mark.unit
@@ -161,3 +171,15 @@ def test_a_full_disk_while_it_arrives_is_told_at_the_end(tmp_path: Path, monkeyp
     answer = StoreService(writer).land(request(b"", problem=dataset.error))
     assert (answer.status, answer.comment) == (OUT_OF_RESOURCES, "no room: No space left on device")
     assert writer.members == []
+
+
+def test_a_rule_refuses_with_its_status_and_tags_what_it_lets_in(tmp_path: Path) -> None:
+    rules = [
+        {"calling_ae": "CT1", "action": "tag", "collection": "trial"},
+        {"name": "no-calls", "called_ae": "OTHER", "action": "reject", "status": 0xA700},
+    ]
+    writer = FakeWriter()
+    service = StoreService(writer, Policy(from_dict({"rules": rules}, base=tmp_path)))
+    assert service.land(request(encoded(), called_ae="SPHERE")).status == SUCCESS
+    assert service.land(request(encoded(), called_ae="OTHER")) == StoreAnswer(0xA700, "refused by rule no-calls")
+    assert [member.collections for member in writer.members] == [("trial",)]
