@@ -12,9 +12,10 @@ from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
 from pydicom.valuerep import format_number_as_ds
 
-from sphere.catalog.match_header import Header
+from sphere.catalog.match_header import Header, tag_in
 from sphere.catalog.query import QUERY_RETRIEVE_LEVEL, SPECIFIC_CHARACTER_SET, Key
 from sphere.catalog.schema import Level
+from sphere.catalog.zones import TIMEZONE, text_of
 
 UTF_8 = "ISO_IR 192"
 RETRIEVE_AE_TITLE = 0x00080054
@@ -33,6 +34,7 @@ class Match:
     columns: Mapping[int, Any]
     header: Header
     retrieve_ae_title: str
+    timezone: int | None = None
 
     def identifier(self) -> Dataset:
         """The keys asked for, zero length where the entity has no value, the unique keys of its level and above, and
@@ -41,10 +43,14 @@ class Match:
         _add(identifier, SPECIFIC_CHARACTER_SET, "CS", UTF_8)
         _add(identifier, QUERY_RETRIEVE_LEVEL, "CS", self.level)
         _add(identifier, RETRIEVE_AE_TITLE, "AE", self.retrieve_ae_title)
+        if self.timezone is not None:
+            _add(identifier, TIMEZONE, "SH", text_of(self.timezone))
         for key in self.keys:
             if key.tag in self.columns:
                 _add(identifier, key.tag, key.vr, self.columns[key.tag])
-            elif element := self.header.get(f"{key.tag:08X}"):
+            elif key.is_creator:
+                _add(identifier, key.tag, "LO", key.creator)
+            elif element := self.header.get(f"{tag_in(self.header, key.tag, key.creator):08X}"):
                 identifier.add(_element_or_empty(key, element))
             else:
                 _add(identifier, key.tag, key.vr, None)
@@ -80,8 +86,10 @@ def _item(key: Key, header: Header) -> Dataset:
         return Dataset.from_json(dict(header))
     item = Dataset()
     for inner in key.items:
-        element = header.get(f"{inner.tag:08X}")
-        if element:
+        element = header.get(f"{tag_in(header, inner.tag, inner.creator):08X}")
+        if inner.is_creator:
+            _add(item, inner.tag, "LO", inner.creator)
+        elif element:
             item.add(_element(inner, element))
         else:
             _add(item, inner.tag, inner.vr, None)

@@ -14,47 +14,71 @@ import duckdb
 import orjson
 
 from sphere.catalog.index import Index
-from sphere.catalog.match_header import Header
+from sphere.catalog.match_header import Header, tag_in
 from sphere.catalog.plan import ORDER
 from sphere.catalog.predicate import AnyItem, Compare, Moment, Predicate
 from sphere.catalog.schema import Level
 
 Row = tuple[Any, ...]
+PRIVATE_PAGE = 64
+"""Headers held at once while private attributes are looked for: they are read whole."""
 
 
-def tags_of(predicate: Predicate) -> set[int]:
-    """The tags of the first level that a predicate looks at."""
-    tags: set[int] = set()
+Attribute = tuple[int, str]
+"""A tag, and the private creator whose block it is in ("" where none is named)."""
+
+
+def attributes_of(predicate: Predicate) -> set[Attribute]:
+    """The attributes of the first level that a predicate looks at."""
+    found: set[Attribute] = set()
     for node in predicate:
         if isinstance(node, Moment):
-            tags |= {node.date_tag, node.time_tag}
+            found |= {(node.date_tag, ""), (node.time_tag, "")}
         elif isinstance(node, (Compare, AnyItem)):
-            tags.add(node.tag)
-    return tags
+            found.add((node.tag, node.creator))
+    return found
 
 
 def read_headers(
-    index: Index, cursor: duckdb.DuckDBPyConnection, level: Level, keys: Sequence[Row], tags: Iterable[int]
+    index: Index, cursor: duckdb.DuckDBPyConnection, level: Level, keys: Sequence[Row], wanted: Iterable[Attribute]
 ) -> Mapping[Row, Header]:
-    """From the identifying values (`ORDER[level]`) of entities to a DICOM JSON object of the `tags` they have."""
-    names = [f"{tag:08X}" for tag in sorted(tags)]
+    """From the identifying values (`ORDER[level]`) of entities to a DICOM JSON object of the attributes they have.
+
+    A private attribute of a named creator stands in the block that the query gives it.
+    """
+    attributes = sorted(wanted)
+    names = [f"{tag:08X}" for tag, creator in attributes if not creator]
+    private = [attribute for attribute in attributes if attribute[1]]
     studies = _studies(cursor, level, keys)
     columns = ("StudyInstanceUID", "SeriesInstanceUID", "received_at", "bundle", "offset", "dataset")
     instances = index.instances(index.instance_files(studies), columns)
-    if instances is None or not names:
+    if instances is None or not attributes:
         return {}
     source, identity = _source(level, instances[0])
-    elements = ", ".join(map(_element_sql, names))
-    text = (
-        f"SELECT {', '.join(identity)}, {elements} FROM {source} "
-        f"WHERE i.StudyInstanceUID IN ({', '.join('?' * len(studies))}) GROUP BY ALL"
-    )
-    width = len(identity)
-    headers: dict[Row, Header] = {}
-    for row in cursor.execute(text, [*instances[1], *studies]).fetchall():
-        found = zip(names, row[width:], strict=True)
-        headers[row[:width]] = {name: orjson.loads(element) for name, element in found if element is not None}
+    where = f"FROM {source} WHERE i.StudyInstanceUID IN ({', '.join('?' * len(studies))})"
+    values = [*instances[1], *studies]
+    headers: dict[Row, dict[str, Any]] = {}
+    if names:
+        text = f"SELECT {', '.join([*identity, *map(_element_sql, names)])} {where} GROUP BY ALL"
+        for row in cursor.execute(text, values).fetchall():
+            found = zip(names, row[len(identity) :], strict=True)
+            headers[row[: len(identity)]] = {name: orjson.loads(one) for name, one in found if one is not None}
+    if private:
+        text = f'SELECT {", ".join(identity)}, i."dataset" {where} ORDER BY i.received_at, i.bundle, i."offset"'
+        cursor.execute(text, values)
+        while rows := cursor.fetchmany(PRIVATE_PAGE):
+            for row in rows:
+                take_private(headers.setdefault(row[:-1], {}), orjson.loads(row[-1] or b"{}"), private)
     return headers
+
+
+def take_private(found: dict[str, Any], header: Header, wanted: Iterable[Attribute]) -> None:
+    """Add the private attributes that `header` has a value of and `found` has not, in the blocks of `wanted`."""
+    for tag, creator in wanted:
+        element = header.get(f"{tag_in(header, tag, creator):08X}")
+        if element and f"{tag:08X}" not in found and ("InlineBinary" in element or (element.get("Value") or [None])[0]):
+            found[f"{tag:08X}"] = element
+            found[f"{tag >> 16:04X}00{tag >> 8 & 0xFF:02X}"] = {"vr": "LO", "Value": [creator]}
 
 
 def _studies(cursor: duckdb.DuckDBPyConnection, level: Level, keys: Sequence[Row]) -> list[str]:

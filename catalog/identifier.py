@@ -17,6 +17,8 @@ from pydicom.dataelem import DataElement, RawDataElement
 from pydicom.dataset import Dataset
 from pydicom.valuerep import TEXT_VR_DELIMS
 
+from sphere.ingest.header.dictionary import private_vr
+
 SPECIFIC_CHARACTER_SET = 0x00080005
 _CHARSET_VRS: Final = frozenset(("LO", "LT", "PN", "SH", "ST", "UC", "UT"))
 _BINARY: Final = {"US": "H", "SS": "h", "UL": "L", "SL": "l", "UV": "Q", "SV": "q", "FL": "f", "FD": "d"}
@@ -53,14 +55,18 @@ def _encodings(dataset: Dataset, inherited: list[str]) -> list[str]:
 
 
 def _elements(dataset: Dataset, encodings: list[str]) -> Iterator[Element]:
+    creators: dict[int, str] = {}  # by the private block's first tag
     for tag in sorted(dataset.keys()):
         if tag & 0xFFFF:
-            yield _element(dataset, int(tag), encodings)
+            element = _element(dataset, int(tag), encodings, creators.get(tag & 0xFFFFFF00, ""))
+            if tag >> 16 & 1 and 0x10 <= tag & 0xFFFF <= 0xFF:
+                creators[tag >> 16 << 16 | (tag & 0xFF) << 8] = element.text.strip(" \0")
+            yield element
 
 
-def _element(dataset: Dataset, tag: int, encodings: list[str]) -> Element:
+def _element(dataset: Dataset, tag: int, encodings: list[str], creator: str = "") -> Element:
     raw = dataset.get_item(tag)
-    vr = _vr(tag, raw.VR)
+    vr = _vr(tag, raw.VR, creator)
     if vr == "SQ":
         items = dataset[tag].value or []
         return Element(tag, vr, "", [list(_elements(item, _encodings(item, encodings))) for item in items])
@@ -73,12 +79,15 @@ def _text(element: DataElement | RawDataElement, vr: str, encodings: list[str]) 
     return _value_text(element.value)
 
 
-def _vr(tag: int, said: str | None) -> str:
-    """The VR of PS3.6, else the one that the element bears: an identifier may say UN for what it does not know."""
+def _vr(tag: int, said: str | None, creator: str) -> str:
+    """The VR of PS3.6, else the one that the element bears: an identifier may say UN for what it does not know.
+
+    Of a private element that says nothing, what the private dictionaries know of its creator.
+    """
     try:
         return dictionary_VR(tag)
     except KeyError:
-        return said or "UN"
+        return said if said and said != "UN" else private_vr(tag, creator) or "UN"
 
 
 def _raw_text(value: bytes, vr: str, encodings: Sequence[str], little_endian: bool) -> str:

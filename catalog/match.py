@@ -65,6 +65,20 @@ class Exact(Test):
 
 
 @dataclass(frozen=True)
+class Empty(Test):
+    """Empty value matching (PS3.4 C.2.2.2.7): the attribute is absent or has no value; no value passes.
+
+    `sphere.catalog.predicate` and `sphere.catalog.match_header` ask it of the attribute as a whole.
+    """
+
+    def sql(self, x: str) -> Sql:
+        return f"({x} IS NULL)", []
+
+    def matches(self, value: Value) -> bool:
+        return False
+
+
+@dataclass(frozen=True)
 class Number(Test):
     """Single value matching of a numeric attribute: equal as a number, however it is written."""
 
@@ -245,8 +259,11 @@ def time_text(value: Value) -> str | None:
 _INSTANT_PARTS = re.compile(r"(\d+)(?:\.(\d+))?(?:([+-])(\d\d)(\d\d))?", re.ASCII)
 
 
-def instant(text: str) -> datetime | None:
-    """The first moment of a DT in UTC, without tzinfo; None where it is not valid."""
+def instant(text: str, zone: int = 0) -> datetime | None:
+    """The first moment of a DT in UTC, without tzinfo; None where it is not valid.
+
+    One without a UTC offset is in `zone`, minutes east of UTC.
+    """
     if not re.fullmatch(DATETIME_RE, text, re.ASCII):
         return None
     found = _INSTANT_PARTS.fullmatch(text)
@@ -257,5 +274,7 @@ def instant(text: str) -> datetime | None:
     except ValueError:  # 30 February
         return None
     moment += timedelta(microseconds=int((fraction or "").ljust(6, "0")))
-    offset = timedelta(hours=int(hours or 0), minutes=int(minutes or 0))
+    if sign is None:
+        return moment - timedelta(minutes=zone)
+    offset = timedelta(hours=int(hours), minutes=int(minutes))
     return moment + offset if sign == "-" else moment - offset

@@ -7,13 +7,14 @@ table. A test with generated headers holds it to the same answers as the SQL of 
 from __future__ import annotations
 
 import re
+from base64 import b64decode
 from collections.abc import Iterator, Mapping
 from datetime import date
 from typing import Any, Final
 
 from pydicom.datadict import tag_for_keyword
 
-from sphere.catalog.match import TRAILING_ONLY_VRS, Value, time_text
+from sphere.catalog.match import TRAILING_ONLY_VRS, Empty, Value, time_text
 from sphere.catalog.match_parse import DECIMAL_VRS, INTEGER_VRS
 from sphere.catalog.predicate import AnyItem, Compare, Moment, Node, Predicate
 from sphere.catalog.schema import BY_KEYWORD
@@ -44,9 +45,12 @@ def holds(predicate: Predicate, header: Header) -> bool:
 
 def _node_holds(node: Node, header: Header) -> bool:
     if isinstance(node, Compare):
-        return any(node.test.matches(value) for value in column_values(header, node.tag, node.vr))
+        values = column_values(header, tag_in(header, node.tag, node.creator), node.vr)
+        if isinstance(node.test, Empty):
+            return next(values, None) is None
+        return any(node.test.matches(value) for value in values)
     if isinstance(node, AnyItem):
-        return any(holds(node.nodes, item) for item in items(header, node.tag))
+        return any(holds(node.nodes, item) for item in items(header, tag_in(header, node.tag, node.creator)))
     return any(_moment_holds(node, day, time) for day, time in _moments(node, header))
 
 
@@ -62,6 +66,20 @@ def _moment_holds(node: Moment, day: Value, time: Value) -> bool:
         return False
     moment = f"{day:%Y%m%d}{text}"
     return (node.low is None or moment >= node.low) and (node.high is None or moment <= node.high)
+
+
+def tag_in(header: Header, tag: int, creator: str) -> int:
+    """The tag that an attribute has in this data set: a private creator's block differs from one to the other (PS3.5
+    7.8.1). 0, which no header has, where its creator reserved none; `tag` itself without a `creator`."""
+    if not creator:
+        return tag
+    group = tag >> 16
+    for name, element in header.items():
+        if name.startswith(f"{group:04X}00") and (block := int(name[6:], 16)) >= 0x10:
+            values = element.get("Value") or [""]
+            if isinstance(values[0], str) and values[0].strip(" ") == creator:
+                return group << 16 | block << 8 | tag & 0xFF
+    return 0
 
 
 def items(header: Header, tag: int) -> list[Header]:
@@ -84,7 +102,11 @@ def column_values(header: Header, tag: int, vr: str) -> Iterator[Value]:
 
 def _values(header: Header, tag: int) -> list[Any]:
     element = header.get(f"{tag:08X}")
-    values: list[Any] = element.get("Value") or [] if element else []
+    if not element:
+        return []
+    if element.get("vr") == "UN" and tag >> 16 & 1 and "InlineBinary" in element:
+        return b64decode(element["InlineBinary"]).decode("latin-1").rstrip("\0").split("\\")  # text, most likely
+    values: list[Any] = element.get("Value") or []
     return values
 
 

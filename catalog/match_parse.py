@@ -5,15 +5,18 @@ from __future__ import annotations
 import re
 from calendar import monthrange
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import date, datetime, timedelta
 from typing import Final
 
+from sphere.catalog.fuzzy import FuzzyName
 from sphere.catalog.match import (
     DATETIME_RE,
     TIME_RE,
     TRAILING_ONLY_VRS,
     WILD_CARD_VRS,
     DateRange,
+    Empty,
     Exact,
     InstantRange,
     Number,
@@ -28,39 +31,76 @@ from sphere.catalog.match import (
 INTEGER_VRS: Final = frozenset(("IS", "US", "SS", "UL", "SL", "SV", "UV", "US or SS"))
 DECIMAL_VRS: Final = frozenset(("DS", "FD", "FL"))
 NOT_MATCHED_VRS: Final = frozenset(("OB", "OD", "OF", "OL", "OV", "OW", "OB or OW"))
-MULTIPLE_VALUES: Final = frozenset(("ModalitiesInStudy",))
-"""Keys other than UIDs that may name several values, any of which matches."""
+LISTS: Final = frozenset(("ModalitiesInStudy",))
+"""Keys other than UIDs that may name several values without negotiation: any of them matches, as clients expect."""
+MULTIPLE_VALUE_VRS: Final = frozenset(("AE", "AS", "AT", "CS", "LO", "PN", "SH", "UC"))
+"""Value representations that multiple value matching is defined for (PS3.4 C.2.2.2.8)."""
+TWO_QUOTES: Final = '""'
+"""The key of empty value matching (PS3.4 C.2.2.2.7)."""
 
 _UID = re.compile(r"[0-9.]{1,64}")  # what is accepted when it arrives can be asked for
 _INTEGER = re.compile(r"[+-]?[0-9]{1,20}")
 _DECIMAL = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?")
 
 
-def parse_value(text: str, vr: str, *, keyword: str = "") -> Test | None:
-    """The test that the text of a key of value representation `vr` asks for; None is universal matching.
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What changes the meaning of a key's text, where extended negotiation agreed on it (PS3.4 C.5.1.1.1).
+
+    `timezone` is the zone of date-times without a UTC offset, in minutes east of UTC.
+    """
+
+    fuzzy_names: bool = False
+    empty_values: bool = False
+    multiple_values: bool = False
+    timezone: int | None = None
+
+
+PLAIN: Final = Rules()
+
+
+def parse_values(text: str, vr: str, *, keyword: str = "", vm: str = "1", rules: Rules = PLAIN) -> tuple[Test, ...]:
+    """The tests that the text of a key of value representation `vr` asks for, of which each must pass with some value
+    of the attribute; none is universal matching.
 
     Raises ValueError, with a reason, for a text that is not allowed for this VR.
     """
     text = text.rstrip(" \0") if vr in TRAILING_ONLY_VRS else text.strip(" \0")
     if not text.strip("*"):
-        return None
+        return ()
     if vr in NOT_MATCHED_VRS:
         raise ValueError(f"attributes of VR {vr} cannot be matched")
+    if rules.empty_values and text == TWO_QUOTES:
+        return (Empty(),)
     if "\\" in text and vr not in TRAILING_ONLY_VRS - {"UC"}:
-        return _several(text, vr, keyword)
+        return _several(text, vr, keyword, rules.multiple_values and vm != "1")
+    test = _parse(text, vr, rules)
+    return (test,) if test is not None else ()
+
+
+def _parse(text: str, vr: str, rules: Rules) -> Test | None:
+    if vr == "PN" and rules.fuzzy_names:
+        return FuzzyName.parse(text)
+    if vr == "DT":
+        return _instant(text, rules.timezone or 0)
     return _PARSERS.get(vr, _wild if vr in WILD_CARD_VRS or vr == "UN" else _text)(text)
 
 
-def _several(text: str, vr: str, keyword: str) -> Test | None:
-    """A list of UIDs, or of the values of a key that is defined to take several."""
+def _several(text: str, vr: str, keyword: str, every: bool) -> tuple[Test, ...]:
+    """A list of UIDs; the values that must all be there; or a list of which any may be."""
     parts = [part.strip(" ") for part in text.split("\\")]
     if vr == "UI":
-        return _uids(parts)
-    if keyword not in MULTIPLE_VALUES:
+        return (_uids(parts),)
+    every = every and vr in MULTIPLE_VALUE_VRS
+    if not every and keyword not in LISTS:
         raise ValueError("only a UID may be a list of values")
     if any(set(part) & {"*", "?"} for part in parts):
         raise ValueError("a list of values takes no wild cards")
-    return Exact(tuple(part for part in parts if part))
+    given = tuple(dict.fromkeys(part for part in parts if part))
+    if not every:
+        return (Exact(given),) if given else ()
+    tests = (_parse(part, vr, PLAIN) for part in given)
+    return tuple(test for test in tests if test is not None)
 
 
 def _uids(parts: list[str]) -> Test:
@@ -155,30 +195,30 @@ def _last_moment(text: str) -> str:
 _INSTANT_RANGE = re.compile(f"({DATETIME_RE})?-({DATETIME_RE})?", re.ASCII)
 
 
-def _instant(text: str) -> Test:
+def _instant(text: str, zone: int) -> Test:
     """A DT or a range of them; a hyphen that can be the sign of a UTC offset is one (PS3.4 C.2.2.2.5.3)."""
     if re.fullmatch(DATETIME_RE, text, re.ASCII):
-        return InstantRange(_instant_low(text), _instant_high(text))
+        return InstantRange(_instant_low(text, zone), _instant_high(text, zone))
     found = _INSTANT_RANGE.fullmatch(text)
     if found is None or not any(found.groups()):
         raise ValueError("is not a date-time YYYYMMDDHHMMSS.FFFFFF&ZZXX or a range of them")
     low, high = found.groups()
-    return InstantRange(_instant_low(low) if low else None, _instant_high(high) if high else None)
+    return InstantRange(_instant_low(low, zone) if low else None, _instant_high(high, zone) if high else None)
 
 
-def _instant_low(text: str) -> datetime:
-    moment = instant(text)
+def _instant_low(text: str, zone: int) -> datetime:
+    moment = instant(text, zone)
     if moment is None:
         raise ValueError("is not a date-time of the calendar")
     return moment
 
 
-def _instant_high(text: str) -> datetime:
+def _instant_high(text: str, zone: int) -> datetime:
     """The last microsecond of a DT of any precision."""
     parts = re.match(r"([0-9]+)(?:\.([0-9]+))?", text)
     assert parts is not None, text
     digits, fraction = parts.groups()
-    low = _instant_low(text)
+    low = _instant_low(text, zone)
     days = {4: 366 if monthrange(int(digits[:4]), 2)[1] == 29 else 365, 8: 1}
     if len(digits) == 6:
         days[6] = monthrange(int(digits[:4]), int(digits[4:]))[1]
@@ -192,7 +232,6 @@ def _instant_high(text: str) -> datetime:
 _PARSERS: dict[str, Callable[[str], Test | None]] = {
     "DA": _date,
     "TM": _time,
-    "DT": _instant,
     "UI": _uid,
     "PN": _name,
     **dict.fromkeys(INTEGER_VRS, _integer),

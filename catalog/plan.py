@@ -11,7 +11,9 @@ from sphere.catalog.index import NAME_SUFFIX, trimmed_sql
 from sphere.catalog.predicate import ColumnSql, Compiled, Predicate, compile_sql
 from sphere.catalog.query import ANSWERED, MODEL_LEVELS, Key, Query
 from sphere.catalog.schema import BY_KEYWORD, COMPUTED, LEVELS, TABLES, UNIQUE_KEY, Level, level_of
+from sphere.catalog.zones import DATE_OF, PAIRS, dated_sql, moved_sql
 
+OFFSET = "TimezoneOffsetFromUTC"
 _TABLE_OF: dict[str, str] = {"p": "patients", "t": "studies", "s": "series"}
 _BASE: dict[Level, str] = {"PATIENT": "p", "STUDY": "t", "SERIES": "s", "IMAGE": "i"}
 INSTANCES = "(instances)"
@@ -32,8 +34,9 @@ class Columns:
     ``p`` patients, ``t`` studies, ``s`` series, ``i`` the files of instances.
     """
 
-    def __init__(self, level: Level, instance_columns: frozenset[str]) -> None:
+    def __init__(self, level: Level, instance_columns: frozenset[str], timezone: int | None = None) -> None:
         self._level = level
+        self._timezone = timezone
         self._instance_columns = instance_columns
         self.used = {_BASE[level]}
         self.of_instances = dict.fromkeys(name.partition(".")[2] for name in ORDER["IMAGE"])
@@ -48,9 +51,24 @@ class Columns:
         if keyword not in known:
             return None
         self.used.add(alias)
+        column = self._column(alias, keyword)
+        return column if self._timezone is None else self._adjusted(alias, keyword, column, self._timezone)
+
+    def _column(self, alias: str, keyword: str) -> ColumnSql:
         if alias == "i":
             self.of_instances[keyword] = None
         return column_sql(alias, keyword)
+
+    def _adjusted(self, alias: str, keyword: str, column: ColumnSql, asked: int) -> ColumnSql:
+        """A date, time or date-time in the zone `asked`."""
+        day, time = DATE_OF.get(keyword, keyword), PAIRS.get(keyword, keyword)
+        if day != time:
+            stored = self._column(alias, OFFSET).sql
+            pair = moved_sql(self._column(alias, day).sql, self._column(alias, time).sql, stored, asked)
+            return ColumnSql(pair[keyword == time])
+        if keyword in BY_KEYWORD and BY_KEYWORD[keyword].vr == "DT":
+            return ColumnSql(dated_sql(column.sql, self._column(alias, OFFSET).sql, asked))
+        return column
 
     def _alias(self, keyword: str, level: Level) -> str:
         if self._level == "IMAGE" and keyword in ("StudyInstanceUID", "SeriesInstanceUID"):
@@ -131,7 +149,7 @@ class Plan:
 
 def make_plan(query: Query, instance_columns: frozenset[str]) -> Plan:
     """Put a query to an index whose instance files have `instance_columns`."""
-    columns = Columns(query.level, instance_columns)
+    columns = Columns(query.level, instance_columns, query.timezone)
     compiled = compile_sql(query.predicate(), columns.resolve)
     keys = answered_keys(query)
     selected: list[Key] = []
@@ -142,7 +160,7 @@ def make_plan(query: Query, instance_columns: frozenset[str]) -> Plan:
         if column is not None:
             selected.append(key)
             expressions.append(column.sql)
-        elif level_of(key.keyword) in (None, query.level) and key.keyword not in ANSWERED:
+        elif level_of(key.keyword) in (None, query.level) and key.keyword not in ANSWERED and not key.is_creator:
             header_keys.append(key)
     return Plan(
         query,
@@ -159,7 +177,7 @@ def make_plan(query: Query, instance_columns: frozenset[str]) -> Plan:
 
 def studies_sql(query: Query, limit: int) -> tuple[str, list[Any]] | None:
     """SQL for the studies that may hold the instances that a query at IMAGE level asks for; None where any may."""
-    columns = Columns("SERIES", frozenset())
+    columns = Columns("SERIES", frozenset(), query.timezone)
     compiled = compile_sql(query.predicate(), columns.resolve)
     if not compiled.conditions:
         return None

@@ -6,17 +6,23 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from sphere.catalog.match import TIME_RE, PersonName, Sql, Test, normal_name_sql
+from sphere.catalog.fuzzy import FuzzyName
+from sphere.catalog.match import TIME_RE, Empty, PersonName, Sql, Test, normal_name_sql
 
 
 @dataclass(frozen=True, slots=True)
 class Compare:
-    """One of an attribute's values passes a test. A multi-valued attribute matches by any value (PS3.4 C.2.2.3)."""
+    """One of an attribute's values passes a test. A multi-valued attribute matches by any value (PS3.4 C.2.2.3).
+
+    A private attribute with a `creator` is looked for in the block that this creator reserved in each data set (PS3.5
+    7.8.1).
+    """
 
     tag: int
     keyword: str
     vr: str
     test: Test
+    creator: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +32,7 @@ class AnyItem:
     tag: int
     keyword: str
     nodes: tuple[Node, ...]
+    creator: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +108,12 @@ def _node_sql(node: Node, resolve: Resolve) -> Sql | None:
 
 
 def _compare_sql(test: Test, column: ColumnSql) -> Sql:
-    name = isinstance(test, PersonName)
+    if isinstance(test, Empty) and column.multiple:
+        filled = f"list_filter({column.sql}, lambda v: v IS NOT NULL AND CAST(v AS VARCHAR) <> '')"
+        return f"(coalesce(len({filled}), 0) = 0)", []
+    if isinstance(test, Empty):
+        return test.sql(column.sql)
+    name = isinstance(test, (PersonName, FuzzyName))
     if not column.multiple:
         return test.sql(column.normal_name or normal_name_sql(column.sql) if name else column.sql)
     condition, values = test.sql(normal_name_sql("v") if name else "v")

@@ -1,25 +1,23 @@
-"""One Query for every protocol, and how a C-FIND identifier becomes one (PS3.4 C.4.1).
-
-Limits that later features lift: fuzzy matching of person names, empty-value and multiple-value matching and time zone
-adjustment (the other extended negotiations of PS3.4 C.5.1.1.1) are fields to come.
-"""
+"""One Query for every protocol, and how a C-FIND identifier becomes one (PS3.4 C.4.1)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from typing import Any, Literal
 
-from pydicom.datadict import dictionary_VR, keyword_for_tag, tag_for_keyword
+from pydicom.datadict import dictionary_VM, dictionary_VR, keyword_for_tag, tag_for_keyword
 from pydicom.dataset import Dataset
 
 from sphere.catalog.identifier import Element, elements, first_text
 from sphere.catalog.match import DateRange, Exact, Test, TimeRange
-from sphere.catalog.match_parse import parse_value
+from sphere.catalog.match_parse import Rules, parse_values
 from sphere.catalog.predicate import AnyItem, Compare, Moment, Node, Predicate
 from sphere.catalog.schema import LEVELS, UNIQUE_KEY, Level, level_of
+from sphere.catalog.zones import PAIRS, TIMEZONE, minutes_of
 from sphere.conf.errors import QueryError
+from sphere.ingest.header.dictionary import private_vr
 
 Model = Literal["PATIENT_ROOT", "STUDY_ROOT", "PATIENT_STUDY_ONLY"]
 
@@ -32,27 +30,39 @@ MODEL_LEVELS: Mapping[Model, tuple[Level, ...]] = {
 
 QUERY_RETRIEVE_LEVEL = 0x00080052
 SPECIFIC_CHARACTER_SET = 0x00080005
-_NOT_KEYS = frozenset((QUERY_RETRIEVE_LEVEL, SPECIFIC_CHARACTER_SET, 0x00080201))  # and TimezoneOffsetFromUTC
+QUERY_RETRIEVE_VIEW = 0x00080053  # of a conversion that is not offered (PS3.4 C.4.1.1.3.1)
+_NOT_KEYS = frozenset((QUERY_RETRIEVE_LEVEL, SPECIFIC_CHARACTER_SET, TIMEZONE, QUERY_RETRIEVE_VIEW))
 
 ANSWERED = frozenset(("RetrieveAETitle", "InstanceAvailability"))
 """Keys that the service answers itself, at every level (PS3.4 C.4.1.1.3.2)."""
 
-DATE_TIME_PAIRS = (
-    ("StudyDate", "StudyTime"),
-    ("SeriesDate", "SeriesTime"),
-    ("AcquisitionDate", "AcquisitionTime"),
-    ("ContentDate", "ContentTime"),
-    ("PatientBirthDate", "PatientBirthTime"),
-)
+DATE_TIME_PAIRS = (*PAIRS.items(), ("PatientBirthDate", "PatientBirthTime"))
 """Dates and times that combined date-time matching takes together (PS3.4 C.2.2.2.5.4)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """What extended negotiation of a FIND class agreed on (PS3.4 Table C.5-1)."""
+
+    relational: bool = False
+    combined_datetime: bool = False
+    fuzzy_names: bool = False
+    timezone_adjustment: bool = False
+    empty_values: bool = False
+    multiple_values: bool = False
+
+
+NO_FEATURES = Features()
 
 
 @dataclass(frozen=True, slots=True)
 class Key:
     """One attribute that a query names: to match, where `test` or an item's key asks something, and to return.
 
-    `vr` is that of PS3.6, or of the identifier where PS3.6 does not know the tag; `keyword` is "" then. A sequence
-    has the keys of its one item as `items`; without any, the whole sequence is returned.
+    `vr` is that of PS3.6, or of the identifier where PS3.6 does not know the tag; `keyword` is "" then. Every one of
+    `further` must hold too (multiple value matching). A sequence has the keys of its one item as `items`; without any,
+    the whole sequence is returned. A private attribute has the `creator` that the identifier names for its block; the
+    creator's own element asks nothing.
     """
 
     tag: int
@@ -60,18 +70,31 @@ class Key:
     vr: str
     test: Test | None = None
     items: tuple[Key, ...] = ()
+    further: tuple[Test, ...] = ()
+    creator: str = ""
 
     @property
     def name(self) -> str:
         """Keyword, else the tag as (gggg,eeee): what an error message calls it."""
         return self.keyword or f"({self.tag >> 16:04X},{self.tag & 0xFFFF:04X})"
 
-    def node(self) -> Node | None:
-        """What the key asks; None where it matches everything."""
+    @property
+    def is_creator(self) -> bool:
+        """Whether this is the element that reserves a private block (PS3.5 7.8.1)."""
+        return is_creator(self.tag)
+
+    def nodes(self) -> tuple[Node, ...]:
+        """What the key asks, all of which must hold; nothing where it matches everything."""
         if self.items:
-            nodes = tuple(node for node in (key.node() for key in self.items) if node is not None)
-            return AnyItem(self.tag, self.keyword, nodes) if nodes else None
-        return Compare(self.tag, self.keyword, self.vr, self.test) if self.test is not None else None
+            nodes = tuple(node for key in self.items for node in key.nodes())
+            return (AnyItem(self.tag, self.keyword, nodes, self.creator),) if nodes else ()
+        tests = (*(() if self.test is None else (self.test,)), *self.further)
+        return tuple(Compare(self.tag, self.keyword, self.vr, test, self.creator) for test in tests)
+
+
+def is_creator(tag: int) -> bool:
+    """Whether a tag is that of a private creator: (gggg,0010-00FF) of an odd group."""
+    return bool(tag >> 16 & 1) and 0x10 <= tag & 0xFFFF <= 0xFF
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +102,8 @@ class Query:
     """A question to the query service: entities of `level` that match every key.
 
     `model` says which unique keys the answers carry. A `relational` query may leave out the unique keys above its
-    level (PS3.4 C.4.1.2.2.1).
+    level (PS3.4 C.4.1.2.2.1). With a `timezone` (minutes east of UTC), dates and times are matched and answered as a
+    clock there shows them (see sphere.catalog.zones).
     """
 
     level: Level
@@ -87,6 +111,7 @@ class Query:
     keys: tuple[Key, ...]
     relational: bool = False
     combined_datetime: bool = False
+    timezone: int | None = None
 
     @classmethod
     def build(
@@ -98,18 +123,27 @@ class Query:
         model: Model | None = None,
         relational: bool = True,
         combined_datetime: bool = False,
+        fuzzy_names: bool = False,
+        empty_values: bool = False,
+        multiple_values: bool = False,
+        timezone: str = "",
     ) -> Query:
         """A query from keywords (or "GGGGEEEE" tags) and values: text as in a C-FIND identifier, a number, a date, a
-        list of UIDs, or a mapping for the item of a sequence.
+        list of UIDs, or a mapping for the item of a sequence. "GGGGEEEE,CREATOR" is the private attribute of this
+        creator, wherever a data set has its block.
 
-        `model` defaults to STUDY_ROOT, at PATIENT level to PATIENT_ROOT. Raises QueryError for unknown keywords,
-        values that their VR does not allow, and what PS3.4 C.4.1 forbids.
+        `model` defaults to STUDY_ROOT, at PATIENT level to PATIENT_ROOT. `empty_values` gives `""` its meaning, and
+        `multiple_values` a list, as extended negotiation does; `timezone` ("+0100") adjusts dates and times. Raises
+        QueryError for unknown keywords, values that their VR does not allow, and what PS3.4 C.4.1 forbids.
         """
-        keys = [_built(name, value) for name, value in (match or {}).items()]
-        named = {key.tag for key in keys}
-        keys += [key for key in (_built(name, "") for name in dict.fromkeys(return_keys)) if key.tag not in named]
+        zone = _zone(timezone) if timezone else None
+        rules = Rules(fuzzy_names, empty_values, multiple_values, zone)
+        keys = [_built(name, value, rules) for name, value in (match or {}).items()]
+        named = {(key.tag, key.creator) for key in keys}
+        told = [_built(name, "", rules) for name in dict.fromkeys(return_keys)]
+        keys += [key for key in told if (key.tag, key.creator) not in named]
         model = model or ("PATIENT_ROOT" if level == "PATIENT" else "STUDY_ROOT")
-        query = cls(level, model, tuple(keys), relational, combined_datetime)
+        query = cls(level, model, tuple(keys), relational, combined_datetime, zone)
         _check(query)
         return query
 
@@ -117,8 +151,8 @@ class Query:
         """What the keys ask, as nodes that must all hold; not of the keys that the service answers itself."""
         moments = tuple(self._moments())
         taken = {tag for moment in moments for tag in (moment.date_tag, moment.time_tag)}
-        nodes = (key.node() for key in self.keys if key.tag not in taken and key.keyword not in ANSWERED)
-        return (*(node for node in nodes if node is not None), *moments)
+        keys = (key for key in self.keys if key.tag not in taken and key.keyword not in ANSWERED)
+        return (*(node for key in keys for node in key.nodes()), *moments)
 
     def _moments(self) -> Iterable[Moment]:
         keys = {key.keyword: key for key in self.keys} if self.combined_datetime else {}
@@ -135,20 +169,28 @@ def _moment(day_key: Key, days: DateRange, time_key: Key, times: TimeRange) -> M
     return Moment(day_key.tag, day_key.keyword, time_key.tag, time_key.keyword, low, high)
 
 
-def parse_identifier(
-    identifier: Dataset, *, model: Model, relational: bool = False, combined_datetime: bool = False
-) -> Query:
+def parse_identifier(identifier: Dataset, *, model: Model, features: Features = NO_FEATURES) -> Query:
     """The query of a C-FIND identifier, its text decoded by its Specific Character Set.
 
-    `relational` and `combined_datetime` say what extended negotiation agreed on. Raises QueryError (0xA900) with the
-    offending tags for a missing or foreign QueryRetrieveLevel, missing or multiple unique keys above the level, keys
-    with a value below it, and values that their VR does not allow (PS3.4 C.4.1.1 to C.4.1.3).
+    `features` says what extended negotiation agreed on. Raises QueryError (0xA900) with the offending tags for a
+    missing or foreign QueryRetrieveLevel, missing or multiple unique keys above the level, keys with a value below it,
+    and values that their VR does not allow (PS3.4 C.4.1.1 to C.4.1.3).
     """
     level = _level(identifier, model)
-    keys = tuple(_key(element) for element in elements(identifier) if element.tag not in _NOT_KEYS)
-    query = Query(level, model, keys, relational, combined_datetime)
+    zone = _zone(first_text(identifier, TIMEZONE)) if features.timezone_adjustment else None
+    rules = Rules(features.fuzzy_names, features.empty_values, features.multiple_values, zone)
+    keys = _keys([element for element in elements(identifier) if element.tag not in _NOT_KEYS], rules)
+    query = Query(level, model, keys, features.relational, features.combined_datetime, zone)
     _check(query)
     return query
+
+
+def _zone(text: str) -> int | None:
+    """The time zone that a query names, in minutes east of UTC."""
+    minutes = minutes_of(text)
+    if text and minutes is None:
+        raise QueryError("TimezoneOffsetFromUTC is not an offset &ZZXX", offending=(TIMEZONE,))
+    return minutes
 
 
 def _level(identifier: Dataset, model: Model) -> Level:
@@ -162,38 +204,55 @@ def _level(identifier: Dataset, model: Model) -> Level:
     raise QueryError(f"QueryRetrieveLevel {said}", offending=(QUERY_RETRIEVE_LEVEL,))
 
 
-def _key(element: Element) -> Key:
+def _keys(given: Iterable[Element], rules: Rules) -> tuple[Key, ...]:
+    """The keys of an identifier or an item; private ones with the creators that it names (PS3.5 7.8.1)."""
+    given = tuple(given)
+    creators = {(one.tag >> 16, one.tag & 0xFF): one.text.strip(" \0") for one in given if is_creator(one.tag)}
+    return tuple(_key(one, creators.get((one.tag >> 16, one.tag >> 8 & 0xFF), ""), rules) for one in given)
+
+
+def _key(element: Element, creator: str, rules: Rules) -> Key:
     keyword = keyword_for_tag(element.tag)
+    if is_creator(element.tag):
+        return Key(element.tag, "", "LO", creator=element.text.strip(" \0"))
     if element.items is None:
-        return _tested(element.tag, keyword, element.vr, element.text)
+        return _tested(Key(element.tag, keyword, element.vr, creator=creator), element.text, rules)
     if len(element.items) > 1:
         raise QueryError(f"{keyword or 'sequence'}: a sequence key has one item", offending=(element.tag,))
-    items = tuple(_key(inner) for item in element.items for inner in item)
-    return Key(element.tag, keyword, "SQ", None, items)
+    items = tuple(key for item in element.items for key in _keys(item, rules))
+    return Key(element.tag, keyword, "SQ", items=items, creator=creator)
 
 
-def _tested(tag: int, keyword: str, vr: str, text: str) -> Key:
-    key = Key(tag, keyword, vr)
+def _tested(key: Key, text: str, rules: Rules) -> Key:
+    vm = dictionary_VM(key.tag) if key.keyword else "1"
     try:
-        test = parse_value(text, vr, keyword=keyword)
+        tests = parse_values(text, key.vr, keyword=key.keyword, vm=vm, rules=rules)
     except ValueError as error:
-        raise QueryError(f"{key.name}: {error}", offending=(tag,)) from None
-    return Key(tag, keyword, vr, test)
+        raise QueryError(f"{key.name}: {error}", offending=(key.tag,)) from None
+    return replace(key, test=tests[0] if tests else None, further=tests[1:])
 
 
-def _built(name: str, value: Any) -> Key:
-    tag = tag_for_keyword(name) if name else None
-    if tag is None:
-        try:
-            tag = int(name, 16) if len(name) == 8 else None
-        except ValueError:
-            tag = None
-    if tag is None:
-        raise QueryError(f"{name!r} is neither a keyword of PS3.6 nor a tag GGGGEEEE")
-    keyword, vr = keyword_for_tag(tag), _dictionary_vr(tag)
+def _built(name: str, value: Any, rules: Rules) -> Key:
+    plain, _, creator = name.partition(",")
+    tag = _tag(plain)
+    if tag is None or (creator and not (tag >> 16 & 1 and tag & 0xFFFF > 0xFF)):
+        raise QueryError(f"{name!r} is neither a keyword of PS3.6 nor a tag GGGGEEEE, nor a private GGGGEEEE,CREATOR")
+    keyword, vr = keyword_for_tag(tag), private_vr(tag, creator) or "UN" if creator else _dictionary_vr(tag)
     if isinstance(value, Mapping):
-        return Key(tag, keyword, "SQ", None, tuple(_built(inner, one) for inner, one in value.items()))
-    return Key(tag, keyword, vr) if vr == "SQ" else _tested(tag, keyword, vr, _as_text(value))
+        items = tuple(_built(inner, one, rules) for inner, one in value.items())
+        return Key(tag, keyword, "SQ", items=items, creator=creator)
+    key = Key(tag, keyword, vr, creator=creator)
+    return key if vr == "SQ" else _tested(key, _as_text(value), rules)
+
+
+def _tag(name: str) -> int | None:
+    tag = tag_for_keyword(name) if name else None
+    if tag is not None:
+        return tag
+    try:
+        return int(name, 16) if len(name) == 8 else None
+    except ValueError:
+        return None
 
 
 def _dictionary_vr(tag: int) -> str:
@@ -223,7 +282,7 @@ def _check(query: Query) -> None:
     depth = LEVELS.index(query.level)
     for key in query.keys:
         level = level_of(key.keyword)
-        if level is not None and LEVELS.index(level) > depth and key.node() is not None:
+        if level is not None and LEVELS.index(level) > depth and key.nodes():
             raise QueryError(f"{key.name} is a key of {level}, below {query.level}", offending=(key.tag,))
 
 

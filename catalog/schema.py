@@ -139,6 +139,7 @@ class Table:
     properties: Mapping[str, str] = field(default_factory=dict)
 
 
+_OFFSET = "TimezoneOffsetFromUTC"  # of an instance, but its study's and series' times are local times there
 _EARLIEST = ("received_at", "bundle", "offset")
 _COLLECTIONS = Aggregate("collections", "union", "collections", TEXTS)
 _EXTENT = (
@@ -152,7 +153,7 @@ _SERIES = RollUp(
     source="instances",
     keys=("StudyInstanceUID", "SeriesInstanceUID"),
     order=_EARLIEST,
-    attributes=ATTRIBUTES["SERIES"][1:],
+    attributes=(*ATTRIBUTES["SERIES"][1:], _OFFSET),
     aggregates=(
         Aggregate("NumberOfSeriesRelatedInstances", "count", "", pa.int64()),
         Aggregate("sop_classes_in_series", "collect_set", "SOPClassUID", TEXTS),
@@ -164,7 +165,7 @@ _STUDIES = RollUp(
     source="instances",
     keys=("StudyInstanceUID",),
     order=_EARLIEST,
-    attributes=(*ATTRIBUTES["PATIENT"], *ATTRIBUTES["STUDY"][1:]),
+    attributes=(*ATTRIBUTES["PATIENT"], *ATTRIBUTES["STUDY"][1:], _OFFSET),
     aggregates=(
         Aggregate("ModalitiesInStudy", "collect_set", "Modality", TEXTS),
         Aggregate("SOPClassesInStudy", "collect_set", "SOPClassUID", TEXTS),

@@ -12,7 +12,7 @@ import orjson
 
 from sphere.catalog.answer import Match
 from sphere.catalog.asof import AsOf
-from sphere.catalog.headers import read_headers, tags_of
+from sphere.catalog.headers import attributes_of, read_headers
 from sphere.catalog.index import Index, IndexCache, is_damage
 from sphere.catalog.match import Exact
 from sphere.catalog.match_header import Header, holds
@@ -129,7 +129,7 @@ class QueryService:
             return
         plan = make_plan(query, index.instance_columns)
         for columns, header in _rows(plan, index):
-            yield Match(query.level, plan.keys, {**constants, **columns}, header, self._ae_title)
+            yield Match(query.level, plan.keys, {**constants, **columns}, header, self._ae_title, query.timezone)
 
     def _count(self, query: Query, index: Index) -> Iterator[int]:
         plan = make_plan(query, index.instance_columns)
@@ -208,9 +208,9 @@ def _headers(plan: Plan, index: Index, rows: Sequence[Row]) -> Iterator[Header]:
         return iter([{}] * len(rows))
     if plan.query.level == "IMAGE":
         return (orjson.loads(row[width] or b"{}") for row in rows)
-    tags = tags_of(plan.rest) | {key.tag for key in plan.header_keys}
+    wanted = attributes_of(plan.rest) | {(key.tag, key.creator) for key in plan.header_keys}
     with index.cursor() as cursor:
-        headers = read_headers(index, cursor, plan.query.level, [row[:width] for row in rows], tags)
+        headers = read_headers(index, cursor, plan.query.level, [row[:width] for row in rows], wanted)
     return (headers.get(row[:width], {}) for row in rows)
 
 

@@ -22,7 +22,7 @@ from pydicom.uid import (
 from pynetdicom import build_context
 from pynetdicom.presentation import PresentationContext
 
-from sphere.catalog.query import Model
+from sphere.catalog.query import Features, Model
 
 VERIFICATION = "1.2.840.10008.1.1"
 FIND_MODELS: dict[str, Model] = {  # SOP classes of PS3.4 C.6
@@ -44,7 +44,10 @@ GET_MODELS: dict[str, RetrieveModel] = {
     "1.2.840.10008.5.1.4.1.2.4.3": "INSTANCE_ROOT",
 }
 ENCODABLE = (ExplicitVRLittleEndian, ImplicitVRLittleEndian, DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian)
-RELATIONAL, COMBINED_DATETIME = 1, 2  # bytes of a FIND class' application information (PS3.4 Table C.5-1)
+RELATIONAL, COMBINED_DATETIME, FUZZY_NAMES, TIMEZONE_ADJUSTMENT, ENHANCED_CONVERSION, EMPTY_VALUES, MULTIPLE_VALUES = (
+    range(1, 8)
+)  # bytes of a FIND class' application information (PS3.4 Table C.5-1)
+_GRANTED = frozenset((RELATIONAL, COMBINED_DATETIME, FUZZY_NAMES, TIMEZONE_ADJUSTMENT, EMPTY_VALUES, MULTIPLE_VALUES))
 DICOM_ROOT = "1.2.840.10008."
 COMPOSITE_STORAGE_ROOT = "1.2.840.10008.5.1.4.1.1."  # where PS3.6 puts new storage SOP classes
 NOT_OVER_A_NETWORK = "1.2.840.10008.1.3.10"  # Media Storage Directory Storage: a DICOMDIR
@@ -114,13 +117,21 @@ def extensions(sop_class: str, asked: bytes | None) -> bytes:
 
 
 def find_extensions(asked: bytes) -> bytes:
-    """Our answer to SOP Class Extended Negotiation of a FIND class (PS3.4 C.5.1.1.1).
+    """Our answer to SOP Class Extended Negotiation of a FIND class (PS3.4 C.5.1.1.2): what is asked for is granted, but
+    for the conversion of enhanced multi-frame images, and what is not known, which is answered 0."""
+    return bytes(int(value == 1 and number in _GRANTED) for number, value in enumerate(asked, 1))
 
-    Relational queries (byte 1) and combined date-time matching (byte 2) are granted where asked for; fuzzy matching,
-    time zone adjustment and what follows are answered 0.
-    """
-    granted = bytes(1 if value == 1 else 0 for value in asked[:2])
-    return granted + bytes(max(0, len(asked) - 2))
+
+def find_features(granted: bytes) -> Features:
+    """What was agreed on for a FIND class."""
+    return Features(
+        relational=extension(granted, RELATIONAL),
+        combined_datetime=extension(granted, COMBINED_DATETIME),
+        fuzzy_names=extension(granted, FUZZY_NAMES),
+        timezone_adjustment=extension(granted, TIMEZONE_ADJUSTMENT),
+        empty_values=extension(granted, EMPTY_VALUES),
+        multiple_values=extension(granted, MULTIPLE_VALUES),
+    )
 
 
 def extension(granted: bytes, number: int) -> bool:

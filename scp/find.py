@@ -13,7 +13,7 @@ from pydicom.dataset import Dataset
 from pydicom.uid import UID
 from pynetdicom.dsutils import decode
 
-from sphere.catalog.query import Model, Query, parse_identifier
+from sphere.catalog.query import NO_FEATURES, Features, Model, Query, parse_identifier
 from sphere.catalog.service import Match
 from sphere.conf.errors import QueryError, SphereError
 
@@ -33,8 +33,7 @@ class FindRequest:
     model: Model
     identifier: bytes  # encoded in `transfer_syntax`
     transfer_syntax: UID
-    relational: bool = False
-    combined_datetime: bool = False
+    features: Features = NO_FEATURES
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +86,7 @@ def _query(request: FindRequest) -> Query:
         return parse_identifier(
             decode(BytesIO(plain), syntax.is_implicit_VR, syntax.is_little_endian),
             model=request.model,
-            relational=request.relational,
-            combined_datetime=request.combined_datetime,
+            features=request.features,
         )
     except QueryError:
         raise

@@ -124,13 +124,11 @@ def _store_request(message: Message, association: Association) -> StoreRequest:
 def _find_request(message: Message, association: Association) -> FindRequest:
     assert message.dataset is not None
     sop_class = message.context.abstract_syntax
-    granted = association.extension(sop_class)
     return FindRequest(
         model=contexts.FIND_MODELS[sop_class],
         identifier=message.dataset.tobytes(),
         transfer_syntax=message.context.transfer_syntax,
-        relational=contexts.extension(granted, contexts.RELATIONAL),
-        combined_datetime=contexts.extension(granted, contexts.COMBINED_DATETIME),
+        features=contexts.find_features(association.extension(sop_class)),
     )
 
 

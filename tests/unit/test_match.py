@@ -14,7 +14,7 @@ import pytest
 from sphere.catalog.index import trimmed_sql
 from sphere.catalog.match import Number, fold, normal_name, normal_name_sql
 from sphere.catalog.match_header import holds
-from sphere.catalog.match_parse import DECIMAL_VRS, INTEGER_VRS, parse_value
+from sphere.catalog.match_parse import DECIMAL_VRS, INTEGER_VRS, parse_values
 from sphere.catalog.predicate import ColumnSql, Compare, compile_sql
 
 pytestmark = pytest.mark.unit
@@ -285,10 +285,11 @@ def by_header(node: Compare, stored: Any) -> bool:
 
 @pytest.mark.parametrize(("vr", "stored", "key", "expected"), CASES)
 def test_value_matches_key(database: duckdb.DuckDBPyConnection, vr: str, stored: Any, key: str, expected: bool) -> None:
-    test = parse_value(key, vr)
-    if test is None:
+    tests = parse_values(key, vr)
+    if not tests:
         assert expected is YES, "universal matching finds everything"
         return
+    [test] = tests
     node = Compare(0x00091001, "", vr, test)
     assert (by_sql(database, node, stored), by_header(node, stored)) == (expected, expected)
 
@@ -332,15 +333,14 @@ def test_value_matches_key(database: duckdb.DuckDBPyConnection, vr: str, stored:
 )
 def test_key_that_its_vr_does_not_allow(vr: str, key: str, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
-        parse_value(key, vr)
+        parse_values(key, vr)
 
 
 def test_modalities_in_study_takes_several() -> None:
-    test = parse_value("CT\\MR", "CS", keyword="ModalitiesInStudy")
-    assert test is not None
+    [test] = parse_values("CT\\MR", "CS", keyword="ModalitiesInStudy")
     assert [test.matches(value) for value in ("CT", "MR", "US")] == [True, True, False]
     with pytest.raises(ValueError, match="no wild cards"):
-        parse_value("CT\\M*", "CS", keyword="ModalitiesInStudy")
+        parse_values("CT\\M*", "CS", keyword="ModalitiesInStudy")
 
 
 def test_fold_is_that_of_the_database_for_every_character(database: duckdb.DuckDBPyConnection) -> None:
@@ -358,8 +358,7 @@ def test_normal_name_is_that_of_the_database(database: duckdb.DuckDBPyConnection
 
 def test_a_bound_value_never_becomes_sql() -> None:
     text = "x'; DROP TABLE studies; --"
-    test = parse_value(text + "*", "LO")
-    assert test is not None
+    [test] = parse_values(text + "*", "LO")
     sql, values = test.sql("v")
     assert text not in sql
     assert values == ["x'; DROP TABLE studies; --%"]

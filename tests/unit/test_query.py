@@ -14,7 +14,7 @@ from pydicom.filewriter import write_dataset
 
 from sphere.catalog.match import DateRange, Exact, Number, PersonName, TimeRange, WildCard
 from sphere.catalog.predicate import AnyItem, Compare, Moment
-from sphere.catalog.query import Model, Query, parse_identifier
+from sphere.catalog.query import Features, Model, Query, parse_identifier
 from sphere.conf.errors import QueryError
 
 pytestmark = pytest.mark.unit
@@ -169,13 +169,13 @@ def test_two_items_in_a_sequence_key() -> None:
     ],
 )
 def test_relational_queries_may_leave_out_keys_above(model: Model, attributes: dict[str, Any]) -> None:
-    assert parse_identifier(identifier(**attributes), model=model, relational=True).relational
+    assert parse_identifier(identifier(**attributes), model=model, features=Features(relational=True)).relational
 
 
 def test_relational_queries_take_no_keys_below() -> None:
     broken = identifier(QueryRetrieveLevel="STUDY", Modality="CT")
     with pytest.raises(QueryError, match="below STUDY"):
-        parse_identifier(broken, model="STUDY_ROOT", relational=True)
+        parse_identifier(broken, model="STUDY_ROOT", features=Features(relational=True))
 
 
 def test_return_keys_below_the_level_are_allowed() -> None:

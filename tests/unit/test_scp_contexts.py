@@ -87,11 +87,16 @@ def test_contexts_without_a_syntax_are_not_answered() -> None:
         (b"", b""),
         (b"\x01", b"\x01"),
         (b"\x00\x01", b"\x00\x01"),
-        (b"\x01\x01\x01\x01\x01", b"\x01\x01\x00\x00\x00"),
-        (b"\xff\x02\x01", b"\x00\x00\x00"),
+        (b"\x01" * 9, b"\x01\x01\x01\x01\x00\x01\x01\x00\x00"),
+        (b"\x00\x00\x01\x00\x00\x01", b"\x00\x00\x01\x00\x00\x01"),
+        (b"\xff\x02\x01", b"\x00\x00\x01"),
     ],
 )
 def test_find_extensions(asked: bytes, granted: bytes) -> None:
     assert contexts.find_extensions(asked) == granted
     assert contexts.extension(granted, contexts.RELATIONAL) is (granted[:1] == b"\x01")
     assert contexts.extension(granted, contexts.COMBINED_DATETIME) is (granted[1:2] == b"\x01")
+    features = contexts.find_features(granted)
+    given = (features.relational, features.combined_datetime, features.fuzzy_names, features.timezone_adjustment)
+    assert given == tuple(value == 1 for value in granted[:4].ljust(4, b"\0"))
+    assert (features.empty_values, features.multiple_values) == tuple(v == 1 for v in granted[5:7].ljust(2, b"\0"))

@@ -16,7 +16,7 @@ from pydicom.uid import (
 )
 from pynetdicom.dsutils import encode
 
-from sphere.catalog.query import Query
+from sphere.catalog.query import Features, Query
 from sphere.conf.errors import CatalogError, QueryError
 from sphere.scp.find import CANCELLED, MAX_IDENTIFIER, PENDING, UNABLE, FindAnswer, FindRequest, FindService
 from sphere.scp.identifier import DEFAULT_KEYS, build_identifier, tag_of
@@ -83,7 +83,8 @@ def test_every_encoding_of_an_identifier_asks_the_same(syntax: Any) -> None:
 
 def test_what_was_negotiated_reaches_the_query() -> None:
     finder = FakeFinder()
-    answers(finder, encoded({}, level="IMAGE"), relational=True, combined_datetime=True, model="PATIENT_ROOT")
+    features = Features(relational=True, combined_datetime=True)
+    answers(finder, encoded({}, level="IMAGE"), features=features, model="PATIENT_ROOT")
     [query] = finder.queries
     assert (query.level, query.model, query.relational, query.combined_datetime) == (
         "IMAGE",
