@@ -48,6 +48,11 @@ class StoredInstance:
     pixel_offset: int | None
     sha256: str
 
+    @property
+    def dataset_length(self) -> int:
+        """Bytes of its data set."""
+        return self.length - self.dataset_offset
+
 
 class QueryService:
     """Finds patients, studies, series and instances. One per process, shared by its threads.

@@ -33,6 +33,11 @@ def resolve(text: str, settings: Settings) -> Peer:
     raise SettingsError(f"peer {text!r} is neither a name in the settings ({known}) nor AET@HOST:PORT")
 
 
+def describe(peer: Peer) -> str:
+    """How messages call a peer."""
+    return f"peer {peer.ae_title} at {peer.host}:{peer.port}"
+
+
 def addresses(host: str) -> frozenset[str]:
     """Every address of `host`, IPv4 or IPv6, as text; none where it cannot be resolved."""
     try:

@@ -12,10 +12,11 @@ from sphere.archive import Archive
 from sphere.conf import logs
 from sphere.conf.errors import SettingsError, SphereError
 from sphere.conf.settings import Settings, from_dict, load
-from sphere.dimse_commands import echo, find, store
+from sphere.dimse_commands import echo, find
 from sphere.output import Format, format_options, write_rows
 from sphere.progress import import_progress
 from sphere.retrieve_commands import get, move
+from sphere.store_command import store
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 

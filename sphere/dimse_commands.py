@@ -1,9 +1,8 @@
-"""`sphere echo|store|find PEER`: SPHERE as a service class user."""
+"""`sphere echo|find PEER`: SPHERE as a service class user."""
 
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
@@ -17,7 +16,6 @@ from sphere.catalog.query import Model
 from sphere.catalog.schema import Level
 from sphere.conf.settings import load
 from sphere.output import Format, format_options, write_rows
-from sphere.progress import bar
 
 MODELS: dict[str, Model] = {
     "patient": "PATIENT_ROOT",
@@ -46,44 +44,6 @@ def echo(ctx: click.Context, peer: str) -> None:
     settings = load(ctx.obj)
     seconds = client.echo(resolve(peer, settings), settings=settings)
     click.echo(f"{peer} answered C-ECHO in {1000 * seconds:.0f} ms")
-
-
-@click.command()
-@click.argument("peer", metavar="PEER")
-@click.argument("paths", metavar="PATH...", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.pass_context
-def store(ctx: click.Context, peer: str, paths: tuple[Path, ...]) -> None:
-    """Send files and folders to a peer (C-STORE), as they are.
-
-    PEER is a name of [[peers]] in the settings, or AET@HOST:PORT. A file that fails is named, the others go on, and the
-    exit status is 1.
-
-    \b
-    Examples:
-      sphere store ward scans/
-      sphere store SPHERE@127.0.0.1:11112 one.dcm two.dcm
-    """
-    from sphere.ingest.media import find_files
-    from sphere.scp import client
-    from sphere.scp.peers import resolve
-
-    settings = load(ctx.obj)
-    sent = failed = size = 0
-    start = time.monotonic()
-    with bar() as progress:
-        total = None if progress.disable else sum(1 for _ in find_files(paths))
-        task = progress.add_task("store", total=total, rate="")
-        for result in client.store(resolve(peer, settings), find_files(paths), settings=settings):
-            if result.stored:
-                sent += 1
-                size += result.path.stat().st_size
-            else:
-                failed += 1
-            if result.error:
-                name_failure(f"{result.path}: {result.error}")
-            progress.update(task, advance=1, rate=f"{size / 1e6 / (time.monotonic() - start):.0f} MB/s")
-    click.echo(f"{sent} sent, {failed} failed ({size / 1e6:.1f} MB in {time.monotonic() - start:.1f} s)")
-    sys.exit(1 if failed else 0)
 
 
 def name_failure(message: str) -> None:

@@ -19,8 +19,8 @@ from sphere.output import write_rows
 from sphere.progress import bar
 
 if TYPE_CHECKING:
-    from sphere.scp.retrieve.client import Lands, Progress
-    from sphere.scp.retrieve.pull import Outcome, Target
+    from sphere.scp.client.pull import Outcome, Target
+    from sphere.scp.client.retrieve import Lands, Progress
 
 
 _OPTIONS = (
@@ -68,8 +68,8 @@ def move(
       sphere move ward --to SPHERE --from studies.txt --existing --pause 2
       sphere move ward --to SPHERE --level SERIES -k StudyInstanceUID=1.2.3 -k SeriesInstanceUID=1.2.3.4
     """
+    from sphere.scp import client
     from sphere.scp.peers import resolve
-    from sphere.scp.retrieve import client
 
     settings = load(ctx.obj)
     source = resolve(peer, settings)
@@ -102,8 +102,8 @@ def get(
       sphere get ward --level PATIENT -k PatientID=4711
       sphere get ward --from studies.txt --existing --pause 2
     """
+    from sphere.scp import client
     from sphere.scp.peers import resolve
-    from sphere.scp.retrieve import client
 
     settings = load(ctx.obj)
     source = resolve(peer, settings)
@@ -138,7 +138,7 @@ def _archive_store(settings: Settings) -> Iterator[Lands]:
 def _targets(
     peer: Peer, settings: Settings, keys: tuple[str, ...], list_file: TextIO | None, level: Level
 ) -> list[Target]:
-    from sphere.scp.retrieve.pull import find_targets, read_targets
+    from sphere.scp.client.pull import find_targets, read_targets
 
     if bool(keys) == (list_file is not None):
         raise click.UsageError("say what to retrieve: either -k KEYWORD=VALUE, or --from FILE")
@@ -154,7 +154,7 @@ def _narrowed(
 
     Where the peer does not say what it has, the target stays as it is.
     """
-    from sphere.scp.retrieve.pull import Inventory, missing
+    from sphere.scp.client.pull import Inventory, missing
 
     inventory = Inventory(peer, settings)
     for target in targets:
@@ -189,7 +189,7 @@ def _run(
     tries: int,
 ) -> bool:
     """Work through the requests and report; whether any failed."""
-    from sphere.scp.retrieve.pull import failures, retrieve
+    from sphere.scp.client.pull import failures, retrieve
 
     outcomes: list[Outcome] = []
     skipped = 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from pydicom.uid import UID
 
@@ -26,6 +26,29 @@ SUCCESS = 0x0000
 WARNINGS = range(0xB000, 0xC000)  # of a C-STORE: stored, with a remark (PS3.4 Table B.2-1)
 DEFLATED = "1.2.840.10008.1.2.1.99"
 IMPLICIT = "1.2.840.10008.1.2"  # what a data set without transfer syntax is taken for (PS3.5 10.1)
+
+
+class Instance(Protocol):
+    """What can be sent: stored here, or a file."""
+
+    @property
+    def SOPInstanceUID(self) -> str:
+        """PS3.3 C.12.1."""
+
+    @property
+    def SOPClassUID(self) -> str:
+        """PS3.3 C.12.1."""
+
+    @property
+    def transfer_syntax_uid(self) -> str:
+        """Of its data set; "" where it is not known."""
+
+    @property
+    def dataset_length(self) -> int:
+        """Bytes of its data set."""
+
+
+T = TypeVar("T", bound=Instance)
 
 
 class Channel(Protocol):
@@ -57,7 +80,7 @@ class Counts:
     failed_uids: list[str] = field(default_factory=list)
     reason: str = ""  # of the first failure
 
-    def add(self, instance: StoredInstance, status: int | None, reason: str = "") -> None:
+    def add(self, instance: Instance, status: int | None, reason: str = "") -> None:
         """One sub-operation is over; `status` is that of its C-STORE, None where there was none."""
         self.remaining -= 1
         if status == SUCCESS:
@@ -74,27 +97,26 @@ class Counts:
             )  # fmt: skip
 
 
-def syntax_of(instance: StoredInstance) -> str:
+def syntax_of(instance: Instance) -> str:
     """The transfer syntax in which it lies."""
     return instance.transfer_syntax_uid or IMPLICIT
 
 
 def range_of(instance: StoredInstance) -> Range:
     """Its data set's bytes."""
-    return Range(
-        instance.bundle, instance.offset + instance.dataset_offset, instance.length - instance.dataset_offset
-    )  # fmt: skip
+    return Range(instance.bundle, instance.offset + instance.dataset_offset, instance.dataset_length)
 
 
-def is_odd(instance: StoredInstance) -> bool:
+def is_odd(instance: Instance) -> bool:
     """Whether its data set has an odd length, which PS3.5 7.1 forbids."""
-    return bool((instance.length - instance.dataset_offset) % 2)
+    return bool(instance.dataset_length % 2)
 
 
-def groups(instances: Sequence[StoredInstance]) -> Iterator[tuple[list[Proposed], list[StoredInstance]]]:
+def groups(instances: Sequence[T], *, convert: bool = True) -> Iterator[tuple[list[Proposed], list[T]]]:
     """Instances that one association can carry, and the contexts to propose for them.
 
-    For each SOP class one context for each transfer syntax that is stored, and one for what we can convert to.
+    For each SOP class one context for each transfer syntax that they have, and for `convert` one for what we can
+    convert to.
     """
     syntaxes: dict[str, set[str]] = {}
     for instance in instances:
@@ -102,7 +124,7 @@ def groups(instances: Sequence[StoredInstance]) -> Iterator[tuple[list[Proposed]
     group: list[Proposed] = []
     classes: set[str] = set()
     for sop_class, stored in syntaxes.items():
-        needed = _proposed(sop_class, stored) if sop_class else []
+        needed = _proposed(sop_class, stored, convert) if sop_class else []
         if len(group) + len(needed) > MAX_CONTEXTS:
             yield group, [one for one in instances if one.SOPClassUID in classes]
             group, classes = [], set()
@@ -112,9 +134,9 @@ def groups(instances: Sequence[StoredInstance]) -> Iterator[tuple[list[Proposed]
         yield group, [one for one in instances if one.SOPClassUID in classes]
 
 
-def _proposed(sop_class: str, stored: Iterable[str]) -> list[Proposed]:
+def _proposed(sop_class: str, stored: Iterable[str], convert: bool) -> list[Proposed]:
     as_they_lie = sorted(stored)[: MAX_CONTEXTS - 1]
-    plain = tuple(syntax for syntax in TARGETS if syntax not in as_they_lie)
+    plain = tuple(syntax for syntax in TARGETS if syntax not in as_they_lie) if convert else ()
     proposed = [Proposed(sop_class, (syntax,)) for syntax in as_they_lie]
     return [*proposed, Proposed(sop_class, plain)] if plain else proposed
 
@@ -123,12 +145,17 @@ class Sender:
     """Sends instances on one association."""
 
     def __init__(
-        self, channel: Channel, converter: Converter, origin: Mapping[str, Any], padded: Container[str] | None = None
+        self,
+        channel: Channel,
+        converter: Converter | None,
+        origin: Mapping[str, Any],
+        padded: Container[str] | None = None,
     ) -> None:
-        """`origin` are further elements of every C-STORE request: who asked for the C-MOVE (PS3.7 9.1.1.1).
+        """`converter` is None where instances go as they lie or not at all.
 
-        A data set of odd length, which PS3.5 forbids, gets a NUL more if its SOP Instance UID is in `padded`, or if
-        that is None: some peers end the association over it.
+        `origin` are further elements of every C-STORE request: who asked for the C-MOVE (PS3.7 9.1.1.1). A data set of
+        odd length, which PS3.5 forbids, gets a NUL more if its SOP Instance UID is in `padded`, or if that is None:
+        some peers end the association over it.
         """
         self._channel = channel
         self._converter = converter
@@ -136,26 +163,26 @@ class Sender:
         self._padded = padded
         self._contexts = {(str(cx.abstract_syntax), str(cx.transfer_syntax)): cx for cx in channel.user_contexts}
 
-    def route(self, instance: StoredInstance) -> Context | str:
+    def route(self, instance: Instance) -> Context | str:
         """The context for an instance: in its own transfer syntax, else in one that we can convert to; or why none."""
         sop_class, syntax = instance.SOPClassUID, syntax_of(instance)
         context = self._contexts.get((sop_class, syntax))
         if context is not None:
             return context
         accepted = [self._contexts[sop_class, plain] for plain in TARGETS if (sop_class, plain) in self._contexts]
-        if not accepted:
+        if not accepted or self._converter is None:
             return f"not accepted: {UID(sop_class).name or 'no SOP class'} in {UID(syntax).name}"
         if syntax not in CONVERTIBLE:
             return f"{UID(syntax).name} is not accepted and cannot be converted"
         return accepted[0]
 
-    def send(self, instance: StoredInstance, context: Context, parts: Iterator[memoryview]) -> tuple[int | None, str]:
+    def send(self, instance: Instance, context: Context, parts: Iterator[memoryview]) -> tuple[int | None, str]:
         """One C-STORE: its status, or None and why it was not sent.
 
         Raises what the channel raises when the association is over, and StorageError when the bytes failed after the
         first of them were sent: then it cannot go on.
         """
-        size = instance.length - instance.dataset_offset
+        size = instance.dataset_length
         try:
             if context.transfer_syntax != syntax_of(instance):
                 dataset = Outgoing.of(self._converted(instance, str(context.transfer_syntax), parts, size))
@@ -166,13 +193,13 @@ class Sender:
         if dataset.size % 2 and self._is_padded(instance, context):
             dataset = Outgoing(dataset.size + 1, _padded(dataset.parts))
         response = self._channel.ask(context, self._request(instance), dataset)
-        comment = response.get("ErrorComment", "")
-        return int(response["Status"]), f"status 0x{response['Status']:04X} {comment}".rstrip()
+        status, comment = int(response["Status"]), response.get("ErrorComment", "")
+        return status, f"status 0x{status:04X}" + (f" ({comment})" if comment else "")
 
-    def _is_padded(self, instance: StoredInstance, context: Context) -> bool:
+    def _is_padded(self, instance: Instance, context: Context) -> bool:
         return context.transfer_syntax == DEFLATED or self._padded is None or instance.SOPInstanceUID in self._padded
 
-    def _request(self, instance: StoredInstance) -> dict[str, Any]:
+    def _request(self, instance: Instance) -> dict[str, Any]:
         return {
             "AffectedSOPClassUID": instance.SOPClassUID,
             "CommandField": C_STORE_RQ,
@@ -181,7 +208,8 @@ class Sender:
             **self._origin,
         }
 
-    def _converted(self, instance: StoredInstance, target: str, parts: Iterator[memoryview], size: int) -> bytes:
+    def _converted(self, instance: Instance, target: str, parts: Iterator[memoryview], size: int) -> bytes:
+        assert self._converter is not None  # or `route` had found no way
         if size > MAX_SOURCE:
             raise NotConverted(f"too large to be converted ({size >> 20} MiB)")
         return self._converter.convert(b"".join(parts), syntax_of(instance), target)

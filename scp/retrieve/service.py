@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from pydicom.uid import UID
 
 from sphere.catalog.service import StoredInstance
-from sphere.conf.errors import PeerError, QueryError, SphereError, StorageError
-from sphere.conf.settings import Peer, Settings
+from sphere.conf.errors import QueryError, SphereError
+from sphere.conf.settings import Settings
 from sphere.ingest.storage.base import Readable
 from sphere.scp.contexts import RetrieveModel
+from sphere.scp.retrieve.deliver import Connect, Delivery, Outcomes
 from sphere.scp.retrieve.identifier import Selection, decode_identifier, parse_selection
-from sphere.scp.retrieve.outbound import Channel, Converter, Counts, Sender, groups, is_odd, range_of
+from sphere.scp.retrieve.outbound import Channel, Converter, Counts, Sender, groups, range_of
 from sphere.scp.retrieve.read_ahead import ReadAhead
-from sphere.scp.upper.messages import Context
-from sphere.scp.upper.requestor import PeerSilent, Proposed, Requested, connect
+from sphere.scp.upper.requestor import connect
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,6 @@ class Finds(Protocol):
 
 
 Steps = Generator[None, None, None]
-Connect = Callable[[Peer, Settings, Sequence[Proposed]], Requested]
 
 
 class RetrieveService:
@@ -91,12 +90,13 @@ class RetrieveService:
 
         def perform(instances: list[StoredInstance], counts: Counts) -> Steps:
             assert peer is not None
-            origin = {
+            origin: dict[str, str | int] = {
                 "MoveOriginatorApplicationEntityTitle": request.calling_ae,
                 "MoveOriginatorMessageID": request.message_id,
             }
+            delivery = self._delivery(origin)
             for proposed, group in groups(instances):
-                yield from self._to_peer(peer, proposed, group, counts, origin)
+                yield from _counted(delivery.to_peer(peer, proposed, group), counts)
 
         if peer is None:
             yield _failure(UNKNOWN_DESTINATION, "move destination is not among the peers of the settings")
@@ -109,8 +109,8 @@ class RetrieveService:
         """Every response to a C-GET, the final one last; sub-operations go over `channel`, and raise what it raises."""
 
         def perform(instances: list[StoredInstance], counts: Counts) -> Steps:
-            with closing(self._over(channel, deque(instances), counts, {})) as steps:
-                yield from steps
+            sender = Sender(channel, self._converter, {})
+            yield from _counted(self._delivery({}).over(sender, deque(instances)), counts)
 
         yield from self._answers(request, perform, cancelled)
 
@@ -146,72 +146,21 @@ class RetrieveService:
                     yield RetrieveAnswer(PENDING, counts)
         yield _final(counts)
 
-    def _to_peer(
-        self,
-        peer: Peer,
-        proposed: list[Proposed],
-        group: list[StoredInstance],
-        counts: Counts,
-        origin: Mapping[str, Any],
-    ) -> Steps:
-        """Send a group; where the association is lost after something went well, go on over a new one."""
-        left = deque(group)
-        padded: set[str] = set()
-        while left:
-            sent = counts.completed + counts.warning
-            try:
-                if not proposed:
-                    raise PeerError("no SOP class is known of these instances")
-                with self._connect(peer, self._settings, proposed) as association:
-                    yield from self._over(association, left, counts, origin, padded)
-            except (PeerError, StorageError) as error:
-                if is_odd(left[0]) and left[0].SOPInstanceUID not in padded and not isinstance(error, PeerSilent):
-                    padded.add(left[0].SOPInstanceUID)
-                    continue
-                counts.add(left.popleft(), None, str(error))
-                yield None
-                if isinstance(error, PeerSilent) or counts.completed + counts.warning == sent:
-                    yield from _give_up(left, counts, str(error))
+    def _delivery(self, origin: dict[str, str | int]) -> Delivery[StoredInstance]:
+        return Delivery(
+            settings=self._settings, read=self._read, converter=self._converter, connect=self._connect, origin=origin
+        )  # fmt: skip
 
-    def _over(
-        self,
-        channel: Channel,
-        left: deque[StoredInstance],
-        counts: Counts,
-        origin: Mapping[str, Any],
-        padded: set[str] | None = None,
-    ) -> Steps:
-        """Sub-operations on one association, one step each; what is done is taken off `left`.
+    def _read(self, instances: Sequence[StoredInstance]) -> ReadAhead:
+        return ReadAhead(self._storage, [range_of(instance) for instance in instances])
 
-        Raises what the channel raises: the first that is left is then the one that failed.
-        """
-        sender = Sender(channel, self._converter, origin, padded)
-        sendable: list[tuple[StoredInstance, Context]] = []
-        refused: list[tuple[StoredInstance, str]] = []
-        for instance in left:
-            route = sender.route(instance)
-            if isinstance(route, Context):
-                sendable.append((instance, route))
-            else:
-                refused.append((instance, route))
-        left.clear()
-        left.extend(instance for instance, _ in sendable)
-        for instance, reason in refused:
-            counts.add(instance, None, reason)
+
+def _counted(outcomes: Outcomes[StoredInstance], counts: Counts) -> Steps:
+    """One step for each sub-operation that is over."""
+    with closing(outcomes):
+        for outcome in outcomes:
+            counts.add(outcome.instance, outcome.status, outcome.reason)
             yield None
-        with ReadAhead(self._storage, [range_of(instance) for instance in left]) as bytes_ahead:
-            for instance, context in sendable:
-                outcome = sender.send(instance, context, bytes_ahead.next())
-                left.popleft()
-                counts.add(instance, *outcome)
-                yield None
-
-
-def _give_up(left: deque[StoredInstance], counts: Counts, reason: str) -> Steps:
-    if left:
-        while left:
-            counts.add(left.popleft(), None, reason)
-        yield None
 
 
 def _final(counts: Counts) -> RetrieveAnswer:

@@ -19,7 +19,7 @@ from sphere.scp.upper.connection import Connection
 from sphere.scp.upper.messages import Context, Inbox, Limits, Message
 from sphere.scp.upper.negotiation import Agreement, Proposal, agree, read_request
 from sphere.scp.upper.outgoing import Asking, Outgoing
-from sphere.scp.upper.protocol import Ended, Rejection, Released, TooSlow, Violation
+from sphere.scp.upper.protocol import Aborted, Ended, Rejection, Released, TooSlow, Violation
 
 log = logging.getLogger(__name__)
 
@@ -150,7 +150,7 @@ class Association:
         assert received is not None
         kind, body = received
         if kind == protocol.ABORT:
-            raise Ended("aborted by the peer")
+            raise Aborted
         if kind != protocol.ASSOCIATE_RQ:
             raise Violation(f"PDU type 0x{kind:02X} before A-ASSOCIATE-RQ", reason=protocol.UNEXPECTED_PDU)
         proposal = read_request(body)

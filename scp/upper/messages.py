@@ -14,7 +14,7 @@ from sphere.scp.upper import protocol
 from sphere.scp.upper.command import NO_DATA_SET, Command, CommandError, decode
 from sphere.scp.upper.connection import Connection
 from sphere.scp.upper.dataset import MAX_FRAGMENTS, ArrivingDataSet
-from sphere.scp.upper.protocol import PDV_HEADER, Ended, Released, Violation
+from sphere.scp.upper.protocol import PDV_HEADER, Aborted, Released, Violation
 
 MAX_COMMAND = 1 << 16  # bytes of a command set; real ones have some hundred
 
@@ -104,7 +104,7 @@ class Inbox:
             raise Released
         if kind == protocol.ABORT:
             source, reason = bytes(self._body[2:4]).ljust(2, b"\0")
-            raise Ended(f"aborted by the peer source={source} reason={reason}")
+            raise Aborted(source, reason)
         raise Violation(f"PDU type 0x{kind:02X} out of turn", reason=protocol.UNEXPECTED_PDU)
 
     def _fragment(self) -> Message | None:

@@ -51,6 +51,13 @@ class Ended(Exception):
     """The connection is over, and there is nobody left to tell: closed, reset, or aborted by the peer."""
 
 
+class Aborted(Ended):
+    """The peer sent an A-ABORT (PS3.8 9.3.8)."""
+
+    def __init__(self, source: int = USER, reason: int = UNSPECIFIED) -> None:
+        super().__init__(f"aborted by the peer source={source} reason={reason}")
+
+
 class Released(Exception):
     """The peer asked for the end of the association (A-RELEASE-RQ)."""
 

@@ -1,6 +1,6 @@
 """An association that we ask for (PS3.8 7.1), over the same blocking layer as those that we accept.
 
-Retrieve uses it in both roles (see docs/decisions/0008-retrieve.md).
+Every client uses it, and C-MOVE for its sub-operations (see docs/decisions/0008-retrieve.md).
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from pynetdicom.presentation import PresentationContext, build_context
 
 from sphere.conf.errors import PeerError
 from sphere.conf.settings import Peer, Settings
-from sphere.scp.requestor import describe
+from sphere.scp.libraries import prepare_libraries
+from sphere.scp.peers import describe
 from sphere.scp.upper import command as dimse
 from sphere.scp.upper import protocol
 from sphere.scp.upper.connection import Connection
@@ -31,7 +32,7 @@ from sphere.scp.upper.dataset import Budget
 from sphere.scp.upper.messages import Context, Inbox, Limits, Message
 from sphere.scp.upper.negotiation import own_items
 from sphere.scp.upper.outgoing import Asking, Outgoing
-from sphere.scp.upper.protocol import Ended, Released, TooSlow, Violation
+from sphere.scp.upper.protocol import Aborted, Ended, Released, TooSlow, Violation
 
 MAX_CONTEXTS = 128  # odd ids of one byte (PS3.8 9.3.2.2)
 ASSOCIATE_RJ = 0x03
@@ -40,6 +41,10 @@ RECEIVING_MEMORY = 32 << 20  # bytes of arriving data sets (C-GET) beyond the fi
 
 class PeerSilent(PeerError):
     """A peer did not answer in time: asking it again would only wait again."""
+
+
+class NoneAccepted(PeerError):
+    """A peer accepts none of what was proposed: asking it again would change nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +173,8 @@ class Requested:
         who = describe(self._peer)
         if isinstance(error, TooSlow):
             raise PeerSilent(f"{who} did not answer within dimse.dimse_timeout_s") from None
+        if isinstance(error, Aborted):
+            raise PeerError(f"{who} aborted the association") from None
         if isinstance(error, Released):
             raise PeerError(f"{who} released the association before it had answered") from None
         raise PeerError(f"{who}: {error}") from None
@@ -189,6 +196,7 @@ def connect(
 
     At most MAX_CONTEXTS contexts. Raises PeerError, which says what to check, also where no context was accepted.
     """
+    prepare_libraries()
     artim_s = settings.dimse.artim_s
     connection = _connection(peer, settings)
     try:
@@ -213,6 +221,8 @@ def _connection(peer: Peer, settings: Settings) -> Connection:
         sock = socket.create_connection((peer.host, peer.port), timeout=settings.dimse.artim_s or None)
     except TimeoutError:
         raise PeerSilent(f"{describe(peer)}: cannot connect (no answer); check host and port") from None
+    except socket.gaierror as error:
+        raise PeerError(f"{describe(peer)}: host name cannot be resolved ({error.strerror}); check `host`") from None
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise PeerError(f"{describe(peer)}: cannot connect ({reason}); check host and port, and that it runs") from None
@@ -248,7 +258,7 @@ def _context(number: int, proposed: Proposed) -> PresentationContext:
 
 def _answer(kind: int, body: memoryview, peer: Peer, settings: Settings, proposed: Sequence[Proposed]) -> _Answer:
     if kind == protocol.ABORT:
-        raise Ended("aborted by the peer")
+        raise Aborted
     if kind == ASSOCIATE_RJ:
         raise PeerError(_rejected(body, peer, settings))
     if kind != protocol.ASSOCIATE_RQ + 1:
@@ -266,7 +276,7 @@ def _answer(kind: int, body: memoryview, peer: Peer, settings: Settings, propose
             abstract = UID(proposed[number // 2].abstract_syntax)
             accepted[number] = Context(number, abstract, result.transfer_syntax[0], as_scu=True)
     if not accepted:
-        raise PeerError(f"{describe(peer)} accepts none of the services asked for")
+        raise NoneAccepted(f"{describe(peer)} accepts none of the services asked for")
     items = primitive.user_information
     lengths = [item.maximum_length_received for item in items if isinstance(item, MaximumLengthNotification)]
     granted = {

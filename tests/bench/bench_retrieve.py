@@ -27,7 +27,7 @@ from rich.table import Table
 from sphere.archive import Archive
 from sphere.conf.settings import from_dict
 from sphere.scp import client
-from sphere.scp.retrieve import client as retrieve_client
+from sphere.scp.client import retrieve as retrieve_client
 from tests.support.dicom_tools import NO_NAGLE, require_tool, running, running_orthanc
 from tests.support.receiver import Receiver, free_port, running_receiver
 from tests.support.samples import make_instance

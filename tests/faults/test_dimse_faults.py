@@ -24,9 +24,9 @@ from sphere.scp.find import FindService
 from sphere.scp.handlers import Handlers
 from sphere.scp.identifier import build_identifier
 from sphere.scp.peers import CallingPolicy
-from sphere.scp.requestor import hold_reactor
 from sphere.scp.server import listen
 from sphere.scp.store import MISMATCH, OUT_OF_RESOURCES, StoreService
+from tests.support.pynetdicom_user import hold_reactor
 from tests.support.receiver import Receiver, free_port, running_receiver
 from tests.support.samples import CT_STORAGE, dataset_of, make_instance
 
@@ -286,11 +286,11 @@ def test_a_full_disk_is_a_failure_status_and_nothing_is_lost(tmp_path: Path) -> 
     large = make_instance(tmp_path / "large.dcm", EncapsulatedDocument=bytes(2 << 20))
     with running_receiver(tmp_path / "archive", file_size_limit=1 << 20) as receiver:
         results = list(client.store(receiver.peer, [*small[:4], large, *small[4:]], settings=receiver.settings))
-        by_path = {result.path: result for result in results}
+        by_path = {result.source: result for result in results}
         assert by_path[large].status == OUT_OF_RESOURCES
         assert "status 0xA700 (" in by_path[large].error
         assert {result.status for result in results} == {0, OUT_OF_RESOURCES}
-        stored = [result.path for result in results if result.stored]
+        stored = [Path(result.source) for result in results if result.stored]
         assert len(stored) >= 8
         assert stored[-1] == small[-1] or by_path[small[-2]].stored  # it goes on in a new bundle
         kept = [receiver.dataset_bytes(record) for record in receiver.members()]

@@ -16,9 +16,9 @@ from pynetdicom import AE, evt
 
 from sphere.conf.settings import Peer
 from sphere.scp import client
+from sphere.scp.client import retrieve as retrieve_client
+from sphere.scp.client.retrieve import Progress
 from sphere.scp.contexts import MOVE_MODELS
-from sphere.scp.retrieve import client as retrieve_client
-from sphere.scp.retrieve.client import Progress
 from sphere.scp.store import StoreAnswer, StoreRequest
 from sphere.scp.upper.command import C_MOVE_RQ
 from sphere.scp.upper.outgoing import Outgoing

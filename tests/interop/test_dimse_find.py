@@ -93,7 +93,7 @@ def archive(tmp_path_factory: pytest.TempPathFactory, spark: SparkSession) -> It
         archive = Archive(receiver)
         for result in client.store(receiver.peer, files, settings=receiver.settings):
             if result.stored:
-                archive.add(result.path)
+                archive.add(Path(result.source))
         report = run(spark, receiver.settings)
         assert report.rows == sum(len(uids) for study in archive.series.values() for uids in study.values())
         yield archive

@@ -19,9 +19,9 @@ from pydicom.uid import ExplicitVRLittleEndian
 from sphere.ingest.header import identify
 from sphere.ingest.part10 import file_meta
 from sphere.scp import client
+from sphere.scp.client import retrieve as retrieve_client
+from sphere.scp.client.retrieve import Progress
 from sphere.scp.contexts import is_storage
-from sphere.scp.retrieve import client as retrieve_client
-from sphere.scp.retrieve.client import Progress
 from sphere.scp.retrieve.transcode import CONVERTIBLE, TARGETS, convert
 from sphere.scp.store import StoreAnswer, StoreRequest
 from tests.support.dicom_tools import (
@@ -80,7 +80,7 @@ def holding(
         known = [*peers, {"name": "dest", "ae_title": "DEST", "host": "127.0.0.1", "port": port}]
         with running_receiver(base / "archive", {"peers": known}) as receiver:
             results = list(client.store(receiver.peer, chosen.values(), settings=receiver.settings))
-            unstored = [(result.path, result.error) for result in results if not result.stored]
+            unstored = [(result.source, result.error) for result in results if not result.stored]
             assert not unstored, unstored
             yield Holding(receiver, out, chosen)
 

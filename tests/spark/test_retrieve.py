@@ -13,7 +13,7 @@ from sphere.catalog.query import Model
 from sphere.catalog.schema import Level
 from sphere.jobs.extract import run
 from sphere.scp import client
-from sphere.scp.retrieve import client as retrieve_client
+from sphere.scp.client import retrieve as retrieve_client
 from sphere.scp.store import StoreAnswer, StoreRequest
 from tests.support.receiver import Receiver, running_receiver
 from tests.support.samples import CT_STORAGE, make_instance

@@ -9,19 +9,21 @@ from typing import Any
 
 import pytest
 from hypothesis import given
+from hypothesis import settings as examples
 from hypothesis import strategies as st
 from pydicom.dataset import Dataset
 from pydicom.uid import UID, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from sphere.catalog.service import StoredInstance
 from sphere.conf.errors import QueryError, StorageError, StorageMissing
+from sphere.scp.client import pull
+from sphere.scp.client.pull import Target, find_targets, missing, read_targets, retrieve
+from sphere.scp.client.retrieve import Progress
 from sphere.scp.contexts import RetrieveModel
-from sphere.scp.retrieve import pull, read_ahead
-from sphere.scp.retrieve.client import Progress
+from sphere.scp.retrieve import read_ahead
 from sphere.scp.retrieve.identifier import Selection, decode_identifier, parse_selection
 from sphere.scp.retrieve.locate import Locator
 from sphere.scp.retrieve.outbound import Sender, groups
-from sphere.scp.retrieve.pull import Target, find_targets, missing, read_targets, retrieve
 from sphere.scp.retrieve.read_ahead import Range, ReadAhead, windows
 from sphere.scp.retrieve.transcode import NotConverted
 from sphere.scp.retrieve.transcoder import Transcoder
@@ -117,6 +119,7 @@ class Bytes:
         return bytes((offset + at) % 251 for at in range(min(length, max(0, self.size - offset))))
 
 
+@examples(deadline=None)  # a loaded machine is no failure
 @given(
     st.lists(st.tuples(st.sampled_from("ab"), st.integers(0, 3000), st.integers(0, 900)), max_size=20),
     st.integers(1, 400),
@@ -239,6 +242,7 @@ def test_what_cannot_be_converted_says_why_and_the_next_can() -> None:
         transcoder.close()
 
 
+@examples(deadline=None)
 @given(st.lists(st.binary(max_size=50)), st.integers(8, 60))
 def test_fragments_join_to_the_data_set(parts: list[bytes], max_pdu: int) -> None:
     whole = b"".join(parts)

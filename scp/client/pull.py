@@ -10,8 +10,8 @@ from sphere.catalog.query import Model
 from sphere.catalog.schema import Level
 from sphere.conf.errors import PeerError, QueryError
 from sphere.conf.settings import Peer, Settings
-from sphere.scp import client
-from sphere.scp.retrieve.client import Progress
+from sphere.scp.client.query import find
+from sphere.scp.client.retrieve import Progress
 
 KEYS: Mapping[Level, tuple[str, ...]] = {
     "PATIENT": ("PatientID",),
@@ -78,7 +78,7 @@ def find_targets(peer: Peer, keys: Mapping[str, str], level: Level, *, settings:
         return [Target(level, dict(keys))]
     model: Model = "PATIENT_ROOT" if level == "PATIENT" else "STUDY_ROOT"
     asked = {**dict.fromkeys(names, ""), **keys}
-    found = client.find(peer, asked, settings=settings, level=level, model=model)
+    found = find(peer, asked, settings=settings, level=level, model=model)
     return [Target(level, {name: str(match.get(name) or asked[name]) for name in names}) for match in found]
 
 
@@ -100,7 +100,7 @@ class Inventory:
 
     def _studies(self, target: Target) -> list[str]:
         if target.level == "PATIENT":
-            answers = client.find(
+            answers = find(
                 self._peer, {**target.keys, "StudyInstanceUID": ""}, settings=self._settings,
                 level="STUDY", model="PATIENT_ROOT",
             )  # fmt: skip
@@ -110,13 +110,13 @@ class Inventory:
     def _asked(self, target: Target, level: Level, keys: Mapping[str, str], name: str) -> list[str]:
         if name in target.keys:
             return target.keys[name].split("\\")
-        answers = client.find(self._peer, {**keys, name: ""}, settings=self._settings, level=level)
+        answers = find(self._peer, {**keys, name: ""}, settings=self._settings, level=level)
         return [str(answer[name].value) for answer in answers if name in answer]
 
     def _images(self, target: Target, keys: Mapping[str, str]) -> dict[str, str]:
         asked = {**keys, "SOPInstanceUID": "", "SOPClassUID": ""}
         wanted = set(target.keys["SOPInstanceUID"].split("\\")) if target.level == "IMAGE" else None
-        answers = client.find(self._peer, asked, settings=self._settings, level="IMAGE")
+        answers = find(self._peer, asked, settings=self._settings, level="IMAGE")
         return {
             str(answer.SOPInstanceUID): str(answer.get("SOPClassUID") or "")
             for answer in answers

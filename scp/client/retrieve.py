@@ -9,21 +9,21 @@ from typing import Any, Final, Protocol
 
 from pydicom.dataset import Dataset
 from pydicom.uid import UID
-from pynetdicom.dsutils import decode, encode
+from pynetdicom.dsutils import decode
 from pynetdicom.presentation import StoragePresentationContexts
 
 from sphere.catalog.query import Model
 from sphere.catalog.schema import Level
 from sphere.conf.errors import PeerError
 from sphere.conf.settings import Peer, Settings
-from sphere.scp.contexts import ENCODABLE, GET_MODELS, MOVE_MODELS, is_storage
+from sphere.scp.client.query import ENCODINGS, encoded
+from sphere.scp.contexts import GET_MODELS, MOVE_MODELS, is_storage
 from sphere.scp.identifier import build_identifier
-from sphere.scp.requestor import describe
+from sphere.scp.peers import describe
 from sphere.scp.retrieve.transcode import DECODERS, TARGETS
 from sphere.scp.store import StoreAnswer, StoreRequest
 from sphere.scp.upper.command import C_GET_RQ, C_MOVE_RQ, C_STORE_RQ, RESPONSE
-from sphere.scp.upper.messages import Context, Message
-from sphere.scp.upper.outgoing import Outgoing
+from sphere.scp.upper.messages import Message
 from sphere.scp.upper.requestor import MAX_CONTEXTS, Proposed, Requested, connect
 
 PENDING = (0xFF00, 0xFF01)
@@ -81,12 +81,12 @@ def move(
     Raises QueryError for a bad key, PeerError when the peer cannot be reached or the association is lost.
     """
     sop_class = next(uid for uid, name in MOVE_MODELS.items() if name == model)
-    with connect(peer, settings, [Proposed(sop_class, tuple(map(str, ENCODABLE[:2])))]) as association:
+    with connect(peer, settings, [Proposed(sop_class, ENCODINGS)]) as association:
         context = association.user_contexts[0]
         command = {
             "AffectedSOPClassUID": sop_class, "CommandField": C_MOVE_RQ, "Priority": 0, "MoveDestination": destination
         }  # fmt: skip
-        number = association.send(context, command, _identifier(keys, level, context))
+        number = association.send(context, command, encoded(build_identifier(keys, level), context))
         while True:
             message = association.response(C_MOVE_RQ, number)
             progress = _progress(message)
@@ -113,13 +113,13 @@ def get(
     the association is lost.
     """
     sop_class = next(uid for uid, name in GET_MODELS.items() if name == model)
-    proposed = [Proposed(sop_class, tuple(map(str, ENCODABLE[:2]))), *_storage(sop_classes)]
+    proposed = [Proposed(sop_class, ENCODINGS), *_storage(sop_classes)]
     with connect(peer, settings, proposed) as association:
         context = next((cx for cx in association.user_contexts if cx.abstract_syntax == sop_class), None)
         if context is None:
             raise PeerError(f"{describe(peer)} does not offer C-GET")
         command = {"AffectedSOPClassUID": sop_class, "CommandField": C_GET_RQ, "Priority": 0}
-        association.send(context, command, _identifier(keys, level, context))
+        association.send(context, command, encoded(build_identifier(keys, level), context))
         while True:
             message = association.receive()
             try:
@@ -172,14 +172,6 @@ def _storage(sop_classes: Collection[str]) -> Iterator[Proposed]:
             yield Proposed(uid, LOSSLESS_FIRST, as_scp=True)
         else:
             yield Proposed(uid, (*TARGETS, *LOSSLESS_FIRST), as_scp=True)
-
-
-def _identifier(keys: Mapping[str, str], level: Level, context: Context) -> Outgoing:
-    syntax = context.transfer_syntax
-    encoded: bytes | None = encode(build_identifier(keys, level), syntax.is_implicit_VR, syntax.is_little_endian)
-    if not encoded:
-        raise PeerError("the identifier cannot be encoded")
-    return Outgoing.of(encoded)
 
 
 def _progress(message: Message) -> Progress:

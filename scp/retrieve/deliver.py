@@ -1,0 +1,121 @@
+"""Instances to a peer, over as many associations as they need (PS3.4 Annex B): of C-MOVE, forwarding and `store`."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+from sphere.conf.errors import PeerError, StorageError
+from sphere.conf.settings import Peer, Settings
+from sphere.scp.retrieve.outbound import Channel, Converter, Instance, Sender, is_odd
+from sphere.scp.upper.messages import Context
+from sphere.scp.upper.requestor import NoneAccepted, PeerSilent, Proposed, Requested
+
+T = TypeVar("T", bound=Instance)
+
+
+class Reads(Protocol):
+    """The bytes of some instances, in order."""
+
+    def next(self) -> Iterator[memoryview]:
+        """Those of the next one's data set; reading raises StorageError."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome(Generic[T]):
+    """What became of one instance; `status` is that of its C-STORE, None where there was none.
+
+    `lost` says that the peer was not reached, or left before it answered: another time it may work.
+    """
+
+    instance: T
+    status: int | None
+    reason: str = ""
+    lost: bool = False
+
+
+Read = Callable[[Sequence[T]], AbstractContextManager[Reads]]
+Connect = Callable[[Peer, Settings, Sequence[Proposed]], Requested]
+Outcomes = Generator[Outcome[T], None, None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delivery(Generic[T]):
+    """How instances get to a peer.
+
+    `read` gives the bytes of instances. `converter` is what makes another transfer syntax of them where the peer does
+    not take theirs, None: nothing does. `origin` are further elements of every C-STORE request.
+    """
+
+    settings: Settings
+    read: Read[T]
+    converter: Converter | None
+    connect: Connect
+    origin: Mapping[str, Any]
+
+    def to_peer(self, peer: Peer, proposed: list[Proposed], group: Sequence[T]) -> Outcomes[T]:
+        """Send a group (see outbound.groups), one outcome for each, as they come; never raises.
+
+        Where the association is lost after something was answered, it goes on over a new one; a peer that is silent,
+        or that an association was lost to without any answer, is not asked for the rest.
+        """
+        left = deque(group)
+        padded: set[str] = set()
+        while left:
+            answered = False
+            try:
+                if not proposed:
+                    raise NoneAccepted("no SOP class is known of these instances")
+                with self.connect(peer, self.settings, proposed) as association:
+                    sender = Sender(association, self.converter, self.origin, padded)
+                    for outcome in self.over(sender, left):
+                        answered = answered or outcome.status is not None
+                        yield outcome
+            except (PeerError, StorageError) as error:
+                if not left:
+                    return
+                if is_odd(left[0]) and left[0].SOPInstanceUID not in padded and _may_be_over_it(error):
+                    padded.add(left[0].SOPInstanceUID)
+                    continue
+                yield _lost(left.popleft(), error)
+                if isinstance(error, (PeerSilent, NoneAccepted)) or not answered:
+                    while left:
+                        yield _lost(left.popleft(), error)
+
+    def over(self, sender: Sender, left: deque[T]) -> Outcomes[T]:
+        """Sub-operations on one association; what is done is taken off `left`.
+
+        Raises what the channel raises: the first that is left is then the one that failed.
+        """
+        sendable: list[tuple[T, Context]] = []
+        refused: list[tuple[T, str]] = []
+        for instance in left:
+            route = sender.route(instance)
+            if isinstance(route, Context):
+                sendable.append((instance, route))
+            else:
+                refused.append((instance, route))
+        left.clear()
+        left.extend(instance for instance, _ in sendable)
+        for instance, reason in refused:
+            yield Outcome(instance, None, reason)
+        with self.read(left) as bytes_ahead:
+            for instance, context in sendable:
+                status, reason = sender.send(instance, context, bytes_ahead.next())
+                left.popleft()
+                yield Outcome(instance, status, reason)
+
+
+def _may_be_over_it(error: Exception) -> bool:
+    return not isinstance(error, (PeerSilent, NoneAccepted))
+
+
+def _lost(instance: T, error: Exception) -> Outcome[T]:
+    lost = isinstance(error, PeerError) and not isinstance(error, NoneAccepted)
+    return Outcome(instance, None, str(error), lost)
+
+
+__all__ = ["Channel", "Connect", "Delivery", "Outcome", "Outcomes", "Read", "Reads"]
