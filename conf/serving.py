@@ -67,6 +67,7 @@ class ServeState:
     stopping: bool
     children: tuple[ChildState, ...]
     spool: SpoolState | None = None  # where instances are spooled
+    web_port: int = 0  # 0: no HTTP
 
     @property
     def not_ready(self) -> list[str]:
@@ -91,7 +92,8 @@ class ServeState:
     def __str__(self) -> str:
         """A few lines for a person."""
         restarts = sum(child.restarts for child in self.children)
-        lines = [f"pid {self.pid}, DIMSE port {self.port}, {restarts} restarts"]
+        web = f", HTTP port {self.web_port}" if self.web_port else ""
+        lines = [f"pid {self.pid}, DIMSE port {self.port}{web}, {restarts} restarts"]
         for child in self.children:
             ended = f", last end: {child.last_end}" if child.last_end else ""
             lines.append(f"{child.name} {child.state} pid {child.pid}, {child.restarts} restarts{ended}")
@@ -111,9 +113,10 @@ def write(
     stopping: bool,
     children: Sequence[ChildState],
     spool: SpoolState | None = None,
+    web_port: int = 0,
 ) -> None:
     """Replace the state file atomically; raises OSError."""
-    _replace(state_dir, FILE, ServeState(pid, port, now(), stopping, tuple(children), spool))
+    _replace(state_dir, FILE, ServeState(pid, port, now(), stopping, tuple(children), spool, web_port))
 
 
 def write_spool(state_dir: Path, state: SpoolState) -> None:

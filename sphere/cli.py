@@ -81,7 +81,8 @@ def settings_of(ctx: click.Context) -> Settings:
 )
 @click.option("--ae-title", default="SPHERE", show_default=True, help="archive.ae_title.")
 @click.option("--port", default=11112, show_default=True, help="dimse.port.")
-def init(folder: Path, root: str, ae_title: str, port: int) -> None:
+@click.option("--web-port", default=8080, show_default=True, help="web.port.")
+def init(folder: Path, root: str, ae_title: str, port: int, web_port: int) -> None:
     """Make an archive folder with a commented sphere.toml and its storage.
 
     \b
@@ -95,7 +96,7 @@ def init(folder: Path, root: str, ae_title: str, port: int) -> None:
     file = folder / "sphere.toml"
     if file.exists():
         raise SettingsError(f"{file} exists already; edit it, or choose another folder")
-    values = {"archive.ae_title": ae_title, "dimse.port": port, "storage.root": root}
+    values = {"archive.ae_title": ae_title, "dimse.port": port, "web.port": web_port, "storage.root": root}
     nested: dict[str, dict[str, object]] = {}
     for key, value in values.items():
         section, _, name = key.partition(".")
@@ -111,7 +112,7 @@ def init(folder: Path, root: str, ae_title: str, port: int) -> None:
 @main.command()
 @click.pass_context
 def serve(ctx: click.Context) -> None:
-    """Receive and answer DICOM, and extract what lands, until SIGTERM or Ctrl-C.
+    """Receive and answer DICOM and DICOMweb, and extract what lands, until SIGTERM or Ctrl-C.
 
     \b
     Example:

@@ -34,7 +34,7 @@ def main() -> int:
     with timed("make samples: pydicom's packaged files and a generated CT series"):
         print(f"  {write_samples(samples)} files in {samples}")
     port = options.port or free_port()
-    run("init", str(config.parent), "--port", str(port))
+    run("init", str(config.parent), "--port", str(port), "--web-port", "0")
     disable_schedule(config)
     with serving(config) as server:
         tell_story(config, samples, f"SPHERE@127.0.0.1:{port}")

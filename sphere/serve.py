@@ -82,13 +82,15 @@ class Supervisor:
     def run(self) -> int:
         """Serve until SIGTERM or SIGINT; returns the exit status, 0 when every child stopped cleanly.
 
-        Raises SettingsError when the DIMSE port is taken, or a rule asks for what cannot be matched.
+        Raises SettingsError when a port is taken, or a rule asks for what cannot be matched.
         """
         Policy(self.settings)  # a rule that cannot be matched ends this here, not one receiver after the other
-        self.settings = settings = with_port(self.settings)
+        self.settings = settings = with_ports(self.settings)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self._stop.set())
         self.children = [Child(f"receiver-{n + 1}", receive) for n in range(settings.dimse.workers)]
+        if settings.web.enabled:
+            self.children.append(Child("web", serve_http))
         if settings.extract.every_s:
             self.children.append(Child("extract", extract_regularly, JOB_PATIENCE_S))
         if in_use(settings):
@@ -175,10 +177,13 @@ class Supervisor:
         if time.monotonic() < self._tell_again and _changes(told) == _changes(self._told) and not stopping:
             return
         self._told, self._tell_again = told, time.monotonic() + STATE_S
-        state_dir, port = self.settings.archive.state_dir, self.settings.dimse.port
+        state_dir, web = self.settings.archive.state_dir, self.settings.web
         try:
             spool = serving.read_spool(state_dir) if in_use(self.settings) else None
-            serving.write(state_dir, pid=os.getpid(), port=port, stopping=stopping, children=told, spool=spool)
+            serving.write(
+                state_dir, pid=os.getpid(), port=self.settings.dimse.port, web_port=web.port if web.enabled else 0,
+                stopping=stopping, children=told, spool=spool,
+            )  # fmt: skip
         except OSError as error:  # a full disk must not end the supervisor
             log.error("state file: %s", error.strerror)
 
@@ -248,6 +253,13 @@ def receive(settings: Settings, ready: Callable[[int], None]) -> None:
     run_receiver(settings, ready=ready)
 
 
+def serve_http(settings: Settings, ready: Callable[[int], None]) -> None:
+    """The HTTP process."""
+    from sphere.scp.web.server import run_web
+
+    run_web(settings, ready=ready)
+
+
 def extract_regularly(settings: Settings, ready: Callable[[int], None]) -> None:
     """Extract every `extract.every_s` seconds while something waits; Spark starts with the first need."""
     from sphere.archive import Archive
@@ -275,19 +287,26 @@ def ship_regularly(settings: Settings, ready: Callable[[int], None]) -> None:
     run_shipper(settings, stop)
 
 
-def with_port(settings: Settings) -> Settings:
-    """The settings with a free port in place of 0; raises SettingsError when the wanted port is taken."""
-    with socket.socket(socket.AF_INET6 if ":" in settings.dimse.host else socket.AF_INET) as probe:
+def with_ports(settings: Settings) -> Settings:
+    """The settings with free ports in place of 0; raises SettingsError when a wanted port is taken."""
+    dimse, web = settings.dimse, settings.web
+    update: dict[str, object] = {"dimse": dimse.model_copy(update={"port": _port("dimse", dimse.host, dimse.port)})}
+    if web.enabled:
+        update["web"] = web.model_copy(update={"port": _port("web", web.host, web.port)})
+    return settings.model_copy(update=update)
+
+
+def _port(section: str, host: str, port: int) -> int:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((settings.dimse.host, settings.dimse.port))
+            probe.bind((host, port))
         except OSError as error:
-            where = f"{settings.dimse.host}:{settings.dimse.port}"
+            where = f"{host}:{port}"
             raise SettingsError(
-                f"dimse.port: cannot listen on {where}: {error.strerror}; choose another port"
+                f"{section}.port: cannot listen on {where}: {error.strerror}; choose another port"
             ) from None
-        port = int(probe.getsockname()[1])
-    return settings.model_copy(update={"dimse": settings.dimse.model_copy(update={"port": port})})
+        return int(probe.getsockname()[1])
 
 
 def banner(settings: Settings) -> str:
@@ -296,7 +315,8 @@ def banner(settings: Settings) -> str:
         f"extraction every {settings.extract.every_s:g} s" if settings.extract.every_s else "no scheduled extraction"
     )
     address = f"{settings.dimse.host}:{settings.dimse.port}"
+    web = f"DICOMweb on http://{settings.web.host}:{settings.web.port}/dicom-web; " if settings.web.enabled else ""
     return (
-        f"{settings.archive.ae_title} serves DICOM on {address} ({settings.dimse.workers} receivers, {every}); "
+        f"{settings.archive.ae_title} serves DICOM on {address} ({settings.dimse.workers} receivers, {every}); {web}"
         f"storage {settings.storage.root}; Ctrl-C stops."
     )

@@ -36,6 +36,7 @@ def test_the_worked_session_of_the_readme(tmp_path: Path) -> None:
         shutil.copy(str(get_testdata_file(name)), tmp_path / "samples")
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     environment.pop("SPHERE_CONFIG", None)
+    environment["SPHERE_WEB__PORT"] = "0"
     output: dict[str, str] = {}
     server: subprocess.Popen[str] | None = None
     try:

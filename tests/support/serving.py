@@ -69,7 +69,13 @@ def send_signal(child: ChildState, number: signal.Signals) -> None:
 
 @contextmanager
 def running_supervisor(
-    base: Path, *, root: str = "file:storage", workers: int = 2, port: int = 0, ingest: Mapping[str, Any] | None = None
+    base: Path,
+    *,
+    root: str = "file:storage",
+    workers: int = 2,
+    port: int = 0,
+    web: bool = False,
+    ingest: Mapping[str, Any] | None = None,
 ) -> Iterator[Serving]:
     """`sphere serve` on an archive in `base`, every part ready; killed at the end where the test has not stopped it."""
     base.mkdir(parents=True, exist_ok=True)
@@ -77,6 +83,7 @@ def running_supervisor(
     config = base / "sphere.toml"
     text = f'[dimse]\nport = {port}\nworkers = {workers}\n[storage]\nroot = "{root}"\n[extract]\nevery_s = 0\n'
     text += "[ingest]\n" + "".join(f"{name} = {json.dumps(value)}\n" for name, value in (ingest or {}).items())
+    text += f"[web]\nenabled = {str(web).lower()}\nport = 0\n"
     config.write_text(text)
     tables = {
         "dimse": {"port": port, "workers": workers},

@@ -14,7 +14,7 @@ from pydicom.data import get_testdata_file
 from sphere.cli import main
 from sphere.conf.settings import load
 from sphere.output import as_csv, as_json, as_table
-from sphere.serve import with_port
+from sphere.serve import with_ports
 
 pytestmark = pytest.mark.unit
 
@@ -143,8 +143,8 @@ def test_a_taken_port_is_named(config: Path) -> None:
         port = taken.getsockname()[1]
         settings = from_dict({"dimse": {"port": port}}, base=config.parent)
         with pytest.raises(SettingsError, match=rf"cannot listen on 127\.0\.0\.1:{port}: Address already in use"):
-            with_port(settings)
-    assert with_port(from_dict({"dimse": {"port": 0}}, base=config.parent)).dimse.port > 0
+            with_ports(settings)
+    assert with_ports(from_dict({"dimse": {"port": 0}, "web": {"port": 0}}, base=config.parent)).dimse.port > 0
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

@@ -1,0 +1,86 @@
+"""The ASGI application: routes, and what becomes of errors."""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from dataclasses import dataclass
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from sphere.conf.errors import SphereError
+from sphere.conf.settings import Settings
+from sphere.scp.web import health, operations, search
+from sphere.scp.web.problem import problem
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """What the routes ask."""
+
+    finder: search.Finder
+
+
+def make_app(settings: Settings, services: Services) -> Starlette:
+    """The application of one archive."""
+    metrics = health.Metrics()
+    offered = [*health.offered(settings, metrics), *search.offered(services.finder)]
+    offered.append(operations.openapi(offered))
+    app = Starlette(
+        routes=operations.routes(offered),
+        middleware=[Middleware(health.Measured, metrics=metrics), Middleware(Answered)],
+        exception_handlers={SphereError: _of_sphere, HTTPException: _of_http},
+    )
+    app.router.redirect_slashes = False
+    return app
+
+
+class Answered:
+    """ASGI middleware: a defect of ours is logged without what was asked for, and answered."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        begun = False
+
+        async def watched(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched)
+        except Exception as error:  # noqa: BLE001  it must be answered, and not shown with what was asked
+            frames = traceback.extract_tb(error.__traceback__)[:-4:-1]
+            at = " < ".join(f"{frame.name}:{frame.lineno}" for frame in frames)
+            log.error("request failed: %s at %s", type(error).__name__, at)
+            if begun:
+                raise Broken from None  # the connection has to end without the end of the response
+            await problem(500, f"internal error ({type(error).__name__})")(scope, receive, send)
+
+
+class Broken(Exception):
+    """A response that was begun cannot be ended."""
+
+
+async def _of_sphere(request: Request, error: Exception) -> Response:
+    assert isinstance(error, SphereError)
+    if error.http >= 500:
+        log.error("request failed status=%d: %s", error.http, error)
+    return problem(error.http, str(error))
+
+
+async def _of_http(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    response = problem(error.status_code, str(error.detail))
+    for name, value in (error.headers or {}).items():
+        response.headers[name] = value
+    return response

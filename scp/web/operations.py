@@ -1,0 +1,92 @@
+"""What the service offers: one table that the routes and the OpenAPI document are made from."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from sphere.scp.web.problem import MEDIA_TYPE, WebError
+
+Endpoint = Callable[[Request], Response] | Callable[[Request], Awaitable[Response]]
+Parameter = Mapping[str, Any]
+
+_UID = re.compile(r"[0-9.]{1,64}")
+UID_SCHEMA = {"type": "string", "pattern": "^[0-9.]{1,64}$"}
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One method of one path; names in braces are its path parameters. `produces`: media types of its responses."""
+
+    method: str
+    path: str
+    endpoint: Endpoint
+    summary: str
+    tag: str
+    produces: Sequence[str] = ("application/json",)
+    parameters: Sequence[Parameter] = field(default_factory=tuple)
+    consumes: Sequence[str] = ()
+    status: int = 200
+
+
+def routes(operations: Iterable[Operation]) -> list[Route]:
+    """Routes of the operations; those without `{` before those with."""
+    ordered = sorted(operations, key=lambda one: "{" in one.path)
+    return [Route(one.path, one.endpoint, methods=[one.method]) for one in ordered]
+
+
+def uids(request: Request) -> dict[str, str]:
+    """The UIDs in the path by the names of its parameters; raises WebError where one is none."""
+    found = {name: str(value) for name, value in request.path_params.items()}
+    for name, uid in found.items():
+        if not _UID.fullmatch(uid):
+            raise WebError(f"{name} in the path is not a UID (PS3.5 9.1)")
+    return found
+
+
+def parameter(name: str, schema: Mapping[str, Any], text: str) -> Parameter:
+    """A query parameter that may be left out."""
+    return {"name": name, "in": "query", "required": False, "schema": schema, "description": text}
+
+
+def openapi(operations: Iterable[Operation]) -> Operation:
+    """/openapi.json, of the given operations and itself."""
+    document: dict[str, Any] = {}
+
+    def answer(request: Request) -> Response:
+        return JSONResponse(document)
+
+    itself = Operation("GET", "/openapi.json", answer, "This document", "service")
+    paths: dict[str, dict[str, Any]] = {}
+    for one in (*operations, itself):
+        paths.setdefault(one.path, {})[one.method.lower()] = _described(one)
+    info = {"title": "SPHERE", "summary": "DICOMweb (PS3.18) of a research PACS", "version": version("sphere-pacs")}
+    document.update(openapi="3.1.0", info=info, paths=paths)
+    return itself
+
+
+def _described(one: Operation) -> dict[str, Any]:
+    names = re.findall(r"{(\w+)}", one.path)
+    schema = {name: {"type": "string"} if name == "frames" else UID_SCHEMA for name in names}
+    in_path = [{"name": name, "in": "path", "required": True, "schema": schema[name]} for name in names]
+    content: dict[str, Any] = {media_type: {} for media_type in one.produces}
+    described: dict[str, Any] = {
+        "tags": [one.tag],
+        "summary": one.summary,
+        "parameters": [*in_path, *one.parameters],
+        "responses": {
+            str(one.status): {"description": "Success", "content": content},
+            "4XX": {"description": "The request cannot be answered", "content": {MEDIA_TYPE: {}}},
+            "5XX": {"description": "The service cannot answer now", "content": {MEDIA_TYPE: {}}},
+        },
+    }
+    if one.consumes:
+        described["requestBody"] = {"required": True, "content": {media_type: {} for media_type in one.consumes}}
+    return described

@@ -1,0 +1,101 @@
+"""HTTP/1.1 on a socket: uvicorn's protocol, with an end to headers that are too long, too many or too slow."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from http import HTTPStatus
+from typing import Any
+
+import orjson
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+log = logging.getLogger(__name__)
+
+MAX_HEAD = 32 << 10  # bytes of request line and headers
+MAX_HEADERS = 100
+
+
+class BoundedHttp(HttpToolsProtocol):
+    """Answers 431 to a request whose head exceeds MAX_HEAD or MAX_HEADERS, and 408 to one that takes too long for it.
+
+    A head has to be there within the `timeout_notify` of the uvicorn configuration, in seconds.
+    """
+
+    def __init__(self, *args: Any, **named: Any) -> None:
+        super().__init__(*args, **named)
+        self._head_bytes = 0
+        self._in_head = True
+        self._refused = False
+        self._deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._await_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_waiting()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._refused:
+            return
+        if self._in_head:
+            self._head_bytes += min(len(data), MAX_HEAD + 1)
+        super().data_received(data)
+        if self._in_head and self._head_bytes > MAX_HEAD:
+            self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, f"a request's head has at most {MAX_HEAD} bytes")
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._in_head, self._head_bytes = True, 0
+        if self._deadline is None:
+            self._await_head()
+
+    def on_headers_complete(self) -> None:
+        self._in_head = False
+        self._stop_waiting()
+        size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
+        if size > MAX_HEAD or len(self.headers) > MAX_HEADERS:
+            text = f"a request's head has at most {MAX_HEAD} bytes and {MAX_HEADERS} headers"
+            self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, text)
+        elif not self._refused:
+            super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        if not self._refused:
+            super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        if not self._refused:
+            super().on_message_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(HTTPStatus.BAD_REQUEST, "this is not HTTP/1.1 as RFC 9112 has it")
+
+    def _await_head(self) -> None:
+        self._deadline = self.loop.call_later(self.config.timeout_notify, self._too_slow)
+
+    def _stop_waiting(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _too_slow(self) -> None:
+        self._refuse(HTTPStatus.REQUEST_TIMEOUT, "the request did not come in time")
+
+    def _refuse(self, status: HTTPStatus, detail: str) -> None:
+        """Answer and close; what comes after is not looked at."""
+        self._refused = True
+        self._stop_waiting()
+        if self.transport.is_closing():
+            return
+        log.warning("request refused status=%d: %s", status, detail)
+        body = orjson.dumps({"type": "about:blank", "title": status.phrase, "status": status, "detail": detail})
+        head = (
+            f"HTTP/1.1 {status.value} {status.phrase}\r\nContent-Type: application/problem+json\r\n"
+            f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+        )
+        if self.cycle is None or self.cycle.response_complete:  # no other answer is under way
+            self.transport.write(head.encode() + body)
+        self.transport.close()

@@ -1,0 +1,152 @@
+"""QIDO-RS: the search transaction (PS3.18 10.6) over the query service that answers C-FIND."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
+from typing import Protocol
+from urllib.parse import urlencode
+
+import orjson
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+
+from sphere.catalog.asof import AsOf
+from sphere.catalog.query import Query
+from sphere.catalog.schema import Level
+from sphere.catalog.service import Match
+from sphere.conf.errors import CatalogError
+from sphere.scp.web.accept import accepted, choose
+from sphere.scp.web.dicom_json import Element, as_object
+from sphere.scp.web.multipart import Parts
+from sphere.scp.web.native_xml import native_model
+from sphere.scp.web.operations import Operation, parameter, uids
+from sphere.scp.web.problem import WebError
+from sphere.scp.web.search_request import Search, parse_search
+
+JSON, XML = "application/dicom+json", "application/dicom+xml"
+PAGE = 200  # answers of a piece of a response
+AGENT = "SPHERE"
+PREFIX = "/dicom-web"
+NAMES = {"study": "StudyInstanceUID", "series": "SeriesInstanceUID", "instance": "SOPInstanceUID"}
+
+_PATHS: dict[Level, tuple[str, ...]] = {
+    "STUDY": ("StudyInstanceUID",),
+    "SERIES": ("StudyInstanceUID", "SeriesInstanceUID"),
+    "IMAGE": ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID"),
+}
+_FOLDERS = ("studies", "series", "instances")
+
+
+class Finder(Protocol):
+    """What the query service does for us."""
+
+    def find(self, query: Query, *, as_of: AsOf | None = None) -> Iterator[Match]:
+        """The matches, in the order of their unique keys; raises QueryError, CatalogError."""
+
+    def count(self, query: Query, *, as_of: AsOf | None = None) -> int:
+        """How many match."""
+
+
+def offered(finder: Finder) -> list[Operation]:
+    """The six resources of PS3.18 Table 10.6.1-1."""
+
+    def resource(level: Level, path: str, summary: str) -> Operation:
+        def search(request: Request) -> Response:
+            scope = {NAMES[name]: uid for name, uid in uids(request).items()}
+            return answer(finder, request, level, scope)
+
+        return Operation("GET", PREFIX + path, search, summary, "QIDO-RS", (JSON, XML), _PARAMETERS)
+
+    return [
+        resource("STUDY", "/studies", "Search for studies"),
+        resource("SERIES", "/studies/{study}/series", "Search for the series of a study"),
+        resource("IMAGE", "/studies/{study}/instances", "Search for the instances of a study"),
+        resource("IMAGE", "/studies/{study}/series/{series}/instances", "Search for the instances of a series"),
+        resource("SERIES", "/series", "Search for series"),
+        resource("IMAGE", "/instances", "Search for instances"),
+    ]
+
+
+def answer(finder: Finder, request: Request, level: Level, scope: dict[str, str]) -> Response:
+    """Search, and answer with what was found, a page at a time."""
+    media_type = choose(accepted(request), (JSON, XML, "application/json"))
+    search = parse_search(request.query_params.multi_items(), level, scope)
+    try:
+        return _answer(finder, request, search, media_type)
+    except CatalogError as error:
+        if search.as_of is not None:
+            raise WebError(str(error), http=404) from None
+        raise
+
+
+def _answer(finder: Finder, request: Request, search: Search, media_type: str) -> Response:
+    matches = finder.find(search.query, as_of=search.as_of)
+    end = None if search.limit is None else search.offset + search.limit
+    chosen = islice(matches, search.offset, end)
+    first = list(islice(chosen, PAGE))
+    headers: list[tuple[str, str]] = []
+    total = finder.count(search.query, as_of=search.as_of) if search.count else None
+    if total is not None:
+        headers.append(("X-Total-Count", str(total)))
+    if search.limit and len(first) == min(search.limit, PAGE):
+        total = finder.count(search.query, as_of=search.as_of) if total is None else total
+        headers += _more(request, search, total)
+    request.state.found = len(first)
+    if not first:
+        response = Response(status_code=204)
+    else:
+        base = f"{str(request.base_url).rstrip('/')}/dicom-web"
+        objects = (as_object(one, retrieve_url(base, one)) for one in chain(first, chosen))
+        response = _response(objects, media_type, whole=len(first) < PAGE)
+    for name, value in headers:
+        response.headers.append(name, value)
+    return response
+
+
+def _more(request: Request, search: Search, total: int) -> list[tuple[str, str]]:
+    """What tells that there are more answers than `limit` lets through (PS3.18 8.3.4.4)."""
+    assert search.limit is not None
+    left = total - search.offset - search.limit
+    if left <= 0:
+        return []
+    rest = [pair for pair in request.query_params.multi_items() if pair[0] != "offset"]
+    url = request.url.replace(query=urlencode([*rest, ("offset", str(search.offset + search.limit))]))
+    text = f"There are {left} additional results that can be requested"
+    return [("Warning", f'299 {AGENT} "{text}"'), ("Link", f'<{url}>; rel="next"')]
+
+
+def retrieve_url(base: str, match: Match) -> str:
+    """Where the entity can be retrieved (PS3.18 10.6.3.3)."""
+    uids = {key.keyword: match.columns.get(key.tag) for key in match.keys if key.keyword in _PATHS["IMAGE"]}
+    steps = [f"{folder}/{uids.get(keyword)}" for folder, keyword in zip(_FOLDERS, _PATHS[match.level], strict=False)]
+    return "/".join([base, *steps])
+
+
+def _response(objects: Iterator[dict[str, Element]], media_type: str, *, whole: bool) -> Response:
+    if media_type == XML:
+        parts = Parts(XML)
+        body: Iterable[bytes] = parts.bodies(map(native_model, objects))
+        return StreamingResponse(body, media_type=parts.media_type)
+    if whole:
+        return Response(orjson.dumps(list(objects)), media_type=media_type)
+    return StreamingResponse(_json_array(objects), media_type=media_type)
+
+
+def _json_array(objects: Iterator[dict[str, Element]]) -> Iterator[bytes]:
+    opening = b"["
+    while page := list(islice(objects, PAGE)):
+        yield opening + orjson.dumps(page)[1:-1]
+        opening = b","
+    yield b"]"
+
+
+_PARAMETERS = (
+    parameter("limit", {"type": "integer", "minimum": 0}, "At most so many results."),
+    parameter("offset", {"type": "integer", "minimum": 0}, "Results to pass over."),
+    parameter("includefield", {"type": "string"}, "Attributes to return, separated by commas, or `all`."),
+    parameter("fuzzymatching", {"type": "boolean"}, "Match person names that sound alike."),
+    parameter("count", {"type": "boolean"}, "Tell the number of all matches in X-Total-Count."),
+    parameter("asOf", {"type": "string"}, "A version of the catalog, or a time, to ask as it was then."),
+    parameter("PatientID", {"type": "string"}, "So with every attribute: keyword, tag, or path with full stops."),
+)

@@ -1,0 +1,102 @@
+"""The HTTP process: one uvicorn server on the query service, and a clean end."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import uvicorn
+
+from sphere.catalog.service import QueryService
+from sphere.conf.errors import SettingsError
+from sphere.conf.settings import Settings
+from sphere.scp.libraries import prepare_libraries
+from sphere.scp.web.app import Services, make_app
+from sphere.scp.web.protocol import BoundedHttp
+
+log = logging.getLogger(__name__)
+
+DRAIN_S = 20  # seconds that running requests have after SIGTERM
+KEEP_ALIVE_S = 15  # seconds that an idle connection is kept
+MAX_REQUESTS = 256  # connections, and requests under way, above which 503 is answered
+BACKLOG = 256
+
+
+class _Server(uvicorn.Server):
+    """Tells when it listens; signals are ours."""
+
+    def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._ready = ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._ready()
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        def stop(*_: object) -> None:
+            self.should_exit = True
+
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        signal.signal(signal.SIGTERM, stop)
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # the supervisor decides about Ctrl-C
+            signal.signal(signal.SIGINT, stop)
+        yield
+
+
+def run_web(settings: Settings, *, ready: Callable[[int], None]) -> None:
+    """Serve HTTP on settings.web until SIGTERM or SIGINT; `ready` is called with the port when it listens.
+
+    Then: no new connections, running requests finish within DRAIN_S seconds. Raises SettingsError when the port cannot
+    be had, StorageError when the storage cannot.
+    """
+    prepare_libraries()
+    listener = listen(settings)
+    port = int(listener.getsockname()[1])
+    with QueryService(settings) as finder:
+        log.info("HTTP listens port=%d", port)
+        make_server(settings, Services(finder), lambda: ready(port)).run(sockets=[listener])
+    log.info("HTTP stopped")
+
+
+def make_server(settings: Settings, services: Services, ready: Callable[[], None]) -> uvicorn.Server:
+    """A server that `run` has serve; `ready` is called when it does."""
+    config = uvicorn.Config(
+        make_app(settings, services),
+        http=BoundedHttp,
+        ws="none",
+        lifespan="off",
+        loop="asyncio",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        limit_concurrency=MAX_REQUESTS,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_notify=max(1, round(settings.web.idle_s)),
+        timeout_graceful_shutdown=DRAIN_S,
+    )
+    return _Server(config, ready)
+
+
+def listen(settings: Settings) -> socket.socket:
+    """The listening socket; raises SettingsError when the port cannot be had."""
+    host, port = settings.web.host, settings.web.port
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # without the protocol's number asyncio does not set TCP_NODELAY, and every response waits 40 ms for an ACK
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise SettingsError(f"web.port: cannot listen on {host}:{port}: {error.strerror}") from None
+    return listener

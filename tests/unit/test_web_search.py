@@ -1,0 +1,219 @@
+"""QIDO-RS over a real socket: resources, keys, paging, media types, and what is refused."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from sphere.scp.web.accept import choose, parse
+from sphere.scp.web.problem import WebError
+from sphere.scp.web.search_request import parse_search
+from tests.support.catalog import archive, write_catalog
+from tests.support.web import Web, serving_web
+from tests.unit.test_query_service import ROWS
+
+pytestmark = pytest.mark.unit
+
+STUDY, SERIES, INSTANCE = "0020000D", "0020000E", "00080018"
+XML = 'multipart/related; type="application/dicom+xml"'
+
+
+@pytest.fixture(scope="module")
+def web(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Web]:
+    settings = archive(tmp_path_factory.mktemp("web"))
+    write_catalog(settings, ROWS)
+    with serving_web(settings) as running:
+        yield running
+
+
+def found(web: Web, path: str, tag: str = STUDY) -> list[str]:
+    response = web.get(path)
+    assert response.status_code in (200, 204), response.text
+    return [one[tag]["Value"][0] for one in response.json()] if response.content else []
+
+
+@pytest.mark.parametrize(
+    ("path", "tag", "count"),
+    [
+        ("/studies", STUDY, len({row["StudyInstanceUID"] for row in ROWS})),
+        ("/series", SERIES, len({row["SeriesInstanceUID"] for row in ROWS})),
+        ("/instances", INSTANCE, len(ROWS)),
+        ("/studies/9.1/series", SERIES, 2),
+        ("/studies/9.1/instances", INSTANCE, 4),
+        ("/studies/9.1/series/9.1.1/instances", INSTANCE, 3),
+    ],
+)
+def test_the_six_resources(web: Web, path: str, tag: str, count: int) -> None:
+    uids = found(web, path, tag)
+    assert len(uids) == len(set(uids)) == count
+    assert uids == sorted(uids) or tag != STUDY
+
+
+@pytest.mark.parametrize(
+    ("query", "expected"),
+    [
+        ("PatientID=P1", True),
+        ("00100020=P1", True),
+        ("PatientName=doe*", True),
+        ("PatientName=Doe%5EJ%3Fhn", True),
+        ("StudyDate=20240101", True),
+        ("StudyDate=20231231-20240101", True),
+        ("StudyDate=20240102-&PatientID=P1", False),
+        ("StudyInstanceUID=9.1,9.77", True),
+        ("StudyInstanceUID=9.1%5C9.77", True),
+        ("StudyInstanceUID=9.77&StudyInstanceUID=9.1", True),
+        ("ModalitiesInStudy=SR,XA&PatientID=P1", True),
+        ("ProcedureCodeSequence.CodeValue=C2", True),
+        ("00081032.00080100=C2&PatientID=P1", True),
+        ("ProcedureCodeSequence.CodeValue=C1&ProcedureCodeSequence.CodeMeaning=meaning%20of%20C2", False),
+        ("00091001=secret%201", True),
+        ("AccessionNumber=A_B*", True),
+        ("PatientWeight=70.50", True),
+        ("StudyDescription=CHEST%20100%25", True),
+    ],
+)
+def test_keys(web: Web, query: str, expected: bool) -> None:
+    assert ("9.1" in found(web, f"/studies?{query}")) is expected
+
+
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        ("/studies?NoSuchThing=1", "NoSuchThing"),
+        ("/studies?PatientNam=1", "did you mean PatientName"),
+        ("/studies?Modality=CT", "Modality is a key of SERIES"),
+        ("/studies?StudyDate=2024-01-01", "StudyDate"),
+        ("/studies?PatientID.CodeValue=1", "PatientID is no sequence"),
+        ("/studies?PatientID=1&PatientID=2", "PatientID stands twice"),
+        ("/studies?limit=-1", "limit must be"),
+        ("/studies?limit=1&limit=2", "limit stands twice"),
+        ("/studies?count=1", "count must be"),
+        ("/studies?asOf=yesterday", "asOf must be"),
+        ("/studies?includefield=Nonsense", "Nonsense"),
+        ("/studies/9.1/series?StudyInstanceUID=9.2", "StudyInstanceUID is in the path"),
+        ("/studies/..%2F..%2Fetc/series", "not a UID|Not Found"),
+        ("/studies/9.1%00/series", "not a UID"),
+        ("/studies?" + "&".join(f"includefield={n}" for n in range(201)), "at most 200"),
+        ("/studies?" + ".".join(["ProcedureCodeSequence"] * 10) + "=1", "too many sequences"),
+    ],
+)
+def test_what_is_refused(web: Web, path: str, says: str) -> None:
+    response = web.get(path)
+    assert response.status_code in (400, 404)
+    assert response.headers["content-type"] == "application/problem+json"
+    body = response.json()
+    assert body["status"] == response.status_code
+    assert re.search(says, body["detail"])
+
+
+def test_defaults_and_includefield(web: Web) -> None:
+    plain, *_ = web.get("/studies?StudyInstanceUID=9.1").json()
+    assert plain["00080061"]["Value"] == ["CT", "SR"]
+    assert plain["00100010"] == {"vr": "PN", "Value": [{"Alphabetic": "Doe^John"}]}
+    assert plain["00201208"]["Value"] == [4]
+    assert plain["00081190"]["Value"] == [f"{web.url}/studies/9.1"]
+    assert "00081030" not in plain
+    more, *_ = web.get(
+        "/studies?StudyInstanceUID=9.1&includefield=StudyDescription,ProcedureCodeSequence.CodeValue"
+    ).json()
+    assert more["00081030"]["Value"] == ["CHEST 100%"]
+    assert more["00081032"]["Value"] == [{"00080100": {"vr": "SH", "Value": [code]}} for code in ("C1", "C2")]
+    every, *_ = web.get("/studies/9.1/instances?includefield=all&limit=1").json()
+    assert every["00101030"]["Value"] == [70.5]
+    assert every["00080008"]["Value"] == ["ORIGINAL", "PRIMARY", "AXIAL"]
+
+
+def test_pages_and_counts(web: Web) -> None:
+    everything = found(web, "/instances", INSTANCE)
+    paged: list[str] = []
+    url = f"{web.url}/instances?limit=3&count=true"
+    while url:
+        response = web.client.get(url)
+        assert response.headers["x-total-count"] == str(len(everything))
+        paged += [one[INSTANCE]["Value"][0] for one in response.json()]
+        link = response.headers.get("link", "")
+        assert ("Warning" in response.headers) is bool(link)
+        url = link.partition(">")[0].lstrip("<")
+    assert paged == everything
+    assert web.get("/instances?offset=1000").status_code == 204
+    response = web.get("/studies?limit=0&count=true")
+    assert (response.status_code, response.headers["x-total-count"]) == (204, str(len(found(web, "/studies"))))
+
+
+def test_fuzzy_matching(web: Web) -> None:
+    assert found(web, "/studies?fuzzymatching=true&PatientName=Jon%20Doe&AccessionNumber=A_B1") == ["9.1"]
+    assert found(web, "/studies?fuzzymatching=false&PatientName=Jon%20Doe") == []
+
+
+def test_xml(web: Web) -> None:
+    response = web.get("/studies?StudyInstanceUID=9.1", headers={"accept": XML})
+    kind, _, boundary = response.headers["content-type"].partition("; boundary=")
+    assert kind == XML
+    head, _, rest = response.content.partition(b"\r\n\r\n")
+    assert head == f"\r\n--{boundary}\r\nContent-Type: application/dicom+xml".encode()
+    document = ElementTree.fromstring(rest.partition(f"\r\n--{boundary}--".encode())[0])
+    space = "{http://dicom.nema.org/PS3.19/models/NativeDICOM}"
+    named = {one.get("keyword"): one for one in document}
+    assert named["PatientID"].findtext(f"{space}Value") == "P1"
+    assert named["PatientName"].findtext(f"{space}PersonName/{space}Alphabetic/{space}FamilyName") == "Doe"
+    assert [one.text for one in named["ModalitiesInStudy"]] == ["CT", "SR"]
+
+
+def test_what_cannot_be_given_is_406(web: Web) -> None:
+    response = web.get("/studies", headers={"accept": "text/html, application/dicom+json;q=0"})
+    assert response.status_code == 406
+    assert "application/dicom+json" in response.json()["detail"]
+
+
+def test_an_earlier_catalog(web: Web) -> None:
+    assert found(web, "/studies?asOf=0") == found(web, "/studies")
+    assert web.get("/studies?asOf=7").status_code == 404
+    assert found(web, "/studies?asOf=2999-01-01T00:00:00Z&AccessionNumber=A_B1") == ["9.1"]
+
+
+def test_health_and_description(web: Web) -> None:
+    root = web.url.removesuffix("/dicom-web")
+    assert web.client.get(f"{root}/healthz").json() == {"status": "ok"}
+    unready = web.client.get(f"{root}/readyz")
+    assert (unready.status_code, unready.json()["not_ready"]) == (503, ["supervisor"])
+    web.get("/studies?PatientID=NEVER-SHOWN")
+    metrics = web.client.get(f"{root}/metrics").text
+    assert 'sphere_http_requests_total{method="GET",route="/dicom-web/studies",status="204"}' in metrics
+    assert "NEVER-SHOWN" not in metrics
+    document = web.client.get(f"{root}/openapi.json").json()
+    assert {"/dicom-web/studies", "/dicom-web/studies/{study}/series", "/healthz", "/openapi.json"} <= set(
+        document["paths"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("accept", "chosen"),
+    [
+        ("*/*", "a/b"),
+        ("a/*;q=0.1, c/d", "c/d"),
+        ("c/d;q=0.5, a/b;q=0.6", "a/b"),
+        ('multipart/related; type="c/d"; transfer-syntax=*', "c/d"),
+        ("multipart/related", "a/b"),
+        ("*/*, a/b;q=0", "c/d"),
+    ],
+)
+def test_quality_values(accept: str, chosen: str) -> None:
+    assert choose(parse(accept), ("a/b", "c/d")) == chosen
+
+
+@pytest.mark.parametrize("accept", ["no type", "a/b;q=x", "a/b;q=5", '"', "a/b;=1", "x", ",".join(["a/b"] * 51)])
+def test_an_accept_header_that_cannot_be_read(accept: str) -> None:
+    with pytest.raises(WebError, match="media type"):
+        parse(accept)
+
+
+def test_keys_of_a_search_are_those_of_the_query() -> None:
+    pairs: list[Any] = [("ReferencedImageSequence.ReferencedSOPInstanceUID", "1.2"), ("limit", "5")]
+    search = parse_search(pairs, "IMAGE", {"StudyInstanceUID": "9.1"})
+    tests = {key.keyword: key for key in search.query.keys if key.nodes()}
+    assert set(tests) == {"ReferencedImageSequence", "StudyInstanceUID"}
+    assert search.limit == 5

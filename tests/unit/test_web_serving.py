@@ -1,0 +1,28 @@
+"""`sphere serve` with HTTP: supervised, ready with the others, and stopped cleanly while requests are under way."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.support.serving import ready, running_supervisor
+
+pytestmark = pytest.mark.unit
+
+
+def test_http_is_a_child_like_the_others(tmp_path: Path) -> None:
+    with running_supervisor(tmp_path, workers=1, web=True) as serving:
+        state = serving.wait(ready)
+        root = f"http://127.0.0.1:{state.web_port}"
+        assert httpx.get(f"{root}/readyz").json() == {"status": "ready", "not_ready": []}
+        assert httpx.get(f"{root}/dicom-web/studies").status_code == 204
+        child = next(child for child in state.children if child.name == "web")
+        os.kill(child.pid, signal.SIGKILL)
+        serving.wait(lambda state: sum(one.restarts for one in state.children) == 1)
+        serving.wait(ready)
+        assert 'sphere_restarts{child="web"} 1.0' in httpx.get(f"{root}/metrics").text
+        assert serving.stop() == 0
