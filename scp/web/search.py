@@ -146,6 +146,8 @@ _PARAMETERS = (
     parameter("offset", {"type": "integer", "minimum": 0}, "Results to pass over."),
     parameter("includefield", {"type": "string"}, "Attributes to return, separated by commas, or `all`."),
     parameter("fuzzymatching", {"type": "boolean"}, "Match person names that sound alike."),
+    parameter("emptyvaluematching", {"type": "boolean"}, "A value of two quotes finds what has no value."),
+    parameter("multiplevaluematching", {"type": "boolean"}, "Values separated by backslashes must all be there."),
     parameter("count", {"type": "boolean"}, "Tell the number of all matches in X-Total-Count."),
     parameter("asOf", {"type": "string"}, "A version of the catalog, or a time, to ask as it was then."),
     parameter("PatientID", {"type": "string"}, "So with every attribute: keyword, tag, or path with full stops."),

@@ -10,7 +10,7 @@ from typing import Any
 from pydicom.datadict import dictionary_VR, keyword_for_tag
 
 from sphere.catalog.asof import AsOf
-from sphere.catalog.match_parse import MULTIPLE_VALUES
+from sphere.catalog.match_parse import LISTS
 from sphere.catalog.query import Query
 from sphere.catalog.schema import ATTRIBUTES, BY_KEYWORD, COMPUTED, LEVELS, UNIQUE_KEY, Level, level_of
 from sphere.conf.errors import QueryError
@@ -18,6 +18,7 @@ from sphere.scp.identifier import tag_of
 from sphere.scp.web.problem import WebError
 
 MAX_PARAMETERS = 200
+OPTIONS = ("limit", "offset", "count", "asOf", "fuzzymatching", "emptyvaluematching", "multiplevaluematching")
 MAX_DEPTH = 8  # sequences in an attribute path
 
 DEFAULTS: Mapping[Level, tuple[str, ...]] = {
@@ -82,8 +83,14 @@ def parse_search(parameters: Sequence[tuple[str, str]], level: Level, scope: Map
     for name, inner in draft.include.items():
         _merge(match, name, inner)
     options = draft.options
-    fuzzy = _flag(options, "fuzzymatching")  # PS3.18 8.3.4.2
-    query = Query.build(level, match, return_keys=returned, fuzzy_names=fuzzy)
+    query = Query.build(
+        level,
+        match,
+        return_keys=returned,
+        fuzzy_names=_flag(options, "fuzzymatching"),  # PS3.18 8.3.4
+        empty_values=_flag(options, "emptyvaluematching"),
+        multiple_values=_flag(options, "multiplevaluematching"),
+    )
     return Search(
         query,
         _number(options, "limit"),
@@ -96,7 +103,7 @@ def parse_search(parameters: Sequence[tuple[str, str]], level: Level, scope: Map
 def _take(draft: _Draft, name: str, value: str) -> None:
     if name in ("accept", "charset"):  # PS3.18 8.3.3: negotiation, read elsewhere
         return
-    if name in ("limit", "offset", "count", "fuzzymatching", "asOf"):
+    if name in OPTIONS:
         if name in draft.options:
             raise WebError(f"parameter {name} stands twice")
         draft.options[name] = value
@@ -153,7 +160,7 @@ def _with_separators(name: str, value: Any) -> Any:
     if isinstance(value, dict):
         return {inner: _with_separators(inner, one) for inner, one in value.items()}
     tag = int(name, 16)
-    if _vr(tag) == "UI" or keyword_for_tag(tag) in MULTIPLE_VALUES:
+    if _vr(tag) == "UI" or keyword_for_tag(tag) in LISTS:
         return value.replace(",", "\\")
     return value
 

@@ -149,6 +149,14 @@ def test_fuzzy_matching(web: Web) -> None:
     assert found(web, "/studies?fuzzymatching=false&PatientName=Jon%20Doe") == []
 
 
+def test_empty_and_multiple_values(web: Web) -> None:
+    assert "9.1" not in found(web, "/studies?emptyvaluematching=true&AccessionNumber=%22%22")
+    assert len(found(web, "/studies?emptyvaluematching=true&AccessionNumber=%22%22")) > 0
+    both = "/instances?multiplevaluematching=true&ImageType=PRIMARY%5CAXIAL"
+    assert len(found(web, both, INSTANCE)) == len(found(web, "/instances?ImageType=AXIAL", INSTANCE)) > 0
+    assert found(web, both + "%5CMISSING", INSTANCE) == []
+
+
 def test_xml(web: Web) -> None:
     response = web.get("/studies?StudyInstanceUID=9.1", headers={"accept": XML})
     kind, _, boundary = response.headers["content-type"].partition("; boundary=")
