@@ -171,7 +171,38 @@ class Extract(Section):
     lock_wait_s: Seconds = Field(60.0, description="Seconds to wait for another extraction before giving up.")
 
 
-class Peer(Section):
+Right = Literal["store", "find", "retrieve"]
+
+
+class Rights(Section):
+    """What a caller may do, and how much of it at once: counted over all receiver processes of the host."""
+
+    may: tuple[Right, ...] = Field(
+        ("store", "find", "retrieve"),
+        description="What it may ask of us: store (C-STORE), find (C-FIND), retrieve (C-MOVE, C-GET); C-ECHO always. "
+        "Anything else is answered 0x0124, not authorized.",
+    )
+    max_associations: int = Field(
+        0, ge=0, le=1024, description="Associations at once; 0: only dimse.max_associations of each receiver."
+    )
+    max_queries: int = Field(
+        0, ge=0, le=1024, description="C-FIND at once, further ones are answered 0xA700; 0: any number."
+    )
+    max_instances_s: float = Field(
+        0, ge=0, description="Instances per second that it may store; faster ones are answered later. 0: any rate."
+    )
+    max_mb_s: float = Field(0, ge=0, description="MB (10^6 bytes) per second, in the same way; 0: any rate.")
+    idle_s: Seconds = Field(0, description="Seconds that its idle association is kept; 0: dimse.network_timeout_s.")
+    dimse_timeout_s: Seconds = Field(
+        0, description="Seconds to wait for its next DIMSE message of an exchange; 0: dimse.dimse_timeout_s."
+    )
+
+
+class Strangers(Rights):
+    """Callers from loopback that are no peer; all of them together have these limits."""
+
+
+class Peer(Rights):
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9_.-]+$", description="Name used on the command line.")
     ae_title: AETitle = Field(description="Its application entity title.")
     host: str = Field(min_length=1, description="Its address or host name.")
@@ -236,6 +267,7 @@ class Settings(Section):
     ingest: Ingest = Ingest()
     spark: Spark = Spark()
     extract: Extract = Extract()
+    strangers: Strangers = Strangers()
     peers: tuple[Peer, ...] = ()
     rules: tuple[Rule, ...] = ()
 
@@ -327,7 +359,10 @@ def documented_keys() -> list[tuple[str, Any]]:
     for section, info in Settings.model_fields.items():
         model = LISTS.get(section) or info.annotation
         assert isinstance(model, type) and issubclass(model, BaseModel)
-        keys += [(f"{section}.{name}", field) for name, field in model.model_fields.items()]
+        fields = list(model.model_fields.items())
+        if section in LISTS:  # what must be given, first
+            fields.sort(key=lambda item: not item[1].is_required())
+        keys += [(f"{section}.{name}", field) for name, field in fields]
     return keys
 
 

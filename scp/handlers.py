@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from pydicom.uid import UID
 from pynetdicom.dsutils import encode
 
 from sphere.conf.logs import hashed
+from sphere.conf.settings import NOT_AUTHORIZED, Right
 from sphere.scp import contexts
+from sphere.scp.callers import Caller, Callers
 from sphere.scp.find import MAX_IDENTIFIER, UNABLE, FindRequest, FindService
-from sphere.scp.peers import CallingPolicy
-from sphere.scp.store import MISMATCH, SUCCESS, StoreRequest, StoreService
+from sphere.scp.store import MISMATCH, OUT_OF_RESOURCES, SUCCESS, StoreRequest, StoreService
 from sphere.scp.upper.association import Association, Response, Service
-from sphere.scp.upper.command import C_ECHO_RQ, C_FIND_RQ, C_STORE_RQ
+from sphere.scp.upper.command import C_ECHO_RQ, C_FIND_RQ, C_GET_RQ, C_MOVE_RQ, C_STORE_RQ
 from sphere.scp.upper.messages import Message
 from sphere.scp.upper.negotiation import Proposal
-from sphere.scp.upper.protocol import CALLING_AE_NOT_RECOGNIZED, Rejection
 
 log = logging.getLogger(__name__)
 
 CLASS_NOT_SUPPORTED = 0x0122  # PS3.7 C.5.6
+RIGHTS: Mapping[int, Right] = {C_STORE_RQ: "store", C_FIND_RQ: "find", C_MOVE_RQ: "retrieve", C_GET_RQ: "retrieve"}
 CANNOT_UNDERSTAND = 0xC000  # PS3.4 Table B.2-1
 
 
@@ -32,25 +33,26 @@ class Handlers:
 
     def __init__(
         self,
-        policy: CallingPolicy,
+        callers: Callers,
         store: StoreService,
         find: FindService,
         more: Mapping[int, Service] | None = None,
     ) -> None:
         """`more` are services that live elsewhere."""
-        self._policy = policy
+        self._callers = callers
         self._store = store
         self._find = find
         self._more = more or {}
 
     def services(self) -> Mapping[int, Service]:
         """By the command field of the request."""
-        return {C_ECHO_RQ: self.on_echo, C_STORE_RQ: self.on_store, C_FIND_RQ: self.on_find, **self._more}
+        services: dict[int, Service] = {C_STORE_RQ: self.on_store, C_FIND_RQ: self.on_find, **self._more}
+        guarded = {field: _guarded(service, RIGHTS.get(field, "store")) for field, service in services.items()}
+        return {C_ECHO_RQ: self.on_echo, **guarded}
 
-    def admit(self, proposal: Proposal, address: str) -> None:
-        """Raise Rejection for unknown callers."""
-        if not self._policy.admits(proposal.calling, address):
-            raise Rejection(*CALLING_AE_NOT_RECOGNIZED)
+    def admit(self, proposal: Proposal, address: str) -> Caller:
+        """Who calls; raises Rejection for whom is not let in."""
+        return self._callers.admit(proposal, address)
 
     def on_echo(self, message: Message, association: Association) -> Iterator[Response]:
         """C-ECHO (PS3.7 9.1.5)."""
@@ -77,6 +79,9 @@ class Handlers:
                 association.id, hashed(message.command["AffectedSOPInstanceUID"]), size, answer.status,
                 1000 * (time.monotonic() - started),
             )  # fmt: skip
+        if delay := _caller(association).delay(size):
+            log.debug("store delayed id=%s s=%.3f", association.id, delay)
+            association.pause(delay)
         yield Response(answer.status, _told(answer.comment))
 
     def on_find(self, message: Message, association: Association) -> Iterator[Response]:
@@ -87,6 +92,13 @@ class Handlers:
         if message.dataset is None or message.dataset.size > MAX_IDENTIFIER:
             yield Response(UNABLE, _told("an identifier is needed, of at most 4 MiB"))
             return
+        with _caller(association).query() as placed:
+            if placed:
+                yield from self._answers(message, association)
+            else:
+                yield Response(OUT_OF_RESOURCES, _told("too many queries at once"))
+
+    def _answers(self, message: Message, association: Association) -> Iterator[Response]:
         started, matches, final = time.monotonic(), 0, SUCCESS
         request = _find_request(message, association)
         try:
@@ -103,6 +115,27 @@ class Handlers:
                 "find id=%s model=%s matches=%d status=0x%04X ms=%.1f",
                 association.id, request.model, matches, final, 1000 * (time.monotonic() - started),
             )  # fmt: skip
+
+
+def _caller(association: Association) -> Caller:
+    caller = association.admission
+    assert isinstance(caller, Caller)
+    return caller
+
+
+def _guarded(service: Service, right: Right) -> Service:
+    """The service for who has the right, and for others a refusal that says so (PS3.7 C.5.24)."""
+
+    def serve(message: Message, association: Association) -> Iterable[Response]:
+        caller = _caller(association)
+        if right in caller.rights.may:
+            yield from service(message, association)
+            return
+        association.tally["unauthorized"] += 1
+        log.warning("%s id=%s refused: %s may not", right, association.id, caller.name)
+        yield Response(NOT_AUTHORIZED, _told(f"not authorized to {right}"))
+
+    return serve
 
 
 def _store_request(message: Message, association: Association) -> StoreRequest:

@@ -74,18 +74,15 @@ class CallingPolicy:
 
     def admits(self, ae_title: str, address: str) -> bool:
         """Whether the calling AE title may associate from `address` (PS3.8 9.3.4: else reason 3)."""
-        plain = plain_address(address)
-        if _is_loopback(plain):
-            return True
-        return any(peer.ae_title == ae_title.strip() and plain in self._addresses(peer.host) for peer in self._peers)
+        return _is_loopback(plain_address(address)) or self.peer(ae_title, address) is not None
 
-    def name(self, ae_title: str, address: str) -> str:
-        """The name of the peer that calls by this AE title from this address; "" for a stranger."""
+    def peer(self, ae_title: str, address: str) -> Peer | None:
+        """The peer that calls by this AE title from this address; None for a stranger."""
         plain = plain_address(address)
         for peer in self._peers:
             if peer.ae_title == ae_title.strip() and plain in self._addresses(peer.host):
-                return peer.name
-        return ""
+                return peer
+        return None
 
     def _addresses(self, host: str) -> frozenset[str]:
         now = self._clock()

@@ -23,7 +23,7 @@ from sphere.catalog.predicate import Predicate
 from sphere.catalog.query import Query
 from sphere.catalog.schema import COMPUTED
 from sphere.conf.errors import QueryError, Refused, SettingsError
-from sphere.conf.settings import Rule, Settings
+from sphere.conf.settings import Peer, Rule, Settings
 from sphere.ingest.header import Header as ReadHeader
 from sphere.ingest.header import HeaderReader
 from sphere.ingest.members import NewMember
@@ -124,12 +124,16 @@ def _plain_tests(rule: Rule, callers: CallingPolicy) -> Iterator[Callable[[_Arri
         networks = [ipaddress.ip_network(text, strict=False) for text in rule.address]
         yield lambda arrival: _is_within(arrival.address, networks)
     if rule.peer:
-        yield lambda arrival: callers.name(arrival.member.source_aet, arrival.address) in rule.peer
+        yield lambda arrival: _name(callers.peer(arrival.member.source_aet, arrival.address)) in rule.peer
 
 
 def _wild(patterns: Sequence[str], value: Callable[[_Arrival], str]) -> Callable[[_Arrival], bool]:
     regex = re.compile("|".join(fnmatch.translate(pattern.replace("[", "[[]")) for pattern in patterns))
     return lambda arrival: regex.match(value(arrival)) is not None
+
+
+def _name(peer: Peer | None) -> str:
+    return peer.name if peer else ""
 
 
 def _uid(text: str) -> str:

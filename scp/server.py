@@ -12,6 +12,7 @@ from sphere.catalog.service import QueryService
 from sphere.conf.errors import SphereError
 from sphere.conf.settings import Settings
 from sphere.ingest.spool import open_readable, open_writer, recover_all
+from sphere.scp.callers import Callers
 from sphere.scp.find import FindService
 from sphere.scp.handlers import Handlers
 from sphere.scp.libraries import prepare_libraries
@@ -23,7 +24,6 @@ from sphere.scp.retrieve.service import RetrieveService
 from sphere.scp.retrieve.transcoder import Transcoder
 from sphere.scp.store import StoreService
 from sphere.scp.upper.association import Acceptor
-from sphere.scp.upper.messages import Limits
 from sphere.scp.upper.server import Server
 
 log = logging.getLogger(__name__)
@@ -46,9 +46,9 @@ def run_receiver(settings: Settings, *, ready: Callable[[int], None]) -> None:
         with QueryService(settings) as finder, closing(Transcoder()) as transcoder:
             service = RetrieveService(settings, open_readable(settings), Locator(finder), transcoder)
             retrieve = RetrieveHandlers(service).services()
-            callers = CallingPolicy(settings.peers)
-            store = StoreService(writer, Policy(settings, callers))
-            handlers = Handlers(callers, store, FindService(finder), retrieve)
+            calling = CallingPolicy(settings.peers)
+            store = StoreService(writer, Policy(settings, calling))
+            handlers = Handlers(Callers(settings, calling), store, FindService(finder), retrieve)
             _serve(listen(settings, handlers), stop, ready)
     finally:
         writer.close()
@@ -94,17 +94,10 @@ def _stop_signal() -> threading.Event:
 def listen(settings: Settings, handlers: Handlers) -> Server:
     """A server that is bound and not yet serving; raises SettingsError when the port cannot be had."""
     dimse = settings.dimse
-    seconds = [limit for limit in (dimse.dimse_timeout_s, dimse.network_timeout_s) if limit]
     acceptor = Acceptor(
         services=handlers.services(),
         admit=handlers.admit,
         places=threading.BoundedSemaphore(dimse.max_associations),
-        limits=Limits(
-            memory=settings.storage.memory_mib << 20,
-            folder=settings.archive.state_dir / "incoming",
-            idle_s=dimse.network_timeout_s,
-            message_s=min(seconds, default=0),
-        ),
         max_pdu=dimse.max_pdu,
         artim_s=dimse.artim_s,
     )

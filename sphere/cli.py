@@ -14,6 +14,7 @@ from sphere.conf.errors import SettingsError, SphereError
 from sphere.conf.settings import Settings, from_dict, load
 from sphere.dimse_commands import echo, find
 from sphere.output import Format, format_options, write_rows
+from sphere.peers_command import peers
 from sphere.progress import import_progress
 from sphere.retrieve_commands import get, move
 from sphere.store_command import store
@@ -235,7 +236,7 @@ def completion(shell: str) -> None:
     click.echo(factory(main, {}, "sphere", "_SPHERE_COMPLETE").source())
 
 
-for command in (echo, store, find, move, get):
+for command in (peers, echo, store, find, move, get):
     main.add_command(command)
 
 

@@ -11,7 +11,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Any
+from typing import Any, Protocol
 
 from sphere.scp.upper import command as dimse
 from sphere.scp.upper import protocol
@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 UNRECOGNIZED_OPERATION = 0x0211  # PS3.7 C.5.18
 PROCESSING_FAILURE = 0x0110  # PS3.7 C.5.9
+PAUSE_S = 0.25  # seconds between looks at whether to stop
 MAX_CANCELS = 16  # remembered at once; they name operations that may already be over
 _numbers = count(1)
 
@@ -38,14 +39,23 @@ class Response:
     dataset: bytes = b""
 
 
+class Admission(Protocol):
+    """Who is at the other end, and what holds for the association."""
+
+    @property
+    def limits(self) -> Limits: ...
+
+    def close(self) -> None:
+        """The association is over."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Acceptor:
     """What every association of a receiver shares. Seconds: 0 is no limit."""
 
     services: Mapping[int, Service]  # by the command field of their request
-    admit: Callable[[Proposal, str], None]  # raises Rejection; gets the proposal and the peer's address
+    admit: Callable[[Proposal, str], Admission]  # raises Rejection; gets the proposal and the peer's address
     places: threading.BoundedSemaphore  # of associations at once
-    limits: Limits
     max_pdu: int  # bytes that we take in a P-DATA-TF PDU
     artim_s: float
 
@@ -64,11 +74,13 @@ class Association:
         self._connection = connection
         self._acceptor = acceptor
         self._agreement: Agreement
+        self._within_s: float  # seconds between PDUs of a message
         self._inbox: Inbox
         self._asking: Asking
         self._waiting: deque[Message] = deque()  # requests that came while another was served
         self._cancelled: deque[int] = deque(maxlen=MAX_CANCELS)
         self._placed = False
+        self._admission: Admission | None = None
         self._over: Exception | None = None  # what ended the association while a service was at work
 
     def run(self) -> None:
@@ -95,6 +107,8 @@ class Association:
         finally:
             if self._placed:
                 self._acceptor.places.release()
+            if self._admission is not None:
+                self._admission.close()
             self._connection.close(linger=linger)
         log.log(
             logging.INFO if end == "released" else logging.WARNING,
@@ -106,6 +120,18 @@ class Association:
     def stop(self) -> None:
         """End the association at the next chance; may be called from any thread."""
         self._connection.stopping = True
+
+    @property
+    def admission(self) -> Admission:
+        """What `Acceptor.admit` said."""
+        assert self._admission is not None
+        return self._admission
+
+    def pause(self, seconds: float) -> None:
+        """Stand still for so long, or until the association is to be stopped."""
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0 and not self._connection.stopping:
+            time.sleep(min(left, PAUSE_S))
 
     def extension(self, sop_class: str) -> bytes:
         """The application information granted to `sop_class`, b"" for none (PS3.7 D.3.3.5)."""
@@ -155,13 +181,14 @@ class Association:
             raise Violation(f"PDU type 0x{kind:02X} before A-ASSOCIATE-RQ", reason=protocol.UNEXPECTED_PDU)
         proposal = read_request(body)
         self.calling, self.called = proposal.calling, proposal.called
-        self._acceptor.admit(proposal, self.address)
+        self._admission = self._acceptor.admit(proposal, self.address)
         self._placed = self._acceptor.places.acquire(blocking=False)
         if not self._placed:
             raise Rejection(*protocol.LOCAL_LIMIT_EXCEEDED)
         self._agreement = agree(proposal, max_pdu=self._acceptor.max_pdu)
-        self._inbox = Inbox(self._connection, self._agreement.contexts, self._acceptor.limits)
-        within_s = self._acceptor.limits.message_s
+        limits = self._admission.limits
+        self._inbox = Inbox(self._connection, self._agreement.contexts, limits)
+        within_s = self._within_s = limits.message_s
         self._asking = Asking(self._connection, self._inbox, max_pdu=self._agreement.max_pdu, within_s=within_s)
         self._connection.send(self._agreement.answer, artim_s)
         log.info(
@@ -209,7 +236,7 @@ class Association:
             command["CommandDataSetType"] = 0x0000
         encoded = dimse.encode(command)
         pdus = protocol.p_data(message.context.id, encoded, response.dataset, max_pdu=self._agreement.max_pdu)
-        self._connection.send(b"".join(pdus), self._acceptor.limits.message_s)
+        self._connection.send(b"".join(pdus), self._within_s)
 
     def _abort(self, violation: Violation) -> None:
         """Say A-ABORT as PS3.8 9.2 wants it: before an association by the user (AA-1), or not at all (AA-2: ARTIM)."""

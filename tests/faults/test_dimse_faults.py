@@ -20,6 +20,7 @@ from pynetdicom.dimse_primitives import C_ECHO, C_FIND, C_STORE
 from sphere.conf.errors import PeerError
 from sphere.conf.settings import Settings
 from sphere.scp import client
+from sphere.scp.callers import Callers
 from sphere.scp.find import FindService
 from sphere.scp.handlers import Handlers
 from sphere.scp.identifier import build_identifier
@@ -301,7 +302,7 @@ class Served:
     """A receiver's server inside this process, with services of the test's own."""
 
     def __init__(self, settings: Settings, policy: Any, finder: Any) -> None:
-        handlers = Handlers(policy, StoreService(None), FindService(finder))  # type: ignore[arg-type]
+        handlers = Handlers(Callers(settings, policy), StoreService(None), FindService(finder))  # type: ignore[arg-type]
         self._server = listen(settings, handlers)
         self.port = self._server.port
         threading.Thread(target=self._server.serve, daemon=True).start()

@@ -40,9 +40,9 @@ class Bench:
     def __init__(self, tmp_path: Path, **dimse: Any) -> None:
         self.settings: Settings = from_dict({"dimse": {"port": 0, "max_pdu": 16384, **dimse}}, base=tmp_path)
         self.stored: list[tuple[str, bytes, bool]] = []
-        self.answered = 0
+        self.answered = self.closed = 0
         self.places = threading.BoundedSemaphore(self.settings.dimse.max_associations)
-        limits = Limits(
+        self.limits = Limits(
             memory=MEMORY,
             folder=tmp_path / "incoming",
             idle_s=self.settings.dimse.network_timeout_s,
@@ -52,16 +52,19 @@ class Bench:
             services={0x30: self.echo, 0x01: self.store, MANY: self.many},
             admit=self.admit,
             places=self.places,
-            limits=limits,
             max_pdu=self.settings.dimse.max_pdu,
             artim_s=self.settings.dimse.artim_s,
         )
         self.server = Server(self.settings, acceptor)
         threading.Thread(target=self.server.serve, daemon=True).start()
 
-    def admit(self, proposal: Proposal, address: str) -> None:
+    def admit(self, proposal: Proposal, address: str) -> Bench:
         if proposal.calling != "RAW":
             raise Rejection(*CALLING_AE_NOT_RECOGNIZED)
+        return self
+
+    def close(self) -> None:
+        self.closed += 1
 
     def echo(self, message: Message, association: Association) -> Iterator[Response]:
         yield Response(0)

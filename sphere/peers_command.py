@@ -1,0 +1,78 @@
+"""`sphere peers`: the peers of the settings, and what each answers to C-ECHO."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import click
+import orjson
+import pyarrow as pa
+
+from sphere.conf.errors import SphereError
+from sphere.conf.settings import Peer, Settings, load
+from sphere.output import as_table
+
+AT_ONCE = 16  # peers asked at the same time
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="One JSON array instead of a table.")
+@click.option(
+    "--timeout", type=click.FloatRange(min=0.1), default=10.0, show_default=True, metavar="S",
+    help="Seconds that a peer has to connect, and to answer.",
+)  # fmt: skip
+@click.pass_context
+def peers(ctx: click.Context, as_json: bool, timeout: float) -> None:
+    """List the peers of the settings, and what each answers to C-ECHO.
+
+    All are asked at the same time. The exit status is 1 if one did not answer.
+
+    \b
+    Examples:
+      sphere peers
+      sphere peers --json --timeout 2
+    """
+    settings = load(ctx.obj)
+    limits = {"artim_s": timeout, "dimse_timeout_s": timeout}
+    hurried = settings.model_copy(update={"dimse": settings.dimse.model_copy(update=limits)})
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        asked = list(pool.map(lambda peer: _ask(peer, hurried), settings.peers))
+    if as_json:
+        click.echo(orjson.dumps(asked, option=orjson.OPT_INDENT_2).decode())
+    else:
+        click.echo(as_table(pa.Table.from_pylist([_shown(one) for one in asked], schema=_SHOWN)), nl=False)
+    sys.exit(0 if all(one["answered"] for one in asked) else 1)
+
+
+_SHOWN = pa.schema([(name, pa.string()) for name in ("name", "ae_title", "address", "may", "C-ECHO")])
+
+
+def _ask(peer: Peer, settings: Settings) -> dict[str, Any]:
+    from sphere.scp import client
+
+    row: dict[str, Any] = {
+        "name": peer.name,
+        "ae_title": peer.ae_title,
+        "host": peer.host,
+        "port": peer.port,
+        "may": list(peer.may),
+    }
+    try:
+        seconds = client.echo(peer, settings=settings)
+    except SphereError as error:
+        return {**row, "answered": False, "ms": None, "error": str(error)}
+    return {**row, "answered": True, "ms": round(1000 * seconds, 1), "error": ""}
+
+
+def _shown(row: Mapping[str, Any]) -> dict[str, str]:
+    host = f"[{row['host']}]" if ":" in row["host"] else row["host"]
+    return {
+        "name": row["name"],
+        "ae_title": row["ae_title"],
+        "address": f"{host}:{row['port']}",
+        "may": ", ".join(row["may"]) or "nothing",
+        "C-ECHO": f"{row['ms']:.0f} ms" if row["answered"] else row["error"],
+    }
