@@ -13,7 +13,7 @@ from pydicom.dataset import Dataset
 from pydicom.valuerep import format_number_as_ds
 
 from sphere.catalog.match_header import Header, tag_in
-from sphere.catalog.query import QUERY_RETRIEVE_LEVEL, SPECIFIC_CHARACTER_SET, Key
+from sphere.catalog.query import ANSWERED, QUERY_RETRIEVE_LEVEL, SPECIFIC_CHARACTER_SET, Key, Query
 from sphere.catalog.schema import Level
 from sphere.catalog.zones import TIMEZONE, text_of
 
@@ -55,6 +55,15 @@ class Match:
             else:
                 _add(identifier, key.tag, key.vr, None)
         return identifier
+
+
+def constants_of(query: Query, ae_title: str) -> Mapping[int, str] | None:
+    """Values that every entity has, by tag; None where a key asks for others (PS3.4 C.4.1.1.3.2)."""
+    known = {"RetrieveAETitle": ae_title, "InstanceAvailability": "ONLINE"}
+    asked = [key for key in query.keys if key.keyword in ANSWERED]
+    if any(key.test is not None and not key.test.matches(known[key.keyword]) for key in asked):
+        return None
+    return {key.tag: known[key.keyword] for key in asked}
 
 
 def _element_or_empty(key: Key, element: Mapping[str, Any]) -> DataElement:

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 
 from sphere.catalog.tables import CatalogTables, Snapshot
-from sphere.conf.errors import CatalogError
+from sphere.conf.errors import CatalogError, QueryError
 
 AsOf = int | datetime
 """A version of table `bundles`, which extraction commits last in each batch; or a time (UTC where it has no zone): the
 last batch that was complete by then."""
+
+
+def parse_as_of(text: str) -> AsOf:
+    """A version, or an RFC 3339 date or time; raises QueryError where it is neither."""
+    if re.fullmatch(r"[0-9]{1,18}", text):
+        return int(text)
+    try:
+        return datetime.fromisoformat(re.sub(r"[zZ]$", "+00:00", text))
+    except ValueError:
+        raise QueryError(f"as of {text!r}: neither a version (a number) nor a time (2026-01-31T12:00:00Z)") from None
 
 
 def snapshots_as_of(tables: CatalogTables, names: Sequence[str], as_of: AsOf) -> Mapping[str, Snapshot | None]:

@@ -10,14 +10,14 @@ from typing import Any, TypeVar
 import duckdb
 import orjson
 
-from sphere.catalog.answer import Match
+from sphere.catalog.answer import Match, constants_of
 from sphere.catalog.asof import AsOf
 from sphere.catalog.headers import attributes_of, read_headers
 from sphere.catalog.index import Index, IndexCache, is_damage
 from sphere.catalog.match import Exact
 from sphere.catalog.match_header import Header, holds
 from sphere.catalog.plan import INSTANCES, Plan, make_plan, studies_sql
-from sphere.catalog.query import ANSWERED, Query
+from sphere.catalog.query import Query
 from sphere.conf.errors import CatalogError
 from sphere.conf.settings import Settings
 
@@ -76,8 +76,9 @@ class QueryService:
         """Let go of the index; iterators that are still open may be read to their end."""
         self._indexes.close()
 
-    def find(self, query: Query, *, as_of: AsOf | None = None) -> Iterator[Match]:
-        """The entities that match, in the order of their unique keys, a page at a time.
+    def find(self, query: Query, *, as_of: AsOf | None = None, ae_title: str = "") -> Iterator[Match]:
+        """The entities that match, in the order of their unique keys, a page at a time; to be retrieved from
+        `ae_title`, by default that of the archive.
 
         With `as_of`, those of an earlier version of the catalog (see sphere.catalog.asof); else what arrived since the
         last extraction is among them.
@@ -85,7 +86,7 @@ class QueryService:
         Closing the iterator cancels the query. Attributes that no column holds are read from the headers of the
         candidates that the other keys leave (see sphere.catalog.headers for the cost). Raises CatalogError.
         """
-        return self._retried(lambda index: self._find(query, index), as_of)
+        return self._retried(lambda index: self._find(query, index, ae_title or self._ae_title), as_of)
 
     def count(self, query: Query, *, as_of: AsOf | None = None) -> int:
         """How many entities match. Raises CatalogError."""
@@ -128,17 +129,17 @@ class QueryService:
                 yield from answers
             return
 
-    def _find(self, query: Query, index: Index) -> Iterator[Match]:
-        constants = self._constants(query)
+    def _find(self, query: Query, index: Index, ae_title: str) -> Iterator[Match]:
+        constants = constants_of(query, ae_title)
         if constants is None:
             return
         plan = make_plan(query, index.instance_columns)
         for columns, header in _rows(plan, index):
-            yield Match(query.level, plan.keys, {**constants, **columns}, header, self._ae_title, query.timezone)
+            yield Match(query.level, plan.keys, {**constants, **columns}, header, ae_title, query.timezone)
 
     def _count(self, query: Query, index: Index) -> Iterator[int]:
         plan = make_plan(query, index.instance_columns)
-        if self._constants(query) is None:
+        if constants_of(query, self._ae_title) is None:
             yield 0
         elif plan.rest:
             yield sum(1 for _ in _rows(plan, index))
@@ -147,14 +148,6 @@ class QueryService:
                 scope = _scope(plan, index, cursor, plan.of_instances)
                 row = cursor.execute(*scope.ask(plan, plan.count(where=scope.where))).fetchone() if scope else None
             yield row[0] if row else 0
-
-    def _constants(self, query: Query) -> Mapping[int, str] | None:
-        """Values that every entity has; None where a key asks for others."""
-        known = {"RetrieveAETitle": self._ae_title, "InstanceAvailability": "ONLINE"}
-        asked = [key for key in query.keys if key.keyword in ANSWERED]
-        if any(key.test is not None and not key.test.matches(known[key.keyword]) for key in asked):
-            return None
-        return {key.tag: known[key.keyword] for key in asked}
 
 
 @dataclass(frozen=True, slots=True)

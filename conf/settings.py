@@ -10,6 +10,7 @@ import difflib
 import ipaddress
 import os
 from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import unquote, urlsplit
@@ -252,7 +253,17 @@ class Rule(Section):
         return self
 
 
-LISTS: Mapping[str, type[Section]] = {"peers": Peer, "rules": Rule}
+class Snapshot(Section):
+    ae_title: AETitle = Field(
+        description="AE title that answers from an earlier state of the catalog; it takes no instances."
+    )
+    as_of: int | datetime = Field(
+        description="A version of table `bundles`, which counts batches of extraction, or a time (UTC where it has no "
+        "zone): the last batch complete by then."
+    )
+
+
+LISTS: Mapping[str, type[Section]] = {"peers": Peer, "rules": Rule, "snapshots": Snapshot}
 """Sections that are lists of tables."""
 
 
@@ -270,6 +281,7 @@ class Settings(Section):
     strangers: Strangers = Strangers()
     peers: tuple[Peer, ...] = ()
     rules: tuple[Rule, ...] = ()
+    snapshots: tuple[Snapshot, ...] = ()
 
     @property
     def catalog_root(self) -> str:
@@ -368,6 +380,9 @@ def documented_keys() -> list[tuple[str, Any]]:
 
 def _resolve(settings: Settings, base: Path) -> Settings:
     """Make relative paths absolute, seen from the folder of the settings file."""
+    titles = [settings.archive.ae_title, *(snapshot.ae_title for snapshot in settings.snapshots)]
+    if len(set(titles)) != len(titles):
+        raise SettingsError("snapshots: each ae_title may stand once only, and not be that of the archive")
     names = [peer.name for peer in settings.peers]
     if len(set(names)) != len(names):
         raise SettingsError("peers: each name may stand once only")

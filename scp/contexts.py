@@ -8,7 +8,7 @@ best. Query, Retrieve and Verification: the first proposed transfer syntax that 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 from pydicom._uid_dict import UID_dictionary
@@ -44,10 +44,15 @@ GET_MODELS: dict[str, RetrieveModel] = {
     "1.2.840.10008.5.1.4.1.2.4.3": "INSTANCE_ROOT",
 }
 ENCODABLE = (ExplicitVRLittleEndian, ImplicitVRLittleEndian, DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian)
-RELATIONAL, COMBINED_DATETIME, FUZZY_NAMES, TIMEZONE_ADJUSTMENT, ENHANCED_CONVERSION, EMPTY_VALUES, MULTIPLE_VALUES = (
-    range(1, 8)
-)  # bytes of a FIND class' application information (PS3.4 Table C.5-1)
-_GRANTED = frozenset((RELATIONAL, COMBINED_DATETIME, FUZZY_NAMES, TIMEZONE_ADJUSTMENT, EMPTY_VALUES, MULTIPLE_VALUES))
+RELATIONAL = 1  # byte of a FIND, MOVE or GET class' application information (PS3.4 Tables C.5-1, C.5-3, C.5-5)
+_FEATURES: Mapping[int, str] = {  # further bytes of a FIND class' (PS3.4 Table C.5-1); 5 is a conversion not offered
+    RELATIONAL: "relational",
+    2: "combined_datetime",
+    3: "fuzzy_names",
+    4: "timezone_adjustment",
+    6: "empty_values",
+    7: "multiple_values",
+}
 DICOM_ROOT = "1.2.840.10008."
 COMPOSITE_STORAGE_ROOT = "1.2.840.10008.5.1.4.1.1."  # where PS3.6 puts new storage SOP classes
 NOT_OVER_A_NETWORK = "1.2.840.10008.1.3.10"  # Media Storage Directory Storage: a DICOMDIR
@@ -119,19 +124,27 @@ def extensions(sop_class: str, asked: bytes | None) -> bytes:
 def find_extensions(asked: bytes) -> bytes:
     """Our answer to SOP Class Extended Negotiation of a FIND class (PS3.4 C.5.1.1.2): what is asked for is granted, but
     for the conversion of enhanced multi-frame images, and what is not known, which is answered 0."""
-    return bytes(int(value == 1 and number in _GRANTED) for number, value in enumerate(asked, 1))
+    return bytes(int(value == 1 and number in _FEATURES) for number, value in enumerate(asked, 1))
 
 
 def find_features(granted: bytes) -> Features:
     """What was agreed on for a FIND class."""
-    return Features(
-        relational=extension(granted, RELATIONAL),
-        combined_datetime=extension(granted, COMBINED_DATETIME),
-        fuzzy_names=extension(granted, FUZZY_NAMES),
-        timezone_adjustment=extension(granted, TIMEZONE_ADJUSTMENT),
-        empty_values=extension(granted, EMPTY_VALUES),
-        multiple_values=extension(granted, MULTIPLE_VALUES),
-    )
+    return Features(**{name: extension(granted, number) for number, name in _FEATURES.items()})
+
+
+def application_information(features: Features) -> bytes:
+    """What asks for some features of a FIND class (PS3.4 Table C.5-1); no byte where there are none."""
+    asked = [number for number, name in _FEATURES.items() if getattr(features, name)]
+    return bytes(int(number in asked) for number in range(1, max(asked, default=0) + 1))
+
+
+def not_granted(features: Features, granted: bytes) -> list[str]:
+    """The features that were asked for and not granted, in words."""
+    return [
+        name.replace("_", " ")
+        for number, name in _FEATURES.items()
+        if getattr(features, name) and not extension(granted, number)
+    ]
 
 
 def extension(granted: bytes, number: int) -> bool:

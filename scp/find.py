@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Protocol
@@ -13,9 +13,11 @@ from pydicom.dataset import Dataset
 from pydicom.uid import UID
 from pynetdicom.dsutils import decode
 
+from sphere.catalog.asof import AsOf
 from sphere.catalog.query import NO_FEATURES, Features, Model, Query, parse_identifier
 from sphere.catalog.service import Match
 from sphere.conf.errors import QueryError, SphereError
+from sphere.conf.settings import Snapshot
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +36,7 @@ class FindRequest:
     identifier: bytes  # encoded in `transfer_syntax`
     transfer_syntax: UID
     features: Features = NO_FEATURES
+    called_ae: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,21 +52,22 @@ class FindAnswer:
 class Finder(Protocol):
     """What the catalog's query service does for us."""
 
-    def find(self, query: Query) -> Iterator[Match]:
-        """The matches; raises QueryError, CatalogError."""
+    def find(self, query: Query, *, as_of: AsOf | None = None, ae_title: str = "") -> Iterator[Match]:
+        """The matches, of an earlier catalog with `as_of`; raises QueryError, CatalogError."""
 
 
 class FindService:
-    """Answers queries from the catalog."""
+    """Answers queries from the catalog; those to an AE title of `snapshots` from an earlier state of it."""
 
-    def __init__(self, finder: Finder) -> None:
+    def __init__(self, finder: Finder, snapshots: Sequence[Snapshot] = ()) -> None:
         self._finder = finder
+        self._as_of = {snapshot.ae_title.strip(): snapshot.as_of for snapshot in snapshots}
 
     def answers(self, request: FindRequest, *, cancelled: Callable[[], bool]) -> Iterator[FindAnswer]:
         """Every response but the final Success; never raises. Ends early, and says so, when `cancelled`."""
         try:
             query = _query(request)
-            for match in self._finder.find(query):
+            for match in self._matches(query, request.called_ae):
                 if cancelled():
                     yield FindAnswer(CANCELLED)
                     return
@@ -74,6 +78,10 @@ class FindService:
             yield _failure(error.dimse, str(error))
         except Exception as error:  # noqa: BLE001  a defect of ours must be answered, and not end the association
             yield _failure(UNABLE, f"internal error ({type(error).__name__})")
+
+    def _matches(self, query: Query, called: str) -> Iterator[Match]:
+        as_of = self._as_of.get(called)
+        return self._finder.find(query) if as_of is None else self._finder.find(query, as_of=as_of, ae_title=called)
 
 
 def _query(request: FindRequest) -> Query:

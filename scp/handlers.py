@@ -162,6 +162,7 @@ def _find_request(message: Message, association: Association) -> FindRequest:
         identifier=message.dataset.tobytes(),
         transfer_syntax=message.context.transfer_syntax,
         features=contexts.find_features(association.extension(sop_class)),
+        called_ae=association.called,
     )
 
 

@@ -59,6 +59,7 @@ class Policy:
         """Raises SettingsError for a key that cannot be matched; it names the rule."""
         callers = callers or CallingPolicy(settings.peers)
         self._rules = [_Compiled(number, rule, callers) for number, rule in enumerate(settings.rules)]
+        self._snapshots = {snapshot.ae_title.strip() for snapshot in settings.snapshots}
         self._max_header = settings.extract.max_header_mib << 20
         self._local = threading.local()
 
@@ -68,6 +69,8 @@ class Policy:
         Rules are taken in their order: each that matches adds its collections, the first that accepts or rejects ends
         it. Raises Refused, and StorageError where its waiting file cannot be read.
         """
+        if called_ae in self._snapshots:
+            raise Refused(f"{called_ae} is a snapshot of the catalog and takes no instances")
         if not self._rules:
             return member
         arrival = _Arrival(member=member, via=via, called_ae=called_ae, address=address, reader=self._reader)

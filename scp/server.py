@@ -44,11 +44,14 @@ def run_receiver(settings: Settings, *, ready: Callable[[int], None]) -> None:
     threading.Thread(target=_recover, args=(settings,), daemon=True, name="recovery").start()
     try:
         with QueryService(settings) as finder, closing(Transcoder()) as transcoder:
-            service = RetrieveService(settings, open_readable(settings), Locator(finder), transcoder)
-            retrieve = RetrieveHandlers(service).services()
+            locator = Locator(finder, settings.snapshots)
+            retrieve = RetrieveHandlers(
+                RetrieveService(settings, open_readable(settings), locator, transcoder)
+            ).services()
             calling = CallingPolicy(settings.peers)
             store = StoreService(writer, Policy(settings, calling))
-            handlers = Handlers(Callers(settings, calling), store, FindService(finder), retrieve)
+            find = FindService(finder, settings.snapshots)
+            handlers = Handlers(Callers(settings, calling), store, find, retrieve)
             _serve(listen(settings, handlers), stop, ready)
     finally:
         writer.close()

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
     from sphere.catalog.schema import Level
+    from sphere.catalog.service import QueryService
     from sphere.ingest.media import Imported
     from sphere.jobs.report import Report
     from sphere.status import Status
@@ -35,12 +36,29 @@ def open(config: str | Path | None = None) -> Archive:
     return Archive(load(Path(config) if config is not None else None))
 
 
+def plain_values(dataset: Any) -> dict[str, Any]:
+    """A data set as a dict from keyword (else tag) to str, int, float, None, a list of these, or dicts for items."""
+    return {element.keyword or f"{element.tag:08X}": _plain(element.value) for element in dataset}
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, bytes):
+        return value or None
+    if isinstance(value, (list, tuple)) or type(value).__name__ in ("MultiValue", "Sequence"):
+        return [plain_values(one) if hasattr(one, "elements") else _plain(one) for one in value]
+    for kind in (int, float):
+        if isinstance(value, kind):
+            return kind(value)
+    return str(value) or None
+
+
 class Archive:
     """An archive: its storage, catalog and query service. Spark starts with the first call that needs it."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self._spark: SparkSession | None = None
+        self._queries: QueryService | None = None
 
     def __enter__(self) -> Archive:
         return self
@@ -49,7 +67,10 @@ class Archive:
         self.close()
 
     def close(self) -> None:
-        """Stop the Spark session, if this archive started one."""
+        """Let go of the query index, and stop the Spark session if this archive started one."""
+        if self._queries is not None:
+            self._queries.close()
+            self._queries = None
         if self._spark is not None:
             self._spark.stop()
             self._spark = None
@@ -87,6 +108,14 @@ class Archive:
         except PySparkException as error:
             raise QueryError(str(error).split("\n\nJVM stacktrace")[0].split(";\n'")[0].strip()) from None
 
+    def queries(self) -> QueryService:
+        """The query service: `find`, `count` and `lookup_instances` of Query values. Opened once, closed by `close`."""
+        from sphere.catalog.service import QueryService
+
+        if self._queries is None:
+            self._queries = QueryService(self.settings)
+        return self._queries
+
     def find(
         self,
         level: Level,
@@ -94,21 +123,33 @@ class Archive:
         *,
         return_keys: Iterable[str] = (),
         as_of: int | datetime | None = None,
+        fuzzy_names: bool = False,
+        combined_datetime: bool = False,
+        timezone: str = "",
     ) -> Iterator[dict[str, Any]]:
-        """Entities of a level that match the keys (keyword to value, as in a C-FIND identifier), one dict each.
+        """Entities of a level that match the keys (keyword to value, as in a C-FIND identifier), one dict of plain
+        Python values each: `pandas.DataFrame(archive.find("STUDY", {"PatientName": "DOE*"}))`.
 
-        `as_of` asks an earlier catalog: a version of table `bundles`, which counts batches of extraction, or a time
-        (UTC where it has no zone). Raises QueryError for keys that break PS3.4 C.2.2.2, CatalogError for a version
-        that is not known.
+        `""` as text in quotes (`'""'`) finds what has no value, a list what has all of its values. A private attribute
+        is named "GGGGEEEE,CREATOR". `as_of` asks an earlier catalog: a version of table `bundles`, which counts batches
+        of extraction, or a time (UTC where it has no zone). `fuzzy_names`, `combined_datetime` and `timezone` ("+0100")
+        are what C-FIND negotiates. Raises QueryError for keys that break PS3.4 C.2.2.2, CatalogError for a version that
+        is not known.
         """
         from sphere.catalog.query import Query
-        from sphere.catalog.service import QueryService
 
-        query = Query.build(level, dict(keys or {}), return_keys=tuple(return_keys))
-        with QueryService(self.settings) as service:
-            for match in service.find(query, as_of=as_of):
-                identifier = match.identifier()
-                yield {element.keyword or str(element.tag): element.value for element in identifier}
+        query = Query.build(
+            level,
+            dict(keys or {}),
+            return_keys=tuple(return_keys),
+            combined_datetime=combined_datetime,
+            fuzzy_names=fuzzy_names,
+            empty_values=True,
+            multiple_values=True,
+            timezone=timezone,
+        )
+        for match in self.queries().find(query, as_of=as_of):
+            yield plain_values(match.identifier())
 
     def import_files(self, paths: Iterable[Path], *, only_dicom: bool = False) -> Iterator[Imported]:
         """Store files and folders; yields what became of each file when it is durable (see sphere.ingest.media)."""

@@ -1,9 +1,9 @@
-"""`sphere echo|find PEER`: SPHERE as a service class user."""
+"""`sphere echo PEER` and `sphere find [PEER]`: SPHERE as a service class user, or asked itself."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, get_args
@@ -12,9 +12,10 @@ import click
 import pyarrow as pa
 from pydicom.dataset import Dataset
 
-from sphere.catalog.query import Model
+from sphere.catalog.query import Features, Model
 from sphere.catalog.schema import Level
 from sphere.conf.settings import load
+from sphere.finding import find_here, find_there
 from sphere.output import Format, format_options, write_rows
 
 MODELS: dict[str, Model] = {
@@ -52,7 +53,7 @@ def name_failure(message: str) -> None:
 
 
 @click.command()
-@click.argument("peer", metavar="PEER")
+@click.argument("peer", metavar="[PEER]", required=False)
 @click.option(
     "--level", type=click.Choice(get_args(Level)), default="STUDY", show_default=True, help="QueryRetrieveLevel."
 )
@@ -67,41 +68,57 @@ def name_failure(message: str) -> None:
     "-k", "--key", "keys", multiple=True, metavar="KEYWORD[=VALUE]", help="Key to match or, without value, to be told."
 )
 @click.option("--relational", is_flag=True, help="Negotiate relational queries: no unique keys above the level needed.")
+@click.option("--fuzzy", is_flag=True, help="Fuzzy person names: words in any order, spellings of one sound aside.")
+@click.option("--combined", is_flag=True, help="Take a date and its time as one moment in ranges.")
+@click.option("--timezone", default="", metavar="&ZZXX", help="Dates and times are meant, and shown, in this zone.")
+@click.option("--as-of", metavar="VERSION|TIME", help="Ask this archive's catalog as it was (no PEER).")
 @click.option("--limit", type=click.IntRange(min=1), help="Stop after so many answers.")
 @format_options
 @click.pass_context
 def find(
     ctx: click.Context,
-    peer: str,
+    peer: str | None,
     level: Level,
     model: str,
     keys: tuple[str, ...],
     relational: bool,
+    fuzzy: bool,
+    combined: bool,
+    timezone: str,
+    as_of: str | None,
     limit: int | None,
     format_: Format,
     output: Path | None,
 ) -> None:
-    """Ask a peer what it has (C-FIND).
+    """Ask a peer what it has (C-FIND), or without PEER this archive itself, no server needed.
 
-    PEER is a name of [[peers]] in the settings, or AET@HOST:PORT. Keys are keywords or tags (PatientID, 00100020).
+    PEER is a name of [[peers]] in the settings, or AET@HOST:PORT. Keys are keywords or tags (PatientID, 00100020),
+    dotted inside sequences. This archive shows the usual attributes unless a key without value says which.
 
     \b
     Examples:
       sphere find ward -k PatientName='DOE*' -k StudyDate=20240101- -k StudyDescription
+      sphere find -k PatientName='DOE*' --format csv -o studies.csv
+      sphere find -k StudyDate=20240101- --as-of 2026-01-31T12:00:00Z
       sphere find ward --level SERIES -k StudyInstanceUID=1.2.3 -k Modality -k NumberOfSeriesRelatedInstances
     """
-    from sphere.scp import client
-    from sphere.scp.peers import resolve
-
     settings = load(ctx.obj)
-    answers = client.find(
-        resolve(peer, settings),
-        dict(split_key(key) for key in keys),
-        settings=settings,
-        level=level,
-        model=MODELS[model],
+    wanted = dict(split_key(key) for key in keys)
+    features = Features(
         relational=relational,
+        combined_datetime=combined,
+        fuzzy_names=fuzzy,
+        timezone_adjustment=bool(timezone),
     )
+    answers: Iterator[Dataset]
+    if peer is None:
+        answers = find_here(settings, wanted, level=level, model=MODELS[model], features=features,
+                            timezone=timezone, as_of=as_of)  # fmt: skip
+    elif as_of is not None:
+        raise click.UsageError("--as-of asks this archive itself: leave PEER out, or ask an AE title of [[snapshots]]")
+    else:
+        answers = find_there(settings, peer, wanted, level=level, model=MODELS[model], features=features,
+                             timezone=timezone)  # fmt: skip
     found = list(islice(answers, limit))
     write_rows(answers_table(found), format=format_, output=output)
 

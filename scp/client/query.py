@@ -9,11 +9,12 @@ from io import BytesIO
 from pydicom.dataset import Dataset
 from pynetdicom.dsutils import decode, encode
 
-from sphere.catalog.query import Model
+from sphere.catalog.query import NO_FEATURES, Features, Model
 from sphere.catalog.schema import Level
 from sphere.conf.errors import PeerError
 from sphere.conf.settings import Peer, Settings
-from sphere.scp.contexts import ENCODABLE, FIND_MODELS, RELATIONAL, VERIFICATION, extension
+from sphere.scp import contexts
+from sphere.scp.contexts import ENCODABLE, FIND_MODELS, VERIFICATION
 from sphere.scp.identifier import build_identifier
 from sphere.scp.libraries import prepare_libraries
 from sphere.scp.peers import describe
@@ -45,20 +46,21 @@ def find(
     settings: Settings,
     level: Level = "STUDY",
     model: Model = "STUDY_ROOT",
-    relational: bool = False,
+    features: Features = NO_FEATURES,
 ) -> Iterator[Dataset]:
     """The peer's matches for `keys` (attribute to value, "" to be told it) at `level`, as they come.
 
-    `relational` lets keys of levels above and below be used freely (PS3.4 C.4.1.2.2.1), where the peer grants it.
-    Raises QueryError for a bad key, PeerError when the peer refuses or fails.
+    `features` are negotiated (PS3.4 C.5.1.1). Raises QueryError for a bad key, PeerError when the peer refuses, fails,
+    or does not grant a feature.
     """
     prepare_libraries()
     identifier = build_identifier(keys, level)
     sop_class = next(uid for uid, name in FIND_MODELS.items() if name == model)
-    wanted = {sop_class: b"\x01"} if relational else None
+    asked = contexts.application_information(features)
+    wanted = {sop_class: asked} if asked else None
     with connect(peer, settings, [Proposed(sop_class, ENCODINGS)], extensions=wanted) as association:
-        if relational and not extension(association.extensions.get(sop_class, b""), RELATIONAL):
-            raise PeerError(f"{describe(peer)} does not answer relational queries")
+        if refused := contexts.not_granted(features, association.extensions.get(sop_class, b"")):
+            raise PeerError(f"{describe(peer)} does not answer queries with {', '.join(refused)}")
         context = association.user_contexts[0]
         command = {"AffectedSOPClassUID": sop_class, "CommandField": C_FIND_RQ, "Priority": 0}
         number = association.send(context, command, encoded(identifier, context))

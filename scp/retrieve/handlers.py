@@ -100,6 +100,7 @@ def _request(message: Message, association: Association, models: Mapping[str, Re
         destination=message.command.get("MoveDestination", ""),
         message_id=message.command["MessageID"],
         calling_ae=association.calling,
+        called_ae=association.called,
     )
 
 

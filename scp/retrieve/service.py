@@ -43,6 +43,7 @@ class RetrieveRequest:
     destination: str = ""  # AE title, of a C-MOVE
     message_id: int = 0
     calling_ae: str = ""
+    called_ae: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +59,8 @@ class RetrieveAnswer:
 class Finds(Protocol):
     """What the locator does for us."""
 
-    def locate(self, selection: Selection) -> list[StoredInstance]:
-        """The instances of a selection."""
+    def locate(self, selection: Selection, called: str = "") -> list[StoredInstance]:
+        """The instances of a selection, as this archive answers under the AE title `called`."""
 
 
 Steps = Generator[None, None, None]
@@ -126,7 +127,7 @@ class RetrieveService:
                 model=request.model,
                 relational=request.relational,
             )
-            instances = self._locator.locate(selection)
+            instances = self._locator.locate(selection, request.called_ae)
         except QueryError as error:
             yield _failure(error.dimse, str(error), error.offending)
             return

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from typing import Any
 
 from pydicom.datadict import dictionary_VR, keyword_for_tag
 
-from sphere.catalog.asof import AsOf
+from sphere.catalog.asof import AsOf, parse_as_of
 from sphere.catalog.match_parse import LISTS
 from sphere.catalog.query import Query
 from sphere.catalog.schema import ATTRIBUTES, BY_KEYWORD, COMPUTED, LEVELS, UNIQUE_KEY, Level, level_of
@@ -204,11 +203,4 @@ def _flag(options: Mapping[str, str], name: str) -> bool:
 
 
 def _as_of(text: str) -> AsOf | None:
-    if not text:
-        return None
-    if text.isascii() and text.isdigit() and len(text) < 12:
-        return int(text)
-    try:
-        return datetime.fromisoformat(text.replace("Z", "+00:00"))
-    except ValueError:
-        raise WebError("asOf must be a version of the catalog, or a time as 2026-01-31T12:00:00Z") from None
+    return parse_as_of(text) if text else None

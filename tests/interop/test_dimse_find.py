@@ -17,6 +17,7 @@ from pynetdicom import AE, build_context
 from pynetdicom.pdu_primitives import SOPClassExtendedNegotiation
 from pyspark.sql import SparkSession
 
+from sphere.catalog.query import Features
 from sphere.conf.errors import PeerError
 from sphere.jobs.extract import run
 from sphere.scp import client
@@ -289,7 +290,8 @@ def test_relational_queries_are_negotiated(archive: Archive) -> None:
     with pytest.raises(PeerError, match=r"status 0xA900 \(StudyInstanceUID must have a value"):
         list(client.find(peer, keys, settings=settings, level="IMAGE"))
     found = [
-        match.SOPInstanceUID for match in client.find(peer, keys, settings=settings, level="IMAGE", relational=True)
+        match.SOPInstanceUID
+        for match in client.find(peer, keys, settings=settings, level="IMAGE", features=Features(relational=True))
     ]
     assert len(found) == len(instances)
     assert set(found) == instances

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import time
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from deltalake import DeltaTable
+from pydicom.dataset import Dataset
+from pydicom.uid import ExplicitVRLittleEndian
+from pynetdicom.dsutils import encode
 
 import sphere
 from sphere.archive import Archive
 from sphere.catalog import index as index_module
+from sphere.catalog.asof import parse_as_of
 from sphere.catalog.query import Query
 from sphere.catalog.service import QueryService
-from sphere.conf.errors import CatalogError
-from sphere.conf.settings import Settings
+from sphere.cli import main
+from sphere.conf.errors import CatalogError, QueryError, Refused
+from sphere.conf.settings import Settings, Snapshot
 from sphere.ingest.bundle import BundleWriter
 from sphere.ingest.storage import open_storage
+from sphere.scp.find import FindAnswer, FindRequest, FindService
+from sphere.scp.policy import Policy
+from sphere.scp.retrieve.identifier import Selection
+from sphere.scp.retrieve.locate import Locator
 from tests.support.catalog import archive
 from tests.support.extracted import extract
 from tests.support.landing import changed, new_member, slices
@@ -98,3 +109,92 @@ def test_python_api(grown: Settings) -> None:
     asked = {"as_of": 1, "return_keys": ["NumberOfSeriesRelatedInstances"]}
     [series] = opened.find("SERIES", {"Modality": "CT"}, **asked)  # type: ignore[arg-type]
     assert series["NumberOfSeriesRelatedInstances"] == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("12", 12),
+        ("2026-01-31", datetime(2026, 1, 31)),
+        ("2026-01-31T12:00:00Z", datetime(2026, 1, 31, 12, tzinfo=timezone.utc)),
+        ("2026-01-31T12:00:00+01:00", datetime(2026, 1, 31, 11, tzinfo=timezone.utc)),
+    ],
+)
+def test_versions_and_times_as_text(text: str, expected: Any) -> None:
+    assert parse_as_of(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "yesterday", "-1", "1.5", "2026-13-01"])
+def test_neither_version_nor_time(text: str) -> None:
+    with pytest.raises(QueryError, match="neither a version"):
+        parse_as_of(text)
+
+
+def identifier(**attributes: str) -> Dataset:
+    dataset = Dataset()
+    for keyword, value in attributes.items():
+        setattr(dataset, keyword, value)
+    return dataset
+
+
+def test_an_ae_title_is_bound_to_a_snapshot(grown: Settings) -> None:
+    """C-FIND and C-MOVE under that title answer from there; so does the answer's RetrieveAETitle; nothing is stored."""
+    bound = [Snapshot(ae_title="FIRST", as_of=0), Snapshot(ae_title="NEVER", as_of=99)]
+    asked = identifier(QueryRetrieveLevel="STUDY", NumberOfStudyRelatedInstances="", RetrieveAETitle="")
+    with QueryService(grown) as service:
+        finds, locator = FindService(service, bound), Locator(service, bound)
+
+        def answers(called: str) -> list[FindAnswer]:
+            data = encode(asked, False, True) or b""
+            request = FindRequest(
+                model="STUDY_ROOT", identifier=data, transfer_syntax=ExplicitVRLittleEndian, called_ae=called
+            )
+            return list(finds.answers(request, cancelled=lambda: False))
+
+        for called, title, count in (("FIRST", "FIRST", 2), ("TESTED", "TESTED", 7), ("OTHER", "TESTED", 7)):
+            [answer] = answers(called)
+            assert answer.identifier is not None
+            assert answer.identifier.RetrieveAETitle == title
+            assert answer.identifier.NumberOfStudyRelatedInstances == count
+            study = str(answer.identifier.StudyInstanceUID)
+            assert len(locator.locate(Selection("STUDY", study=(study,)), called)) == count
+        [unknown] = answers("NEVER")
+        assert (unknown.status, unknown.comment) == (
+            0x0110,
+            "the catalog has no version as of 99: versions 0 to 2 are known",
+        )
+        with pytest.raises(CatalogError, match="no version as of 99"):
+            locator.locate(Selection("STUDY", study=(study,)), "NEVER")
+    policy = Policy(grown.model_copy(update={"snapshots": tuple(bound)}))
+    member = new_member(slices(1)[0])
+    assert policy.admit(member, via="dimse", called_ae="TESTED") is member
+    with pytest.raises(Refused, match="FIRST is a snapshot"):
+        policy.admit(member, via="dimse", called_ae="FIRST")
+
+
+def test_command_line(grown: Settings, tmp_path: Path) -> None:
+    config = tmp_path / "sphere.toml"
+    state = grown.archive.state_dir
+    config.write_text(f'[archive]\nstate_dir = "{state}"\n[storage]\nroot = "{grown.storage.root}"\n')
+
+    def sphere_find(*arguments: str) -> Any:
+        return CliRunner().invoke(main, ["--config", str(config), "find", "--format", "json", *arguments])
+
+    for options, count in (
+        ((), "7"),
+        (("--as-of", "1"), "4"),
+        (("--as-of", f"{committed(grown, 0).isoformat()}"), "2"),
+    ):
+        result = sphere_find("--level", "SERIES", "-k", "PatientName=*", *options)
+        assert result.exit_code == 0, result.output
+        [row] = json.loads(result.stdout)
+        assert row["NumberOfSeriesRelatedInstances"] == count
+        assert row["Modality"] == "CT"
+    assert json.loads(sphere_find("-k", 'PatientComments=""', "--as-of", "0").stdout) != []
+    result = sphere_find("--as-of", "9")
+    assert (result.exit_code, result.stderr.strip()) == (
+        1, "sphere: the catalog has no version as of 9: versions 0 to 2 are known",
+    )  # fmt: skip
+    assert "neither a version" in sphere_find("--as-of", "monday").stderr
+    refused = sphere_find("WARD@127.0.0.1:11112", "--as-of", "1")
+    assert (refused.exit_code, "leave PEER out" in refused.stderr) == (2, True)

@@ -270,7 +270,7 @@ class Nothing:
     def __init__(self, rows: Sequence[StoredInstance] = ()) -> None:
         self.rows = rows
 
-    def find(self, query: Any) -> Iterator[Any]:
+    def find(self, query: Any, *, as_of: Any = None) -> Iterator[Any]:
         return iter(())
 
     def lookup_instances(self, **keys: Any) -> Iterator[StoredInstance]:

@@ -6,6 +6,7 @@ import pytest
 from pynetdicom import AllStoragePresentationContexts
 from pynetdicom.presentation import PresentationContext, negotiate_as_acceptor
 
+from sphere.catalog.query import Features
 from sphere.scp import contexts
 
 pytestmark = pytest.mark.unit
@@ -95,8 +96,15 @@ def test_contexts_without_a_syntax_are_not_answered() -> None:
 def test_find_extensions(asked: bytes, granted: bytes) -> None:
     assert contexts.find_extensions(asked) == granted
     assert contexts.extension(granted, contexts.RELATIONAL) is (granted[:1] == b"\x01")
-    assert contexts.extension(granted, contexts.COMBINED_DATETIME) is (granted[1:2] == b"\x01")
     features = contexts.find_features(granted)
     given = (features.relational, features.combined_datetime, features.fuzzy_names, features.timezone_adjustment)
     assert given == tuple(value == 1 for value in granted[:4].ljust(4, b"\0"))
+    assert contexts.application_information(features) == granted.rstrip(b"\0")
     assert (features.empty_values, features.multiple_values) == tuple(v == 1 for v in granted[5:7].ljust(2, b"\0"))
+
+
+def test_features_that_a_peer_does_not_grant_are_named() -> None:
+    features = Features(relational=True, fuzzy_names=True, multiple_values=True)
+    assert contexts.application_information(features) == b"\x01\0\x01\0\0\0\x01"
+    assert contexts.not_granted(features, b"\x01\x01") == ["fuzzy names", "multiple values"]
+    assert contexts.application_information(Features()) == b""

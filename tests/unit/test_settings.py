@@ -99,7 +99,14 @@ def test_the_template_uncommented_is_the_defaults(tmp_path: Path) -> None:
     text = "\n".join(line.removeprefix("# ") if line.startswith("# [[") else line for line in lines)
     settings = load(write(tmp_path, text), environ={})
     assert (settings.peers[0].name, settings.rules[0].name) == ("ward", "trial")
-    assert settings.model_copy(update={"peers": (), "rules": ()}) == from_dict({}, base=tmp_path)
+    assert settings.model_copy(update={"peers": (), "rules": (), "snapshots": ()}) == from_dict({}, base=tmp_path)
+
+
+@pytest.mark.parametrize("titles", ["SPHERE", "A A"])
+def test_a_snapshot_has_a_title_of_its_own(tmp_path: Path, titles: str) -> None:
+    tables = [{"ae_title": title, "as_of": 3} for title in titles.split()]
+    with pytest.raises(SettingsError, match="snapshots: each ae_title may stand once only"):
+        from_dict({"snapshots": tables}, base=tmp_path)
 
 
 def test_nearest_key_ignores_list_positions() -> None:

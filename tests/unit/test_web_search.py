@@ -92,7 +92,7 @@ def test_keys(web: Web, query: str, expected: bool) -> None:
         ("/studies?limit=-1", "limit must be"),
         ("/studies?limit=1&limit=2", "limit stands twice"),
         ("/studies?count=1", "count must be"),
-        ("/studies?asOf=yesterday", "asOf must be"),
+        ("/studies?asOf=yesterday", "neither a version"),
         ("/studies?includefield=Nonsense", "Nonsense"),
         ("/studies/9.1/series?StudyInstanceUID=9.2", "StudyInstanceUID is in the path"),
         ("/studies/..%2F..%2Fetc/series", "not a UID|Not Found"),
