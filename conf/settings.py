@@ -90,9 +90,30 @@ class Dimse(Section):
     max_pdu: int = Field(
         131072, ge=4096, le=1 << 24, description="Bytes of a P-DATA-TF PDU that we announce (PS3.8 D.1)."
     )
-    artim_s: Seconds = Field(30.0, description="Seconds from TCP accept to A-ASSOCIATE-RQ (PS3.8 9.1.2).")
+    artim_s: Seconds = Field(
+        30.0, description="Seconds from TCP accept to A-ASSOCIATE-RQ (PS3.8 9.1.2), a TLS handshake among them."
+    )
     dimse_timeout_s: Seconds = Field(60.0, description="Seconds to wait for the next DIMSE message of an exchange.")
     network_timeout_s: Seconds = Field(300.0, description="Seconds that an idle association is kept.")
+    tls_port: Port = Field(
+        0,
+        description="TCP port for TLS 1.2 and 1.3 (PS3.15 B.12; 2762 is registered for it), beside `port`, or the same "
+        "number as `port`: then there is no port without TLS. 0: no TLS.",
+    )
+    tls_certificate: str = Field(
+        "",
+        description="PEM file of our certificate, followed by those between it and its CA. Shown by the TLS port, and "
+        "to peers that ask for one. Relative to the settings file, as the other files are.",
+    )
+    tls_key: str = Field(
+        "", description="PEM file of its private key, without password; empty: it is in `tls_certificate`."
+    )
+    tls_ca: str = Field("", description="PEM file of the CAs of peers' certificates.")
+    tls_client: Literal["required", "optional", "none"] = Field(
+        "required",
+        description="Certificate of who calls the TLS port: must be shown and be of `tls_ca`; is checked if it is "
+        "shown; is not asked for.",
+    )
 
 
 class Web(Section):
@@ -208,6 +229,13 @@ class Peer(Rights):
     ae_title: AETitle = Field(description="Its application entity title.")
     host: str = Field(min_length=1, description="Its address or host name.")
     port: Port = Field(104, description="Its TCP port.")
+    tls: bool = Field(False, description="Whether it is called with TLS (PS3.15 B.12).")
+    tls_ca: str = Field("", description="PEM file of CAs of its certificate; empty: dimse.tls_ca, else the system's.")
+    tls_verify: Literal["name", "ca", "none"] = Field(
+        "name",
+        description="What is checked of its certificate: its CA and that it is for `host`; its CA alone (enough where "
+        "the CA is a hospital's own); nothing, which protects from listeners only.",
+    )
 
 
 Way = Literal["dimse", "web", "import"]
@@ -390,6 +418,8 @@ def _resolve(settings: Settings, base: Path) -> Settings:
         if strange := set(rule.peer) - set(names):
             known = ", ".join(names) or "none"
             raise SettingsError(f"rules.{number}.peer: no peer is called {sorted(strange)[0]!r} (known: {known})")
+    dimse = settings.dimse.model_copy(update=_files(settings.dimse, base))
+    peers = tuple(peer.model_copy(update=_files(peer, base)) for peer in settings.peers)
     archive = settings.archive.model_copy(update={"state_dir": base / settings.archive.state_dir})
     storage = settings.storage.model_copy(update={"root": _absolute(settings.storage.root, base)})
     ingest = settings.ingest.model_copy(update={"spool_dir": base / settings.ingest.spool_dir})
@@ -397,7 +427,14 @@ def _resolve(settings: Settings, base: Path) -> Settings:
         update={"root": _absolute(settings.catalog.root, base) if settings.catalog.root else ""}
     )
     resolved = settings.model_copy(
-        update={"archive": archive, "storage": storage, "catalog": catalog, "ingest": ingest}
+        update={
+            "archive": archive,
+            "storage": storage,
+            "catalog": catalog,
+            "ingest": ingest,
+            "dimse": dimse,
+            "peers": peers,
+        }
     )
     if set("[]") & set(unquote(urlsplit(resolved.catalog_root).path)):
         raise SettingsError(
@@ -408,6 +445,12 @@ def _resolve(settings: Settings, base: Path) -> Settings:
             "catalog.root: Delta tables cannot be read over webhdfs://; set catalog.root to file:/// or hdfs://"
         )
     return resolved
+
+
+def _files(section: Dimse | Peer, base: Path) -> dict[str, str]:
+    """Its files of certificates, those that are given, seen from `base`."""
+    values = ((name, getattr(section, name, "")) for name in ("tls_certificate", "tls_key", "tls_ca"))
+    return {name: str(base / value) for name, value in values if value}
 
 
 def _absolute(url: str, base: Path) -> str:

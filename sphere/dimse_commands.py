@@ -17,6 +17,7 @@ from sphere.catalog.schema import Level
 from sphere.conf.settings import load
 from sphere.finding import find_here, find_there
 from sphere.output import Format, format_options, write_rows
+from sphere.peer_argument import Named, peer_argument
 
 MODELS: dict[str, Model] = {
     "patient": "PATIENT_ROOT",
@@ -27,9 +28,9 @@ SAME = (0x00080005, 0x00080052)  # SpecificCharacterSet (text is decoded), Query
 
 
 @click.command()
-@click.argument("peer", metavar="PEER")
+@peer_argument()
 @click.pass_context
-def echo(ctx: click.Context, peer: str) -> None:
+def echo(ctx: click.Context, peer: Named) -> None:
     """Ask a peer whether it answers (C-ECHO).
 
     PEER is a name of [[peers]] in the settings, or AET@HOST:PORT.
@@ -38,12 +39,12 @@ def echo(ctx: click.Context, peer: str) -> None:
     Examples:
       sphere echo ward
       sphere echo SPHERE@127.0.0.1:11112
+      sphere echo PACS@pacs.example:2762 --tls --tls-ca hospital-ca.pem
     """
     from sphere.scp import client
-    from sphere.scp.peers import resolve
 
     settings = load(ctx.obj)
-    seconds = client.echo(resolve(peer, settings), settings=settings)
+    seconds = client.echo(peer.resolve(settings), settings=settings)
     click.echo(f"{peer} answered C-ECHO in {1000 * seconds:.0f} ms")
 
 
@@ -53,7 +54,7 @@ def name_failure(message: str) -> None:
 
 
 @click.command()
-@click.argument("peer", metavar="[PEER]", required=False)
+@peer_argument(required=False)
 @click.option(
     "--level", type=click.Choice(get_args(Level)), default="STUDY", show_default=True, help="QueryRetrieveLevel."
 )
@@ -77,7 +78,7 @@ def name_failure(message: str) -> None:
 @click.pass_context
 def find(
     ctx: click.Context,
-    peer: str | None,
+    peer: Named | None,
     level: Level,
     model: str,
     keys: tuple[str, ...],
@@ -117,7 +118,7 @@ def find(
     elif as_of is not None:
         raise click.UsageError("--as-of asks this archive itself: leave PEER out, or ask an AE title of [[snapshots]]")
     else:
-        answers = find_there(settings, peer, wanted, level=level, model=MODELS[model], features=features,
+        answers = find_there(settings, peer.resolve(settings), wanted, level=level, model=MODELS[model], features=features,
                              timezone=timezone)  # fmt: skip
     found = list(islice(answers, limit))
     write_rows(answers_table(found), format=format_, output=output)

@@ -11,12 +11,12 @@ from sphere.catalog.asof import parse_as_of
 from sphere.catalog.query import Features, Model, parse_identifier
 from sphere.catalog.schema import Level
 from sphere.catalog.service import QueryService
-from sphere.conf.settings import Settings
+from sphere.conf.settings import Peer, Settings
 
 
 def find_there(
     settings: Settings,
-    peer: str,
+    peer: Peer,
     keys: Mapping[str, str],
     *,
     level: Level,
@@ -26,10 +26,9 @@ def find_there(
 ) -> Iterator[Dataset]:
     """What a peer answers; raises QueryError for a bad key, PeerError where it refuses, fails or lacks a feature."""
     from sphere.scp.client.query import find
-    from sphere.scp.peers import resolve
 
     asked = {**keys, "TimezoneOffsetFromUTC": timezone} if timezone else dict(keys)
-    return find(resolve(peer, settings), asked, settings=settings, level=level, model=model, features=features)
+    return find(peer, asked, settings=settings, level=level, model=model, features=features)
 
 
 def find_here(

@@ -16,6 +16,7 @@ from sphere.conf.errors import PeerError
 from sphere.conf.settings import Peer, Settings, load
 from sphere.dimse_commands import name_failure, split_key
 from sphere.output import write_rows
+from sphere.peer_argument import Named, peer_argument
 from sphere.progress import bar
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 
 _OPTIONS = (
-    click.argument("peer", metavar="PEER"),
+    peer_argument(),
     click.option(
         "--level", type=click.Choice(get_args(Level)), default="STUDY", show_default=True, help="QueryRetrieveLevel."
     ),
@@ -53,7 +54,7 @@ def _options(function: Callable[..., None]) -> Callable[..., None]:
 @click.option("--to", "destination", required=True, metavar="AET", help="AE title, known to the peer, to send to.")
 @_options
 def move(
-    ctx: click.Context, peer: str, destination: str, level: Level, keys: tuple[str, ...], list_file: TextIO | None,
+    ctx: click.Context, peer: Named, destination: str, level: Level, keys: tuple[str, ...], list_file: TextIO | None,
     existing: bool, pause: float, tries: int,
 ) -> None:  # fmt: skip
     """Have a peer send instances to an AE title that it knows (C-MOVE).
@@ -69,10 +70,9 @@ def move(
       sphere move ward --to SPHERE --level SERIES -k StudyInstanceUID=1.2.3 -k SeriesInstanceUID=1.2.3.4
     """
     from sphere.scp import client
-    from sphere.scp.peers import resolve
 
     settings = load(ctx.obj)
-    source = resolve(peer, settings)
+    source = peer.resolve(settings)
 
     def ask(target: Target) -> Iterator[Progress]:
         return client.move(
@@ -88,7 +88,7 @@ def move(
 @click.command()
 @_options
 def get(
-    ctx: click.Context, peer: str, level: Level, keys: tuple[str, ...], list_file: TextIO | None, existing: bool,
+    ctx: click.Context, peer: Named, level: Level, keys: tuple[str, ...], list_file: TextIO | None, existing: bool,
     pause: float, tries: int,
 ) -> None:  # fmt: skip
     """Bring instances from a peer straight into the archive (C-GET).
@@ -103,10 +103,9 @@ def get(
       sphere get ward --from studies.txt --existing --pause 2
     """
     from sphere.scp import client
-    from sphere.scp.peers import resolve
 
     settings = load(ctx.obj)
-    source = resolve(peer, settings)
+    source = peer.resolve(settings)
     targets = _targets(source, settings, keys, list_file, level)
     with _archive_store(settings) as store:
 

@@ -18,6 +18,7 @@ from sphere.conf.errors import PeerError, StorageError
 from sphere.conf.settings import Peer, Settings, load
 from sphere.dimse_commands import name_failure, split_key
 from sphere.output import write_rows
+from sphere.peer_argument import Named, peer_argument
 from sphere.progress import bar
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ BATCH = 2000  # instances looked up at once
 
 
 @click.command()
-@click.argument("peer", metavar="PEER")
+@peer_argument()
 @click.argument("paths", metavar="[PATH]...", nargs=-1, type=click.Path(path_type=Path))
 @click.option(
     "--where", multiple=True, metavar="KEYWORD=VALUE",
@@ -41,7 +42,13 @@ BATCH = 2000  # instances looked up at once
 @click.option("--again", is_flag=True, help="Send also what an earlier call, which did not get to its end, has sent.")
 @click.pass_context
 def store(
-    ctx: click.Context, peer: str, paths: tuple[Path, ...], where: tuple[str, ...], as_is: bool, tries: int, again: bool
+    ctx: click.Context,
+    peer: Named,
+    paths: tuple[Path, ...],
+    where: tuple[str, ...],
+    as_is: bool,
+    tries: int,
+    again: bool,
 ) -> None:
     """Send files and folders, or instances of the archive, to a peer (C-STORE).
 
@@ -56,13 +63,12 @@ def store(
       sphere store ward --where StudyDate=20240101- --where Modality=CT
     """
     from sphere.scp.client.sent import SentJournal
-    from sphere.scp.peers import resolve
     from sphere.scp.retrieve.transcoder import Transcoder
 
     if bool(paths) == bool(where):
         raise click.UsageError("say what to send: either PATH..., or --where KEYWORD=VALUE")
     settings = load(ctx.obj)
-    target = resolve(peer, settings)
+    target = peer.resolve(settings)
     asked = [str(path.resolve()) for path in paths] or [f"where {key}" for key in where]
     with SentJournal(settings.archive.state_dir, target, asked) as journal, closing(Transcoder()) as transcoder:
         if again:

@@ -171,8 +171,10 @@ class Association:
         return self._over is not None or request.command["MessageID"] in self._cancelled
 
     def _establish(self) -> None:
-        artim_s = self._acceptor.artim_s
-        received = self._connection.pdu(first_s=artim_s, rest_s=artim_s)
+        artim_s, started = self._acceptor.artim_s, time.monotonic()
+        self._connection.handshake(artim_s)
+        left_s = max(0.001, artim_s - (time.monotonic() - started)) if artim_s else 0
+        received = self._connection.pdu(first_s=left_s, rest_s=left_s)
         assert received is not None
         kind, body = received
         if kind == protocol.ABORT:

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import mmap
-import socket
-import struct
 import time
 from collections.abc import Sequence
 
 from sphere.scp.upper import protocol
 from sphere.scp.upper.dataset import Budget
 from sphere.scp.upper.protocol import Ended, TooSlow, Violation
+from sphere.scp.upper.tls import why
+from sphere.scp.upper.transport import Transport
 
 CONTROL_PDU = 1 << 20  # bytes; an A-ASSOCIATE-RQ may be longer than any P-DATA-TF that we announce
 SLACK = 1024  # bytes by which a P-DATA-TF PDU may be longer than announced: some senders count otherwise
-TICK_S = 0.25  # seconds after which a blocked receive looks at its deadline and whether it should stop
-LINGER_S = 2.0  # seconds for the peer to read an A-ABORT or A-ASSOCIATE-RJ before the connection is closed
 SEND_PARTS = 512  # buffers of one send; the kernel takes 1024 (IOV_MAX)
-QUICKACK = getattr(socket, "TCP_QUICKACK", None)  # Linux only
 
 
 class Connection:
@@ -30,8 +26,8 @@ class Connection:
     returns only after `keep` fell, which `spill` has to bring about.
     """
 
-    def __init__(self, sock: socket.socket, *, budget: Budget, max_pdu: int) -> None:
-        self._sock = sock
+    def __init__(self, transport: Transport, *, budget: Budget, max_pdu: int) -> None:
+        self._transport = transport
         self._budget = budget
         self._max_pdu = max_pdu + SLACK
         self._size = max(CONTROL_PDU, self._max_pdu) + mmap.PAGESIZE
@@ -40,11 +36,20 @@ class Connection:
         self._start = self._fill = 0  # what is received and not yet handed out
         self.keep = 0
         self.stopping = False  # set by another thread: to be ended at the next tick
-        sock.setblocking(True)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        timeval = struct.pack("ll", 0, int(TICK_S * 1e6))
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
+
+    def handshake(self, within_s: float) -> None:
+        """Agree on TLS, where there is some; raises Ended, and TooSlow after `within_s` seconds."""
+        deadline = _deadline(within_s)
+        while True:
+            try:
+                self._transport.handshake()
+            except BlockingIOError:
+                if self.stopping or time.monotonic() > deadline:
+                    raise TooSlow("the TLS handshake takes too long") from None
+            except OSError as error:
+                raise Ended(f"no TLS ({why(error)})") from None
+            else:
+                return
 
     def pdu(self, *, first_s: float, rest_s: float, wait: bool = True) -> tuple[int, memoryview] | None:
         """Type and body of the next PDU; None where `wait` is False and it is not complete.
@@ -89,28 +94,17 @@ class Connection:
         left = [memoryview(part) for part in parts if len(part)]
         while left:
             try:
-                _advance(left, self._sock.sendmsg(left))
+                _advance(left, self._transport.send(left))
             except BlockingIOError:
                 if self.stopping or time.monotonic() > deadline:
                     raise Ended("the peer does not read") from None
             except OSError as error:
-                raise Ended(f"connection lost ({error.strerror})") from None
+                raise Ended(f"connection lost ({why(error)})") from None
 
     def close(self, *, linger: bool = False) -> None:
         """End the connection; with `linger` only after the peer had LINGER_S seconds to read what was sent."""
-        with contextlib.suppress(OSError):  # it may be closed from the other side
-            if linger:
-                self._linger()
-        self._sock.close()
+        self._transport.close(linger=linger)
         self._give_back()
-
-    def _linger(self) -> None:
-        """Read on until the peer closes: unread bytes would make the kernel reset the connection and our last words."""
-        self._sock.shutdown(socket.SHUT_WR)
-        deadline = time.monotonic() + LINGER_S
-        self._sock.settimeout(LINGER_S / 4)
-        while time.monotonic() < deadline and self._sock.recv_into(self._view):
-            pass
 
     def _receive(self, size: int, first_s: float, rest_s: float, wait: bool) -> bool:
         """Whether `size` bytes of the next PDU are there; if `wait`, they are, or Ended or Violation is raised."""
@@ -136,9 +130,7 @@ class Connection:
         """Receive once what there is; False where nothing is and it may not wait."""
         while True:
             try:
-                if QUICKACK is not None:  # a sender that waits for an ACK before its next segment gets it now
-                    self._sock.setsockopt(socket.IPPROTO_TCP, QUICKACK, 1)
-                count = self._sock.recv_into(self._view[self._fill :], 0, 0 if wait else socket.MSG_DONTWAIT)
+                count = self._transport.receive(self._view[self._fill :], wait)
             except BlockingIOError:
                 if not wait:
                     return False
@@ -148,7 +140,7 @@ class Connection:
                     raise TooSlow("the peer is silent") from None
                 continue
             except OSError as error:
-                raise Ended(f"connection lost ({error.strerror})") from None
+                raise Ended(f"connection lost ({why(error)})") from None
             if not count:
                 raise Ended("closed by the peer")
             self._fill += count

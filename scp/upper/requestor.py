@@ -33,6 +33,8 @@ from sphere.scp.upper.messages import Context, Inbox, Limits, Message
 from sphere.scp.upper.negotiation import own_items
 from sphere.scp.upper.outgoing import Asking, Outgoing
 from sphere.scp.upper.protocol import Aborted, Ended, Released, TooSlow, Violation
+from sphere.scp.upper.tls import requestor_context
+from sphere.scp.upper.transport import Plain, Tls
 
 MAX_CONTEXTS = 128  # odd ids of one byte (PS3.8 9.3.2.2)
 ASSOCIATE_RJ = 0x03
@@ -200,6 +202,7 @@ def connect(
     artim_s = settings.dimse.artim_s
     connection = _connection(peer, settings)
     try:
+        _handshake(connection, peer, artim_s)
         connection.send(_request(peer, settings, proposed, extensions or {}), artim_s)
         received = connection.pdu(first_s=artim_s, rest_s=artim_s)
         assert received is not None
@@ -217,6 +220,7 @@ def connect(
 
 
 def _connection(peer: Peer, settings: Settings) -> Connection:
+    tls = requestor_context(peer, settings) if peer.tls else None
     try:
         sock = socket.create_connection((peer.host, peer.port), timeout=settings.dimse.artim_s or None)
     except TimeoutError:
@@ -226,7 +230,19 @@ def _connection(peer: Peer, settings: Settings) -> Connection:
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise PeerError(f"{describe(peer)}: cannot connect ({reason}); check host and port, and that it runs") from None
-    return Connection(sock, budget=Budget(RECEIVING_MEMORY), max_pdu=settings.dimse.max_pdu)
+    try:
+        transport = Tls(sock, tls, server_name=peer.host) if tls else Plain(sock)
+    except OSError as error:  # the peer is gone already
+        sock.close()
+        raise PeerError(f"{describe(peer)}: cannot connect ({error.strerror}); check that it runs") from None
+    return Connection(transport, budget=Budget(RECEIVING_MEMORY), max_pdu=settings.dimse.max_pdu)
+
+
+def _handshake(connection: Connection, peer: Peer, within_s: float) -> None:
+    try:
+        connection.handshake(within_s)
+    except Ended as error:
+        raise PeerError(f"{describe(peer)}: {error}; check port, tls and certificates") from None
 
 
 def _request(peer: Peer, settings: Settings, proposed: Sequence[Proposed], extensions: Mapping[str, bytes]) -> bytes:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import logging
+import selectors
 import socket
+import ssl
 import threading
 import time
+from typing import cast
 
 from sphere.conf.errors import SettingsError
 from sphere.conf.settings import Settings
 from sphere.scp.peers import plain_address
 from sphere.scp.upper.association import Acceptor, Association
-from sphere.scp.upper.connection import TICK_S, Connection
+from sphere.scp.upper.connection import Connection
 from sphere.scp.upper.dataset import Budget
+from sphere.scp.upper.tls import acceptor_context
+from sphere.scp.upper.transport import TICK_S, Plain, Tls
 
 log = logging.getLogger(__name__)
 
@@ -22,39 +27,58 @@ ARRIVING_MEMORY = 16 << 20  # bytes of arriving data sets beyond the first buffe
 
 
 class Server:
-    """One receiver's listening socket and its associations; other receivers may listen on the same TCP `port`."""
+    """One receiver's listening sockets and its associations; other receivers may listen on the same TCP ports.
+
+    `port` is that of dimse.port.
+    """
 
     def __init__(self, settings: Settings, acceptor: Acceptor) -> None:
-        """Bind and listen; raises SettingsError when the port cannot be had."""
+        """Bind and listen; raises SettingsError when a port cannot be had, or the TLS files cannot be used."""
         self._acceptor = acceptor
         self._max_associations = settings.dimse.max_associations
         self._budget = Budget(ARRIVING_MEMORY)
         self._lock = threading.Lock()
         self._open: set[Association] = set()
         self._stopping = False
-        self._socket = _listen(settings.dimse.host, settings.dimse.port)
-        self.port = int(self._socket.getsockname()[1])
+        dimse, tls = settings.dimse, acceptor_context(settings.dimse)
+        instead = tls if dimse.tls_port == dimse.port else None
+        self._listening = [(_listen(dimse.host, dimse.port), instead)]
+        if tls is not None and instead is None:
+            self._listening.append((_listen(dimse.host, dimse.tls_port), tls))
+        self.port = int(self._listening[0][0].getsockname()[1])
 
     def serve(self) -> None:
         """Accept until `stop`."""
-        while not self._stopping:
-            try:
-                sock, address = self._socket.accept()
-            except OSError as error:
-                if not self._stopping:
-                    log.error("accept failed: %s", error.strerror)
-                    time.sleep(0.1)  # out of file descriptors: some association will end
-                continue
-            self._begin(sock, plain_address(str(address[0])))
-        self._socket.close()
+        with selectors.DefaultSelector() as selector:
+            for listener, tls in self._listening:
+                listener.setblocking(False)
+                selector.register(listener, selectors.EVENT_READ, tls)
+            while not self._stopping:
+                for key, _ in selector.select():
+                    self._accept(cast("socket.socket", key.fileobj), key.data)
+        for listener, _ in self._listening:
+            listener.close()
+
+    def _accept(self, listener: socket.socket, tls: ssl.SSLContext | None) -> None:
+        try:
+            sock, address = listener.accept()
+        except BlockingIOError:
+            return  # another receiver, or the peer itself, was faster
+        except OSError as error:
+            if not self._stopping:
+                log.error("accept failed: %s", error.strerror)
+                time.sleep(0.1)  # out of file descriptors: some association will end
+            return
+        self._begin(sock, plain_address(str(address[0])), tls)
 
     def stop(self) -> None:
         """Close the port; running associations go on."""
         self._stopping = True
-        try:
-            self._socket.shutdown(socket.SHUT_RDWR)  # wakes `serve`
-        except OSError as error:
-            log.debug("port already closed: %s", error.strerror)
+        for listener, _ in self._listening:
+            try:
+                listener.shutdown(socket.SHUT_RDWR)  # wakes `serve`
+            except OSError as error:
+                log.debug("port already closed: %s", error.strerror)
 
     def drain(self, seconds: float) -> None:
         """Wait up to `seconds` for the running associations, then abort those that are left."""
@@ -70,13 +94,14 @@ class Server:
             time.sleep(0.02)
         return not self._open
 
-    def _begin(self, sock: socket.socket, address: str) -> None:
+    def _begin(self, sock: socket.socket, address: str, tls: ssl.SSLContext | None) -> None:
         if len(self._open) >= CONNECTIONS_PER_ASSOCIATION * self._max_associations:
             log.warning("connection closed unread address=%s open=%d", address, len(self._open))
             sock.close()
             return
         try:
-            connection = Connection(sock, budget=self._budget, max_pdu=self._acceptor.max_pdu)
+            transport = Plain(sock) if tls is None else Tls(sock, tls)
+            connection = Connection(transport, budget=self._budget, max_pdu=self._acceptor.max_pdu)
         except OSError as error:  # the peer is gone already
             log.warning("connection lost address=%s: %s", address, error.strerror)
             sock.close()

@@ -10,7 +10,9 @@ import os
 import shutil
 import subprocess
 
-PACKAGES = {"storescu": "dcmtk", "Orthanc": "orthanc", "dciodvfy": "dicom3tools"}  # program: Debian package
+PACKAGES = {  # program: Debian package
+    "storescu": "dcmtk", "Orthanc": "orthanc", "dciodvfy": "dicom3tools", "openssl": "openssl"
+}  # fmt: skip
 SBIN = "/usr/sbin:/sbin"  # where Debian puts Orthanc
 
 
