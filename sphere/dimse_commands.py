@@ -118,8 +118,8 @@ def find(
     elif as_of is not None:
         raise click.UsageError("--as-of asks this archive itself: leave PEER out, or ask an AE title of [[snapshots]]")
     else:
-        answers = find_there(settings, peer.resolve(settings), wanted, level=level, model=MODELS[model], features=features,
-                             timezone=timezone)  # fmt: skip
+        answers = find_there(peer.resolve(settings), wanted, settings=settings, level=level, model=MODELS[model],
+                             features=features, timezone=timezone)  # fmt: skip
     found = list(islice(answers, limit))
     write_rows(answers_table(found), format=format_, output=output)
 

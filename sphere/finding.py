@@ -15,10 +15,10 @@ from sphere.conf.settings import Peer, Settings
 
 
 def find_there(
-    settings: Settings,
     peer: Peer,
     keys: Mapping[str, str],
     *,
+    settings: Settings,
     level: Level,
     model: Model,
     features: Features,

@@ -24,6 +24,7 @@ from sphere.conf.errors import SettingsError, SphereError
 from sphere.conf.settings import Settings
 from sphere.ingest.spool import in_use
 from sphere.scp.policy import Policy
+from sphere.scp.upper.tls import acceptor_context
 
 log = logging.getLogger(__name__)
 
@@ -82,9 +83,11 @@ class Supervisor:
     def run(self) -> int:
         """Serve until SIGTERM or SIGINT; returns the exit status, 0 when every child stopped cleanly.
 
-        Raises SettingsError when a port is taken, or a rule asks for what cannot be matched.
+        Raises SettingsError when a port is taken, a rule asks for what cannot be matched, or TLS files cannot
+        be used.
         """
         Policy(self.settings)  # a rule that cannot be matched ends this here, not one receiver after the other
+        acceptor_context(self.settings.dimse)  # and so do files of TLS that cannot be used
         self.settings = settings = with_ports(self.settings)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self._stop.set())
@@ -315,6 +318,9 @@ def banner(settings: Settings) -> str:
         f"extraction every {settings.extract.every_s:g} s" if settings.extract.every_s else "no scheduled extraction"
     )
     address = f"{settings.dimse.host}:{settings.dimse.port}"
+    if settings.dimse.tls_port:
+        same = settings.dimse.tls_port == settings.dimse.port
+        address += " with TLS" if same else f", with TLS on {settings.dimse.tls_port}"
     web = f"DICOMweb on http://{settings.web.host}:{settings.web.port}/dicom-web; " if settings.web.enabled else ""
     return (
         f"{settings.archive.ae_title} serves DICOM on {address} ({settings.dimse.workers} receivers, {every}); {web}"
