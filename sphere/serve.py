@@ -293,22 +293,24 @@ def ship_regularly(settings: Settings, ready: Callable[[int], None]) -> None:
 def with_ports(settings: Settings) -> Settings:
     """The settings with free ports in place of 0; raises SettingsError when a wanted port is taken."""
     dimse, web = settings.dimse, settings.web
-    update: dict[str, object] = {"dimse": dimse.model_copy(update={"port": _port("dimse", dimse.host, dimse.port)})}
+    update: dict[str, object] = {
+        "dimse": dimse.model_copy(update={"port": _port("dimse.port", dimse.host, dimse.port)})
+    }
+    if dimse.tls_port not in (0, dimse.port):
+        _port("dimse.tls_port", dimse.host, dimse.tls_port)
     if web.enabled:
-        update["web"] = web.model_copy(update={"port": _port("web", web.host, web.port)})
+        update["web"] = web.model_copy(update={"port": _port("web.port", web.host, web.port)})
     return settings.model_copy(update=update)
 
 
-def _port(section: str, host: str, port: int) -> int:
+def _port(key: str, host: str, port: int) -> int:
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
             where = f"{host}:{port}"
-            raise SettingsError(
-                f"{section}.port: cannot listen on {where}: {error.strerror}; choose another port"
-            ) from None
+            raise SettingsError(f"{key}: cannot listen on {where}: {error.strerror}; choose another port") from None
         return int(probe.getsockname()[1])
 
 
