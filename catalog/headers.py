@@ -13,7 +13,7 @@ from typing import Any
 import duckdb
 import orjson
 
-from sphere.catalog.index import Index
+from sphere.catalog.layers import Layer
 from sphere.catalog.match_header import Header, tag_in
 from sphere.catalog.plan import ORDER
 from sphere.catalog.predicate import AnyItem, Compare, Moment, Predicate
@@ -40,7 +40,7 @@ def attributes_of(predicate: Predicate) -> set[Attribute]:
 
 
 def read_headers(
-    index: Index, cursor: duckdb.DuckDBPyConnection, level: Level, keys: Sequence[Row], wanted: Iterable[Attribute]
+    layer: Layer, cursor: duckdb.DuckDBPyConnection, level: Level, keys: Sequence[Row], wanted: Iterable[Attribute]
 ) -> Mapping[Row, Header]:
     """From the identifying values (`ORDER[level]`) of entities to a DICOM JSON object of the attributes they have.
 
@@ -51,7 +51,7 @@ def read_headers(
     private = [attribute for attribute in attributes if attribute[1]]
     studies = _studies(cursor, level, keys)
     columns = ("StudyInstanceUID", "SeriesInstanceUID", "received_at", "bundle", "offset", "dataset")
-    instances = index.instances(index.instance_files(studies), columns)
+    instances = layer.instances(layer.instance_files(studies), columns)
     if instances is None or not attributes:
         return {}
     source, identity = _source(level, instances[0])

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydicom.datadict import dictionary_VR, tag_for_keyword
 
-from sphere.catalog.index import NAME_SUFFIX, trimmed_sql
+from sphere.catalog.index_build import KEYS, NAME_SUFFIX, trimmed_sql
 from sphere.catalog.predicate import ColumnSql, Compiled, Predicate, compile_sql
 from sphere.catalog.query import ANSWERED, MODEL_LEVELS, Key, Query
 from sphere.catalog.schema import BY_KEYWORD, COMPUTED, LEVELS, TABLES, UNIQUE_KEY, Level, level_of
@@ -17,7 +17,8 @@ OFFSET = "TimezoneOffsetFromUTC"
 _TABLE_OF: dict[str, str] = {"p": "patients", "t": "studies", "s": "series"}
 _BASE: dict[Level, str] = {"PATIENT": "p", "STUDY": "t", "SERIES": "s", "IMAGE": "i"}
 INSTANCES = "(instances)"
-"""Stands in SQL for the relation that `Index.instances` gives."""
+"""Stands in SQL for the relation that `Layer.instances` gives."""
+KEYWORDS_INDEXED = frozenset(column for columns in KEYS.values() for column in columns)
 ORDER: dict[Level, tuple[str, ...]] = {
     "PATIENT": ("p.patient_key",),
     "STUDY": ("t.StudyInstanceUID",),
@@ -135,12 +136,22 @@ class Plan:
         """Whether headers must be read to answer."""
         return bool(self.rest or self.header_keys)
 
-    def select(self, *, where: tuple[str, ...] = ()) -> str:
-        """The SQL that gives rows: the columns of `order`, the dataset (at IMAGE level, if needed), `selected`."""
+    def select(self, *, where: tuple[str, ...] = (), in_order: bool = False) -> str:
+        """The SQL that gives rows: the columns of `order`, the dataset (at IMAGE level, if needed), `selected`.
+
+        Of a table whose rows are `in_order` already, the first ones come before the last is found; not so where an
+        index of a key may be used.
+        """
         header = ['i."dataset"'] if self.needs_header and self.query.level == "IMAGE" else []
         columns = ", ".join([*self.order, *header, *self.expressions])
         conditions = " AND ".join([*where, self.compiled.where])
-        return f"SELECT {columns} FROM {self.source} WHERE {conditions} ORDER BY {', '.join(self.order)}"
+        text = f"SELECT {columns} FROM {self.source} WHERE {conditions}"
+        as_stored = in_order and " " not in self.source.partition(" ")[2] and not self._by_key
+        return text if as_stored and self.query.level != "IMAGE" else f"{text} ORDER BY {', '.join(self.order)}"
+
+    @property
+    def _by_key(self) -> bool:
+        return any(key.test is not None and key.keyword in KEYWORDS_INDEXED for key in self.query.keys)
 
     def count(self, *, where: tuple[str, ...] = ()) -> str:
         """The SQL that counts them."""

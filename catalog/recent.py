@@ -1,8 +1,8 @@
 """Recent arrivals: members that landed and that the catalog version of an index does not have, as tables beside it.
 
 Each serving process holds its own, in memory. Studies that have an arrival are rolled up anew over the catalog's rows
-and the arrivals, so that counts are right; the views `patients`, `studies` and `series` show the index with these in
-place. A change is one transaction: a query sees all of it or nothing. See docs/decisions/0009-recent-arrivals.md.
+and the arrivals, so that counts are right; they are in the overlay of the index with all else of their patients. A
+change is one transaction: a query sees all of it or nothing. See docs/decisions/0009-recent-arrivals.md.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 
+from sphere.catalog import overlay
 from sphere.catalog.arrivals import RECENT, HeadersOfMembers, values_of
 from sphere.catalog.fold import FoldedStudy
-from sphere.catalog.rollup import duckdb_type, roll_up_sql, source_columns
+from sphere.catalog.index_files import FileMap
+from sphere.catalog.rollup import duckdb_type, source_columns
 from sphere.catalog.schema import BY_KEYWORD, TABLES
 from sphere.catalog.tail import JournalTail
 from sphere.catalog.versions import Policy, Version, place, shown
@@ -73,6 +75,7 @@ class Sources:
     policy: Policy
     conflicting: FindVersions
     columns: frozenset[str]  # of the catalogued files of instances
+    files: FileMap
 
 
 def column_of(name: str) -> str:
@@ -86,15 +89,23 @@ def column_of(name: str) -> str:
 
 
 class Recent:
-    """The arrivals beside one index, which `connection` has attached as `base`. Thread-safe.
+    """The arrivals beside one index, which `connection` has attached as `base`, with its overlay. Thread-safe.
 
-    `selected` gives the expression by which the index holds a column of a roll-up.
+    `selected` gives the expression by which the index holds a column of a roll-up; what the overlay replaces is told
+    through `published`.
     """
 
-    def __init__(self, connection: duckdb.DuckDBPyConnection, sources: Sources, selected: Callable[[str], str]) -> None:
+    def __init__(
+        self,
+        connection: duckdb.DuckDBPyConnection,
+        sources: Sources,
+        selected: Callable[[str], str],
+        published: overlay.Published,
+    ) -> None:
         self._db = connection.cursor()
         self._sources = sources
         self._selected = selected
+        self._published = published
         self._lock = threading.Lock()
         self._studies: dict[str, FoldedStudy] = {}
         self._unread: list[MemberRecord] = []
@@ -155,8 +166,16 @@ class Recent:
             known = self._versions(sorted({row["SOPInstanceUID"] for row in rows}))
             self._show(known)
             studies = self._folded(rows, again, known)
-            _replace_rolled(db, studies, self._selected)
-            db.execute("COMMIT")
+            touched = overlay.replace(
+                db,
+                self._published.now(),
+                list(studies),
+                series=_rolled("series", studies),
+                studies=_rolled("studies", studies),
+                selected=self._selected,
+            )
+            with self._published.changing(touched):
+                db.execute("COMMIT")
         except BaseException:
             db.execute("ROLLBACK")
             self._studies.clear()  # they may hold what was rolled back: computed anew when touched again
@@ -174,7 +193,7 @@ class Recent:
         columns = 'SOPInstanceUID, epoch_us(received_at), bundle, "offset", sha256, StudyInstanceUID'
         condition = "WHERE SOPInstanceUID IN (SELECT unnest(?))"
         found = self._db.execute(f"SELECT {columns}, true FROM recent.arrivals {condition}", [uids]).fetchall()
-        if files := [row[0] for row in self._db.execute(FILES_OF_INSTANCES, [uids]).fetchall()]:
+        if files := self._sources.files.of_instances(self._db, uids):
             sql = f"SELECT {columns}, false FROM read_parquet(?, union_by_name = true) {condition}"
             found += self._db.execute(sql, [files, uids]).fetchall()
         known: dict[str, _Known] = {}
@@ -224,7 +243,7 @@ class Recent:
 
     def _catalogued(self, studies: list[str]) -> list[dict[str, Any]]:
         """What the catalog shows of some studies."""
-        files = [row[0] for row in self._db.execute(FILES_OF_STUDIES, [studies]).fetchall()]
+        files = self._sources.files.of_studies(self._db, studies)
         if not files:
             return []
         columns = ", ".join(f'"{name}"' for name in _ROLLED if name in self._sources.columns)
@@ -241,72 +260,14 @@ class Recent:
         return [values_of(row) for row in self._db.sql(sql, params=[studies]).to_arrow_table().to_pylist()]
 
 
-FILES_OF_STUDIES = (
-    "SELECT DISTINCT file FROM base.study_files WHERE StudyInstanceUID IN (SELECT unnest(?::VARCHAR[])) ORDER BY file"
-)
-FILES_OF_INSTANCES = (
-    "SELECT DISTINCT f.file FROM base.sop_files s JOIN base.files f USING (id) "
-    "WHERE s.hash IN (SELECT hash(u) FROM (SELECT unnest(?::VARCHAR[]) AS u)) ORDER BY f.file"
-)
-
-
 def _create(db: duckdb.DuckDBPyConnection) -> None:
-    db.execute("CREATE SCHEMA recent")
+    db.execute("CREATE SCHEMA memory.recent")
     db.register("arrivals_", RECENT.empty_table())
     db.execute("CREATE TABLE recent.arrivals AS SELECT *, true AS shown FROM arrivals_")
     db.unregister("arrivals_")
-    for name in ("touched", "affected"):
-        db.execute(f"CREATE TABLE recent.{name} (StudyInstanceUID VARCHAR)")
     db.execute("CREATE TABLE recent.hidden (SOPInstanceUID VARCHAR)")
-    for name in ("touched_patients", "affected_patients"):
-        db.execute(f"CREATE TABLE recent.{name} (patient_key VARCHAR)")
-    for name, touched, key in (
-        ("patients", "touched_patients", "patient_key"),
-        ("studies", "touched", "StudyInstanceUID"),
-        ("series", "touched", "StudyInstanceUID"),
-    ):
-        db.execute(f"CREATE TABLE recent.new_{name} AS SELECT * FROM base.{name} LIMIT 0")
-        db.execute(
-            f"CREATE VIEW recent.{name} AS SELECT * FROM base.{name} ANTI JOIN recent.{touched} USING ({key}) "
-            f"UNION ALL SELECT * FROM recent.new_{name}"
-        )
 
 
-_KEYS_OF_AFFECTED = (
-    "INSERT INTO recent.affected_patients SELECT patient_key FROM {} SEMI JOIN recent.affected USING (StudyInstanceUID)"
-)
-
-
-def _replace_rolled(
-    db: duckdb.DuckDBPyConnection, studies: Mapping[str, FoldedStudy], selected: Callable[[str], str]
-) -> None:
-    """Put in the studies, their series, and the patients that these are or were of."""
-    db.execute("DELETE FROM recent.affected")
-    db.execute("DELETE FROM recent.affected_patients")
-    db.execute("INSERT INTO recent.affected SELECT unnest(?::VARCHAR[])", [list(studies)])
-    db.execute("INSERT INTO recent.touched SELECT * FROM recent.affected EXCEPT SELECT * FROM recent.touched")
-    for source in ("base.studies", "recent.new_studies"):
-        db.execute(_KEYS_OF_AFFECTED.format(source))
-    for name in ("series", "studies"):
-        folded = [row for one in studies.values() for row in (one.series() if name == "series" else one.study())]
-        db.execute(
-            f"DELETE FROM recent.new_{name} WHERE StudyInstanceUID IN (SELECT StudyInstanceUID FROM recent.affected)"
-        )
-        db.register("folded", pa.Table.from_pylist(folded, schema=TABLES[name].schema))
-        _insert(db, name, "folded", selected)
-        db.unregister("folded")
-    db.execute(_KEYS_OF_AFFECTED.format("recent.new_studies"))
-    of_affected = "patient_key IN (SELECT patient_key FROM recent.affected_patients)"
-    db.execute(f"DELETE FROM recent.new_patients WHERE {of_affected}")
-    theirs = ", ".join(f'"{name}"' for name in source_columns("patients"))
-    rolled = roll_up_sql("patients", f"(SELECT {theirs} FROM recent.studies WHERE {of_affected})")
-    _insert(db, "patients", f"({rolled})", selected)
-    db.execute(
-        "INSERT INTO recent.touched_patients SELECT * FROM recent.affected_patients "
-        "EXCEPT SELECT * FROM recent.touched_patients"
-    )
-
-
-def _insert(db: duckdb.DuckDBPyConnection, name: str, source: str, selected: Callable[[str], str]) -> None:
-    columns = ", ".join(selected(column) for column in TABLES[name].schema.names)
-    db.execute(f"INSERT INTO recent.new_{name} BY NAME SELECT {columns} FROM {source}")
+def _rolled(name: str, studies: Mapping[str, FoldedStudy]) -> pa.Table:
+    rows = [row for one in studies.values() for row in (one.series() if name == "series" else one.study())]
+    return pa.Table.from_pylist(rows, schema=TABLES[name].schema)

@@ -8,6 +8,9 @@ import pyarrow as pa
 
 from sphere.catalog.schema import PATIENT_KEY_SQL, TABLES, Aggregate, RollUp
 
+MARK = "sphere.rollup"
+"""Application of the Delta transaction identifier by which a roll-up says which version of `instances` it shows."""
+
 _SQL: Mapping[str, str] = {
     "count": "count(*)",
     "count_distinct": 'count(DISTINCT "{0}")',

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from heapq import merge
+from operator import attrgetter, itemgetter
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import duckdb
 import orjson
@@ -13,7 +15,8 @@ import orjson
 from sphere.catalog.answer import Match, constants_of
 from sphere.catalog.asof import AsOf
 from sphere.catalog.headers import attributes_of, read_headers
-from sphere.catalog.index import Index, IndexCache, is_damage
+from sphere.catalog.index import IndexCache, is_damage
+from sphere.catalog.layers import Index, Layer
 from sphere.catalog.match import Exact
 from sphere.catalog.match_header import Header, holds
 from sphere.catalog.plan import INSTANCES, Plan, make_plan, studies_sql
@@ -134,7 +137,7 @@ class QueryService:
         if constants is None:
             return
         plan = make_plan(query, index.instance_columns)
-        for columns, header in _rows(plan, index):
+        for _, columns, header in _rows(plan, index):
             yield Match(query.level, plan.keys, {**constants, **columns}, header, ae_title, query.timezone)
 
     def _count(self, query: Query, index: Index) -> Iterator[int]:
@@ -144,10 +147,7 @@ class QueryService:
         elif plan.rest:
             yield sum(1 for _ in _rows(plan, index))
         else:
-            with index.cursor() as cursor:
-                scope = _scope(plan, index, cursor, plan.of_instances)
-                row = cursor.execute(*scope.ask(plan, plan.count(where=scope.where))).fetchone() if scope else None
-            yield row[0] if row else 0
+            yield sum(index.ask(lambda layer: _count(plan, layer)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,52 +163,97 @@ class _Scope:
         return sql.replace(INSTANCES, self.instances), [*self.values, *plan.compiled.values]
 
 
-def _scope(plan: Plan, index: Index, cursor: duckdb.DuckDBPyConnection, names: Sequence[str]) -> _Scope | None:
+def _scope(plan: Plan, layer: Layer, cursor: duckdb.DuckDBPyConnection, names: Sequence[str]) -> _Scope | None:
     """At IMAGE level, the columns `names` in the files that hold what the other keys leave; None where nothing is."""
     if plan.query.level != "IMAGE":
         return _Scope()
-    files, studies = _files(plan.query, index, cursor)
-    instances = index.instances(files, names)
+    files, studies = _files(plan.query, layer, cursor)
+    if studies == []:
+        return None
+    instances = layer.instances(files, names)
     if instances is None:
         return None
+    if studies is None and layer.name == "overlay":
+        return _Scope(instances[0], ("i.StudyInstanceUID IN (SELECT StudyInstanceUID FROM touched)",), (*instances[1],))
     where = (f"i.StudyInstanceUID IN ({', '.join('?' * len(studies))})",) if studies else ()
-    return _Scope(instances[0], where, (*instances[1], *studies))
+    return _Scope(instances[0], where, (*instances[1], *(studies or ())))
 
 
-def _files(query: Query, index: Index, cursor: duckdb.DuckDBPyConnection) -> tuple[list[str], list[str]]:
-    """The files to look into, and the studies to look for where they are few."""
+def _files(query: Query, layer: Layer, cursor: duckdb.DuckDBPyConnection) -> tuple[list[str], list[str] | None]:
+    """The files to look into, and the studies of the layer to look for where they are few."""
     asked = studies_sql(query, STUDIES_LISTED + 1)
-    studies = [row[0] for row in cursor.execute(*asked).fetchall()] if asked else []
-    if asked and len(studies) <= STUDIES_LISTED:
-        return index.instance_files(studies), studies or [""]
+    if asked:
+        found = [row[0] for row in cursor.execute(*asked).fetchall()]
+        if len(found) <= STUDIES_LISTED:
+            dropped = layer.dropped(query.level)
+            studies = [uid for uid in found if uid not in dropped]
+            return layer.instance_files(studies), studies
     uids = next((key.test for key in query.keys if key.keyword == "SOPInstanceUID"), None)
-    return (index.files_of_instances(uids.texts) if isinstance(uids, Exact) else index.instance_files(None)), []
+    return (layer.files_of_instances(uids.texts) if isinstance(uids, Exact) else layer.instance_files(None)), None
 
 
-def _rows(plan: Plan, index: Index) -> Iterator[tuple[Mapping[int, Any], Header]]:
-    """(values of columns by tag, header) of every entity that matches, columns and headers considered."""
-    with index.cursor() as cursor:
-        scope = _scope(plan, index, cursor, plan.of_instances)
+Found = tuple[Row, Mapping[int, Any], Header]
+"""Of an entity that matches: what identifies it, the values of its columns by tag, and its header."""
+
+
+def _rows(plan: Plan, index: Index) -> Iterator[Found]:
+    """Every entity that matches, columns and headers considered, in their order."""
+    found = index.ask(lambda layer: _begun(_matches(plan, layer)))
+    return found[0] if len(found) == 1 else merge(*found, key=itemgetter(0))
+
+
+def _begun(rows: Iterator[T | None]) -> Iterator[T]:
+    """An iterator that gives None when it has begun to read, made to begin."""
+    next(rows)
+    return cast("Iterator[T]", rows)
+
+
+def _matches(plan: Plan, layer: Layer) -> Iterator[Found | None]:
+    with layer.cursor() as cursor:
+        scope = _scope(plan, layer, cursor, plan.of_instances)
         if scope is None:
+            yield None
             return
-        cursor.execute(*scope.ask(plan, plan.select(where=scope.where)))
+        cursor.execute(*scope.ask(plan, plan.select(where=scope.where, in_order=layer.name == "base")))
+        yield None
+        dropped, width = layer.dropped(plan.query.level), len(plan.order)
         while rows := cursor.fetchmany(PAGE):
-            for row, header in zip(rows, _headers(plan, index, rows), strict=True):
+            if dropped:
+                rows = [row for row in rows if row[0] not in dropped]
+            for row, header in zip(rows, _headers(plan, layer, rows), strict=True):
                 if holds(plan.rest, header):
                     values = row[len(row) - len(plan.selected) :]
-                    yield {key.tag: value for key, value in zip(plan.selected, values, strict=True)}, header
+                    yield (
+                        row[:width],
+                        {key.tag: value for key, value in zip(plan.selected, values, strict=True)},
+                        header,
+                    )
 
 
-def _headers(plan: Plan, index: Index, rows: Sequence[Row]) -> Iterator[Header]:
+def _count(plan: Plan, layer: Layer) -> int:
+    """How many rows of a layer match, where no header need be read."""
+    with layer.cursor() as cursor:
+        scope = _scope(plan, layer, cursor, plan.of_instances)
+        if scope is None:
+            return 0
+        dropped = sorted(layer.dropped(plan.query.level))
+        if dropped:
+            left = (f"{plan.order[0]} NOT IN (SELECT unnest(?::VARCHAR[]))",)
+            scope = _Scope(scope.instances, (*scope.where, *left), (*scope.values, dropped))
+        (row,) = cursor.execute(*scope.ask(plan, plan.count(where=scope.where))).fetchall()
+        return int(row[0])
+
+
+def _headers(plan: Plan, layer: Layer, rows: Sequence[Row]) -> Iterator[Header]:
     """The header of each row of a page, as far as the plan needs it."""
     width = len(plan.order)
-    if not plan.needs_header:
+    if not plan.needs_header or not rows:
         return iter([{}] * len(rows))
     if plan.query.level == "IMAGE":
         return (orjson.loads(row[width] or b"{}") for row in rows)
     wanted = attributes_of(plan.rest) | {(key.tag, key.creator) for key in plan.header_keys}
-    with index.cursor() as cursor:
-        headers = read_headers(index, cursor, plan.query.level, [row[:width] for row in rows], wanted)
+    with layer.cursor() as cursor:
+        headers = read_headers(layer, cursor, plan.query.level, [row[:width] for row in rows], wanted)
     return (headers.get(row[:width], {}) for row in rows)
 
 
@@ -217,13 +262,21 @@ _STORED = ", ".join(f'i."{name}"' for name in StoredInstance.__dataclass_fields_
 
 def _stored(query: Query, index: Index) -> Iterator[StoredInstance]:
     plan = make_plan(query, index.instance_columns)
-    with index.cursor() as cursor:
+    found = index.ask(lambda layer: _begun(_places(plan, layer)))
+    return found[0] if len(found) == 1 else merge(*found, key=attrgetter("bundle", "offset"))
+
+
+def _places(plan: Plan, layer: Layer) -> Iterator[StoredInstance | None]:
+    with layer.cursor() as cursor:
         names = dict.fromkeys((*plan.of_instances, *StoredInstance.__dataclass_fields__))
-        scope = _scope(plan, index, cursor, tuple(names))
+        scope = _scope(plan, layer, cursor, tuple(names))
         if scope is None:
+            yield None
             return
         where = " AND ".join([*scope.where, plan.compiled.where])
         sql = f'SELECT {_STORED} FROM {plan.source} WHERE {where} ORDER BY i.bundle, i."offset"'
         cursor.execute(*scope.ask(plan, sql))
+        yield None
+        dropped = layer.dropped("IMAGE")
         while rows := cursor.fetchmany(PAGE):
-            yield from (StoredInstance(*row) for row in rows)
+            yield from (StoredInstance(*row) for row in rows if row[0] not in dropped)

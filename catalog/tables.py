@@ -18,19 +18,24 @@ from deltalake.exceptions import DeltaError, TableNotFoundError
 from hdfs_native import Client
 from hdfs_native.fsspec import HdfsFileSystem
 
+from sphere.catalog.rollup import MARK
 from sphere.conf.errors import CatalogError
 from sphere.conf.settings import Settings
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """One version of a table: its files as DuckDB reads them, and the columns that they have."""
+    """One version of a table: its files as DuckDB reads them, and the columns that they have.
+
+    `mark` is, of a roll-up, the version of `instances` that it shows, where its writer says so.
+    """
 
     name: str
     version: int
     table_id: str
     files: tuple[str, ...]
     columns: frozenset[str]
+    mark: int | None = None
 
 
 class CatalogTables:
@@ -61,7 +66,8 @@ class CatalogTables:
             raise CatalogError(f"catalog table {name} below {self.root} cannot be read: {_plain(error)}") from None
         files = tuple(sorted(f"{self._folder}/{name}/{unquote(path)}" for path in paths))
         columns = frozenset(field.name for field in table.schema().fields)
-        return Snapshot(name, table.version(), str(table.metadata().id), files, columns)
+        mark = table.transaction_version(MARK)
+        return Snapshot(name, table.version(), str(table.metadata().id), files, columns, mark)
 
     def commits(self, name: str) -> dict[int, int]:
         """Versions of a table, as far as its log reaches back, with their times in ms since 1970 (UTC).

@@ -15,13 +15,10 @@ import pyarrow as pa
 from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError
 
-from sphere.catalog.rollup import roll_up_sql, source_columns
+from sphere.catalog.rollup import MARK, roll_up_sql, source_columns
 from sphere.catalog.schema import TABLES
 from sphere.conf.settings import Settings
 from sphere.jobs.tables import Tables, changed, read, reader
-
-MARK = "sphere.rollup"
-"""Application of the Delta transaction identifier that holds the version of `instances`."""
 
 MEMORY_LIMIT = "1GB"
 """Memory that a roll-up takes before it goes on in temporary files."""

@@ -11,7 +11,7 @@ import duckdb
 import pyarrow as pa
 import pytest
 
-from sphere.catalog.index import trimmed_sql
+from sphere.catalog.index_build import trimmed_sql
 from sphere.catalog.match import Number, fold, normal_name, normal_name_sql
 from sphere.catalog.match_header import holds
 from sphere.catalog.match_parse import DECIMAL_VRS, INTEGER_VRS, parse_values

@@ -1,0 +1,224 @@
+"""Making an index: from nothing, or what has changed since another one was made.
+
+A *base* holds the rows of `patients`, `studies` and `series`, sorted by key and with the keys that peers ask for
+indexed, and which file of `instances` holds which study and instance. A *refresh* is a small file of its own beside a
+base: the files that came to `instances` or left it since, and the studies in them rolled up anew, as an overlay (see
+sphere.catalog.overlay). It costs what changed, not what there is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import duckdb
+import orjson
+
+from sphere.catalog import overlay
+from sphere.catalog.index_files import FileMap
+from sphere.catalog.match import TRAILING_ONLY_VRS, normal_name_sql
+from sphere.catalog.rollup import roll_up_sql, source_columns
+from sphere.catalog.schema import BY_KEYWORD, TABLES
+from sphere.catalog.tables import Snapshot
+
+INDEXED = ("bundles", "patients", "studies", "series")
+KEYS: Mapping[str, tuple[str, ...]] = {
+    "patients": ("patient_key", "PatientID"),
+    "studies": ("StudyInstanceUID", "PatientID", "AccessionNumber", "patient_key"),
+}
+"""Columns with an index of their own. Those of `series` take 300 MB at 4 million rows: its order serves instead."""
+
+NAME_SUFFIX = "$name"
+"""Column `PatientName$name` holds the normalised form of `PatientName`."""
+SHARE, LEAST = 0.03, 1000
+"""A refresh covers at most this share of a base's studies (or so many): then a new base is made."""
+
+Snapshots = Mapping[str, Snapshot | None]
+
+
+class RebuildNeeded(Exception):
+    """A refresh does not pay, or cannot be told from what the index before says."""
+
+
+def build_base(db: duckdb.DuckDBPyConnection, snapshots: Snapshots) -> None:
+    """Fill an empty database from the tables. Raises duckdb.Error."""
+    for name in INDEXED:
+        _copy_table(db, name, snapshots[name])
+    for name, columns in KEYS.items():
+        for number, column in enumerate(columns):
+            db.execute(f'CREATE INDEX {name}_{number} ON {name} ("{column}")')
+    _create_map(db)
+    instances = snapshots["instances"]
+    files = instances.files if instances else ()
+    _add_files(db, list(enumerate(files)))
+    _note(db, snapshots, settled=_is_settled(snapshots))
+
+
+def build_refresh(db: duckdb.DuckDBPyConnection, snapshots: Snapshots, *, since: str | None, base: str) -> None:
+    """Fill an empty database with what makes the attached `base` one of `snapshots`, going on from the refresh that is
+    attached as `since`, if any. `base` is written down as its file's name. Raises RebuildNeeded and duckdb.Error."""
+    sources = ("base", since) if since else ("base",)
+    before = FileMap.read(db, sources)
+    instances = snapshots["instances"]
+    now = set(instances.files) if instances else set()
+    known = set(before.names.values())
+    gone = [number for number, file in before.names.items() if file not in now]
+    free = 1 + max(
+        (row[0] or 0 for source in sources for row in db.execute(f"SELECT max(id) FROM {source}.files").fetchall()),
+        default=0,
+    )
+    added = list(enumerate(sorted(now - known), free))
+    _check(db, sources[-1], snapshots, moved=bool(gone or added))
+    _create_map(db)
+    overlay.create(db, "base")
+    touched = overlay.Touched()
+    if since:
+        touched = overlay.copy(db, f"{since}.{overlay.SCHEMA}")
+        for name in ("files", "gone_files", "study_files", "sop_files"):
+            db.execute(f"INSERT INTO {name} SELECT * FROM {since}.{name}")
+    affected = _add_files(db, added) | _studies_in(db, sources, gone)
+    _remove_files(db, gone)
+    (studies,) = db.execute("SELECT count(*) FROM base.studies").fetchall()[0]
+    if len(affected | touched.studies) > max(LEAST, SHARE * studies):
+        raise RebuildNeeded(f"{len(affected)} of {studies} studies changed")
+    if affected:
+        files = FileMap.read(db, ("base", "main"))
+        _replace(db, files, touched, sorted(affected), instances)
+    _copy_table(db, "bundles", snapshots["bundles"])
+    _note(db, snapshots, settled=True, base=base)
+
+
+def _replace(
+    db: duckdb.DuckDBPyConnection,
+    files: FileMap,
+    touched: overlay.Touched,
+    affected: list[str],
+    instances: Snapshot | None,
+) -> None:
+    """Roll the studies up from the files that hold them now, as extraction does."""
+    columns = source_columns("series") | source_columns("studies")
+    condition, values = overlay.among("StudyInstanceUID", affected)
+    holding = files.of_studies(db, affected)
+    if holding and instances is not None:
+        source, bound = "read_parquet(?, union_by_name = true)", [holding]
+    else:
+        db.register("no_rows", TABLES["instances"].schema.empty_table())
+        source, bound = "no_rows", []
+    have = instances.columns if instances and holding else frozenset(TABLES["instances"].schema.names)
+    listed = ", ".join(f'"{name}"' if name in have else f'NULL AS "{name}"' for name in columns)
+    db.execute("SET TimeZone = 'UTC'")
+    db.execute(f"CREATE TEMP TABLE changed_rows AS SELECT {listed} FROM {source} WHERE {condition}", [*bound, *values])
+    series = db.sql(roll_up_sql("series", "changed_rows")).to_arrow_table()
+    studies = db.sql(roll_up_sql("studies", "changed_rows")).to_arrow_table()
+    overlay.replace(db, touched, affected, series=series, studies=studies, selected=selected)
+
+
+def _copy_table(db: duckdb.DuckDBPyConnection, name: str, snapshot: Snapshot | None) -> None:
+    table = TABLES[name]
+    if snapshot is None or not snapshot.files:
+        db.register("empty", table.schema.empty_table())
+        source, columns, values = "empty", frozenset(table.schema.names), []
+    else:
+        source, columns, values = "read_parquet(?, union_by_name = true)", snapshot.columns, [list(snapshot.files)]
+    listed = ", ".join(selected(column) for column in table.schema.names if column in columns)
+    missing = "".join(f', NULL AS "{column}"' for column in table.schema.names if column not in columns)
+    order = ", ".join(f'"{key}"' for key in table.key)
+    db.execute(f"CREATE TABLE {name} AS SELECT {listed}{missing} FROM {source} ORDER BY {order}", values)
+
+
+def selected(name: str) -> str:
+    """A column for the index: text without insignificant spaces, empty text as null, names normalised beside."""
+    column = BY_KEYWORD.get(name)
+    if column is None or str(column.arrow) not in ("string", "list<item: string>") or column.vr == "UI":
+        return f'"{name}"'
+    trimmed = trimmed_sql(f'"{name}"', column.vr, multiple=column.multiple)
+    if column.vr != "PN" or column.multiple:
+        return f'{trimmed} AS "{name}"'
+    return f'{trimmed} AS "{name}", {normal_name_sql(trimmed)} AS "{name}{NAME_SUFFIX}"'
+
+
+def trimmed_sql(x: str, vr: str, *, multiple: bool) -> str:
+    """Text (or a list of it) in column form: without insignificant spaces, null where nothing is left."""
+    trim = "rtrim" if vr in TRAILING_ONLY_VRS else "trim"
+    if multiple:
+        return f"list_transform({x}, lambda v: {trim}(v))"
+    return f"nullif({trim}({x}), '')"
+
+
+def _create_map(db: duckdb.DuckDBPyConnection) -> None:
+    db.execute("CREATE TABLE files (id INTEGER, file VARCHAR)")
+    db.execute("CREATE TABLE gone_files (id INTEGER)")
+    db.execute("CREATE TABLE study_files (StudyInstanceUID VARCHAR, id INTEGER)")
+    db.execute("CREATE TABLE sop_files (hash UBIGINT, id INTEGER)")
+
+
+def _add_files(db: duckdb.DuckDBPyConnection, files: Sequence[tuple[int, str]]) -> set[str]:
+    """Say what is in some files of `instances`, by number and name; returns their studies (of a refresh: few)."""
+    if not files:
+        return set()
+    numbers, names = [number for number, _ in files], [name for _, name in files]
+    db.execute("INSERT INTO files SELECT unnest(?::INTEGER[]), unnest(?::VARCHAR[])", [numbers, names])
+    db.execute(
+        "CREATE TEMP TABLE added_rows AS SELECT i.StudyInstanceUID, hash(i.SOPInstanceUID) AS hash, f.id "
+        "FROM read_parquet(?, filename = true) i JOIN files f ON f.file = i.filename",
+        [names],
+    )
+    db.execute("INSERT INTO study_files SELECT DISTINCT StudyInstanceUID, id FROM added_rows ORDER BY ALL")
+    db.execute("INSERT INTO sop_files SELECT hash, id FROM added_rows ORDER BY hash")
+    db.execute("DROP TABLE added_rows")
+    if db.execute("SELECT count(*) FROM duckdb_databases() WHERE database_name = 'base'").fetchall()[0][0] == 0:
+        return set()
+    return {
+        row[0] for row in db.execute("SELECT StudyInstanceUID FROM study_files WHERE id >= ?", [numbers[0]]).fetchall()
+    }
+
+
+def _studies_in(db: duckdb.DuckDBPyConnection, sources: Sequence[str], gone: Sequence[int]) -> set[str]:
+    if not gone:
+        return set()
+    sql = "SELECT DISTINCT StudyInstanceUID FROM {}.study_files WHERE id IN (SELECT unnest(?::INTEGER[]))"
+    return {row[0] for source in sources for row in db.execute(sql.format(source), [list(gone)]).fetchall()}
+
+
+def _remove_files(db: duckdb.DuckDBPyConnection, gone: Sequence[int]) -> None:
+    if gone:
+        db.execute("INSERT INTO gone_files SELECT unnest(?::INTEGER[])", [list(gone)])
+        for name in ("files", "study_files", "sop_files"):
+            db.execute(f"DELETE FROM {name} WHERE id IN (SELECT id FROM gone_files)")
+
+
+def _note(db: duckdb.DuckDBPyConnection, snapshots: Snapshots, *, settled: bool, base: str = "") -> None:
+    """Write down what the database was made from."""
+    made = {
+        "base": base,
+        "settled": settled,
+        "tables": {name: [s.table_id, s.version] if s else None for name, s in snapshots.items()},
+    }
+    db.execute("CREATE TABLE made (note VARCHAR)")
+    db.execute("INSERT INTO made VALUES (?)", [orjson.dumps(made).decode()])
+
+
+def _is_settled(snapshots: Snapshots) -> bool:
+    """Whether the roll-ups are those of the instances; where none says, they are taken to be."""
+    instances = snapshots["instances"]
+    marks = {s.mark for name, s in snapshots.items() if s and name in overlay.ROLLED and s.mark is not None}
+    return instances is None or marks <= {instances.version}
+
+
+def _check(db: duckdb.DuckDBPyConnection, source: str, snapshots: Snapshots, *, moved: bool) -> None:
+    """Raises RebuildNeeded where the change of `instances` does not tell all:
+
+    where a roll-up was not (yet) that of the instances, where a table is another one, or where roll-ups
+    changed by themselves.
+    """
+    note: dict[str, Any] = orjson.loads(db.execute(f"SELECT note FROM {source}.made").fetchall()[0][0])
+    if not note["settled"]:
+        raise RebuildNeeded("the tables were being written when the index was made")
+    for name, snapshot in snapshots.items():
+        before = note["tables"][name]
+        if before and (snapshot is None or snapshot.table_id != before[0]):
+            raise RebuildNeeded(f"table {name} is another one")
+        if name in overlay.ROLLED and not moved and snapshot and (not before or before[1] != snapshot.version):
+            instances = note["tables"]["instances"]
+            if snapshot.mark is None or instances is None or snapshot.mark != instances[1]:
+                raise RebuildNeeded(f"table {name} changed by itself")

@@ -1,0 +1,165 @@
+"""Rows that stand in place of an index's: whole patients, with all their studies and series.
+
+An index is a large file that is never written again, and a small set of rows beside it, the *overlay*. A patient is in
+one of the two with everything that belongs to it, so that a query is put to each as it is and no join goes across: what
+the file says of the studies and patients that the overlay `touched` is dropped (see sphere.catalog.layers). Both the
+refresh of an index and the recent arrivals keep their rows so.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+
+from sphere.catalog.rollup import roll_up_sql, source_columns
+from sphere.catalog.schema import TABLES
+
+SCHEMA = "overlay"
+ROLLED = ("patients", "studies", "series")
+FEW = 100
+"""Keys up to which a condition lists them, so that indexes and zone maps are used; more are joined."""
+
+Selected = Callable[[str], str]
+"""From a column of a roll-up to the expression by which an index holds it."""
+
+
+@dataclass(frozen=True)
+class Touched:
+    """The keys whose rows in the file do not count any more, as of one moment."""
+
+    studies: frozenset[str] = frozenset()
+    patients: frozenset[str] = frozenset()
+
+    def __or__(self, other: Touched) -> Touched:
+        return Touched(self.studies | other.studies, self.patients | other.patients)
+
+
+class Published:
+    """What the overlay replaces, told in step with its commits: a reader that was told the same before and after it
+    began to read has read just that. Thread-safe."""
+
+    def __init__(self, touched: Touched) -> None:
+        self._touched: Touched | None = touched
+        self._lock = threading.Lock()
+
+    def now(self) -> Touched:
+        """What is replaced; waits while that changes."""
+        while (touched := self._touched) is None:
+            with self._lock:
+                continue
+        return touched
+
+    @contextmanager
+    def changing(self, touched: Touched) -> Iterator[None]:
+        """Commit within: from now on it is `touched`, unless the commit fails."""
+        with self._lock:
+            before, self._touched = self._touched, None
+            try:
+                yield
+                before = Touched(touched.studies, touched.patients)
+            finally:
+                self._touched = before
+
+
+def among(column: str, keys: Sequence[str]) -> tuple[str, list[Any]]:
+    """The condition that a column has one of the values, which are bound."""
+    if len(keys) == 1:
+        return f"{column} = ?", [keys[0]]
+    if len(keys) <= FEW:
+        return (f"{column} IN ({', '.join('?' * len(keys))})", list(keys)) if keys else ("false", [])
+    return f"{column} IN (SELECT unnest(?::VARCHAR[]))", [list(keys)]
+
+
+def create(db: duckdb.DuckDBPyConnection, like: str) -> None:
+    """An empty overlay, its tables made like those of the schema `like`."""
+    db.execute(f"CREATE SCHEMA {SCHEMA}")
+    for name in ROLLED:
+        db.execute(f"CREATE TABLE {SCHEMA}.{name} AS SELECT * FROM {like}.{name} LIMIT 0")
+    db.execute(f"CREATE TABLE {SCHEMA}.touched (StudyInstanceUID VARCHAR)")
+    db.execute(f"CREATE TABLE {SCHEMA}.touched_patients (patient_key VARCHAR)")
+
+
+def copy(db: duckdb.DuckDBPyConnection, source: str) -> Touched:
+    """Add all rows of the overlay in the schema `source`."""
+    for name in (*ROLLED, "touched", "touched_patients"):
+        db.execute(f"INSERT INTO {SCHEMA}.{name} SELECT * FROM {source}.{name}")
+    return touched(db, source)
+
+
+def touched(db: duckdb.DuckDBPyConnection, schema: str = SCHEMA) -> Touched:
+    """What the overlay in a schema replaces."""
+    studies = db.execute(f"SELECT StudyInstanceUID FROM {schema}.touched").fetchall()
+    patients = db.execute(f"SELECT patient_key FROM {schema}.touched_patients").fetchall()
+    return Touched(frozenset(row[0] for row in studies), frozenset(row[0] for row in patients))
+
+
+def replace(
+    db: duckdb.DuckDBPyConnection,
+    before: Touched,
+    affected: Sequence[str],
+    *,
+    series: pa.Table,
+    studies: pa.Table,
+    selected: Selected,
+) -> Touched:
+    """Put in the new rows of the studies `affected` (none: it is gone), and all else of the patients concerned.
+
+    Returns what the overlay replaces then. To be called within a transaction.
+    """
+    condition, values = among("StudyInstanceUID", affected)
+    keys = {
+        row[0] for row in db.execute(f"SELECT patient_key FROM {SCHEMA}.studies WHERE {condition}", values).fetchall()
+    }
+    base = db.execute(f"SELECT StudyInstanceUID, patient_key FROM base.studies WHERE {condition}", values).fetchall()
+    keys |= {key for uid, key in base if uid not in before.studies}
+    keys |= set(studies["patient_key"].to_pylist())
+    now = before | _adopt(db, sorted(keys - before.patients))
+    new = sorted(set(affected) - now.studies)
+    if new:
+        db.execute(f"INSERT INTO {SCHEMA}.touched SELECT unnest(?::VARCHAR[])", [new])
+        now |= Touched(frozenset(new))
+    for name, rows in (("series", series), ("studies", studies)):
+        db.execute(f"DELETE FROM {SCHEMA}.{name} WHERE {condition}", values)
+        if len(rows):
+            db.register("incoming_rows", rows)
+            _insert(db, name, "incoming_rows", selected)
+            db.unregister("incoming_rows")
+    _roll_up_patients(db, sorted(keys), selected)
+    return now
+
+
+def _adopt(db: duckdb.DuckDBPyConnection, keys: Sequence[str]) -> Touched:
+    """Take over patients from the file, with everything of theirs; unknown ones have nothing there."""
+    if not keys:
+        return Touched()
+    of_keys, values = among("patient_key", keys)
+    found = db.execute(f"SELECT StudyInstanceUID FROM base.studies WHERE {of_keys}", values).fetchall()
+    uids = sorted(row[0] for row in found)
+    if uids:
+        of_uids, bound = among("StudyInstanceUID", uids)
+        for name in ("studies", "series"):
+            db.execute(f"INSERT INTO {SCHEMA}.{name} SELECT * FROM base.{name} WHERE {of_uids}", bound)
+        db.execute(f"INSERT INTO {SCHEMA}.touched SELECT unnest(?::VARCHAR[])", [uids])
+    db.execute(f"INSERT INTO {SCHEMA}.touched_patients SELECT unnest(?::VARCHAR[])", [list(keys)])
+    return Touched(frozenset(uids), frozenset(keys))
+
+
+def _roll_up_patients(db: duckdb.DuckDBPyConnection, keys: Sequence[str], selected: Selected) -> None:
+    condition, values = among("patient_key", keys)
+    db.execute(f"DELETE FROM {SCHEMA}.patients WHERE {condition}", values)
+    theirs = ", ".join(f'"{name}"' for name in source_columns("patients"))
+    rolled = roll_up_sql("patients", f"(SELECT {theirs} FROM {SCHEMA}.studies WHERE {condition})")
+    _insert(db, "patients", f"({rolled})", selected, values)
+
+
+def _insert(
+    db: duckdb.DuckDBPyConnection, name: str, source: str, selected: Selected, values: Sequence[Any] = ()
+) -> None:
+    columns = ", ".join(selected(column) for column in TABLES[name].schema.names)
+    db.execute(f"INSERT INTO {SCHEMA}.{name} BY NAME SELECT {columns} FROM {source}", list(values))
