@@ -21,6 +21,12 @@ from tests.support.catalog import Row, archive, instance, write_catalog
 pytestmark = pytest.mark.unit
 
 
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers come from the newest version, however long that takes on a loaded machine."""
+    monkeypatch.setattr(index_module, "REFRESH_WAIT_S", 60.0)
+
+
 def rows(studies: int, *, per_study: int = 2) -> list[Row]:
     return [
         instance(
