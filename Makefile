@@ -7,7 +7,7 @@ EXIT ?=
 PORT ?= 0
 export PYTHONDONTWRITEBYTECODE ?= 1
 
-.PHONY: help demo test lint unit bench bench-landing bench-retrieve hdfs setup clean
+.PHONY: bench-files help demo test lint unit bench bench-landing bench-retrieve hdfs setup clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 16
@@ -33,6 +33,9 @@ bench: $(VENV)/.ready-test ## extraction in instances/s against the naive way, 1
 
 bench-landing: $(VENV)/.ready-test ## C-STORE against storescp, Orthanc and pynetdicom; needs DCMTK and Orthanc
 	$(BIN)/python -m tests.bench.bench_landing $(LANDING)
+
+bench-files: $(VENV)/.ready-test ## queries without a catalog: headers/s, first and last answer, memory
+	$(BIN)/python -m tests.bench.bench_files $(FILES)
 
 bench-retrieve: $(VENV)/.ready-test ## C-MOVE and C-GET against Orthanc and dcmqrscp; needs DCMTK and Orthanc
 	$(BIN)/python -m tests.bench.bench_retrieve $(RETRIEVE)

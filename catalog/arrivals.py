@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import date
 from typing import Any
 
@@ -47,16 +47,24 @@ class HeadersOfMembers:
         Members that extraction will quarantine have no row.
         """
         rows, unread = [], []
-        for record in records:
-            try:
-                header = self._header(record)
-            except StorageError as error:
-                log.debug("a member of %s cannot be read yet: %s", record.bundle, error)
+        for record, header, is_read in self.headers(records):
+            if not is_read:
                 unread.append(record)
-                header = _of_journal(record)
             if header is not None:
                 rows.append(_row(header, record))
         return rows, unread
+
+    def headers(self, records: Iterable[MemberRecord]) -> Iterator[tuple[MemberRecord, Header | None, bool]]:
+        """(record, header, whether it was read) of each member.
+
+        None for what extraction will quarantine; what the journal says where the bytes cannot be read yet.
+        """
+        for record in records:
+            try:
+                yield record, self._header(record), True
+            except StorageError as error:
+                log.debug("a member of %s cannot be read yet: %s", record.bundle, error)
+                yield record, _of_journal(record), False
 
     def _header(self, record: MemberRecord) -> Header | None:
         def fetch(start: int, count: int) -> bytes:

@@ -51,7 +51,7 @@ def _node_holds(node: Node, header: Header) -> bool:
         return any(node.test.matches(value) for value in values)
     if isinstance(node, AnyItem):
         return any(holds(node.nodes, item) for item in items(header, tag_in(header, node.tag, node.creator)))
-    return any(_moment_holds(node, day, time) for day, time in _moments(node, header))
+    return any(moment_holds(node, day, time) for day, time in _moments(node, header))
 
 
 def _moments(node: Moment, header: Header) -> Iterator[tuple[Value, Value]]:
@@ -60,7 +60,8 @@ def _moments(node: Moment, header: Header) -> Iterator[tuple[Value, Value]]:
             yield day, time
 
 
-def _moment_holds(node: Moment, day: Value, time: Value) -> bool:
+def moment_holds(node: Moment, day: Value, time: Value) -> bool:
+    """Whether a date and its time, in column form, lie in the range."""
     text = time_text(time)
     if text is None or not isinstance(day, date):
         return False

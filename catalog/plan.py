@@ -44,12 +44,8 @@ class Columns:
 
     def resolve(self, keyword: str) -> ColumnSql | None:
         """The column of a keyword; None where no column holds it at this level."""
-        level = level_of(keyword)
-        if level is None or LEVELS.index(level) > LEVELS.index(self._level):
-            return None
-        alias = self._alias(keyword, level)
-        known = self._instance_columns if alias == "i" else TABLES[_TABLE_OF[alias]].schema.names
-        if keyword not in known:
+        alias = self.alias(keyword)
+        if alias is None:
             return None
         self.used.add(alias)
         column = self._column(alias, keyword)
@@ -70,6 +66,15 @@ class Columns:
         if keyword in BY_KEYWORD and BY_KEYWORD[keyword].vr == "DT":
             return ColumnSql(dated_sql(column.sql, self._column(alias, OFFSET).sql, asked))
         return column
+
+    def alias(self, keyword: str) -> str | None:
+        """The table that holds a keyword for this level; None where none does."""
+        level = level_of(keyword)
+        if level is None or LEVELS.index(level) > LEVELS.index(self._level):
+            return None
+        alias = self._alias(keyword, level)
+        known = self._instance_columns if alias == "i" else TABLES[_TABLE_OF[alias]].schema.names
+        return alias if keyword in known else None
 
     def _alias(self, keyword: str, level: Level) -> str:
         if self._level == "IMAGE" and keyword in ("StudyInstanceUID", "SeriesInstanceUID"):

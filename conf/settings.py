@@ -145,7 +145,14 @@ class Storage(Section):
 
 
 class Catalog(Section):
-    mode: Literal["delta"] = Field("delta", description="Where answers come from: the Delta tables.")
+    mode: Literal["delta", "files"] = Field(
+        "delta",
+        description="Where answers come from: delta, the tables; files, the headers in the bundles, read anew for each "
+        "query and never extracted (slow).",
+    )
+    scan_workers: int = Field(
+        2, ge=0, le=64, description="Processes per serving process that read headers in mode files; 0: none beside it."
+    )
     root: str = Field("", description="URL of the Delta tables (file:/// or hdfs://); empty: <storage.root>/catalog.")
 
 

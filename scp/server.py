@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from contextlib import closing
 
-from sphere.catalog.service import QueryService
+from sphere.catalog.queries import open_queries
 from sphere.conf.errors import SphereError
 from sphere.conf.settings import Settings
 from sphere.ingest.spool import open_readable, open_writer, recover_all
@@ -43,7 +43,7 @@ def run_receiver(settings: Settings, *, ready: Callable[[int], None]) -> None:
     writer = open_writer(settings)
     threading.Thread(target=_recover, args=(settings,), daemon=True, name="recovery").start()
     try:
-        with QueryService(settings) as finder, closing(Transcoder()) as transcoder:
+        with open_queries(settings) as finder, closing(Transcoder()) as transcoder:
             locator = Locator(finder, settings.snapshots)
             retrieve = RetrieveHandlers(
                 RetrieveService(settings, open_readable(settings), locator, transcoder)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sphere.conf.errors import QueryError
+from sphere.conf.errors import QueryError, SettingsError
 from sphere.conf.settings import Settings, load
 
 if TYPE_CHECKING:
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from pyspark.sql import SparkSession
 
+    from sphere.catalog.queries import Queries
     from sphere.catalog.schema import Level
-    from sphere.catalog.service import QueryService
     from sphere.ingest.media import Imported
     from sphere.jobs.report import Report
     from sphere.status import Status
@@ -58,7 +58,7 @@ class Archive:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self._spark: SparkSession | None = None
-        self._queries: QueryService | None = None
+        self._queries: Queries | None = None
 
     def __enter__(self) -> Archive:
         return self
@@ -78,7 +78,7 @@ class Archive:
     def spark(self) -> SparkSession:
         """A Spark session with Delta in which the catalog's tables are views of their names, as of now.
 
-        Raises ExternalMissing where Java is missing.
+        Raises ExternalMissing where Java is missing, SettingsError with ``catalog.mode = "files"``.
         """
         from sphere.jobs.session import register_tables
 
@@ -87,6 +87,10 @@ class Archive:
         return spark
 
     def _session(self) -> SparkSession:
+        if self.settings.catalog.mode == "files":
+            raise SettingsError(
+                'catalog.mode is "files": there are no tables to make or ask; set it to "delta", then sphere extract'
+            )
         from sphere.jobs.session import spark_session
 
         if self._spark is None:
@@ -108,12 +112,12 @@ class Archive:
         except PySparkException as error:
             raise QueryError(str(error).split("\n\nJVM stacktrace")[0].split(";\n'")[0].strip()) from None
 
-    def queries(self) -> QueryService:
+    def queries(self) -> Queries:
         """The query service: `find`, `count` and `lookup_instances` of Query values. Opened once, closed by `close`."""
-        from sphere.catalog.service import QueryService
+        from sphere.catalog.queries import open_queries
 
         if self._queries is None:
-            self._queries = QueryService(self.settings)
+            self._queries = open_queries(self.settings)
         return self._queries
 
     def find(

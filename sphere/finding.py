@@ -8,9 +8,9 @@ from dataclasses import replace
 from pydicom.dataset import Dataset
 
 from sphere.catalog.asof import parse_as_of
+from sphere.catalog.queries import open_queries
 from sphere.catalog.query import Features, Model, parse_identifier
 from sphere.catalog.schema import Level
-from sphere.catalog.service import QueryService
 from sphere.conf.settings import Peer, Settings
 
 
@@ -58,6 +58,6 @@ def find_here(
         features=replace(features, relational=True, empty_values=True, multiple_values=True),
     )
     when = None if as_of is None else parse_as_of(as_of)
-    with QueryService(settings) as queries:
+    with open_queries(settings) as queries:
         for match in queries.find(query, as_of=when):
             yield match.identifier()

@@ -171,11 +171,11 @@ def _narrowed(
 
 def _here(settings: Settings, uids: set[str]) -> set[str]:
     """Those of `uids` that the archive has, catalogued or not."""
-    from sphere.catalog.service import QueryService
+    from sphere.catalog.queries import open_queries
 
     if not uids:
         return set()
-    with QueryService(settings) as service:
+    with open_queries(settings) as service:
         return {one.SOPInstanceUID for one in service.lookup_instances(sop=sorted(uids))}
 
 

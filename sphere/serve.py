@@ -94,7 +94,7 @@ class Supervisor:
         self.children = [Child(f"receiver-{n + 1}", receive) for n in range(settings.dimse.workers)]
         if settings.web.enabled:
             self.children.append(Child("web", serve_http))
-        if settings.extract.every_s:
+        if settings.extract.every_s and settings.catalog.mode == "delta":
             self.children.append(Child("extract", extract_regularly, JOB_PATIENCE_S))
         if in_use(settings):
             self.children.append(Child("shipper", ship_regularly, JOB_PATIENCE_S))
@@ -319,6 +319,8 @@ def banner(settings: Settings) -> str:
     every = (
         f"extraction every {settings.extract.every_s:g} s" if settings.extract.every_s else "no scheduled extraction"
     )
+    if settings.catalog.mode == "files":
+        every = "no catalog: every query reads headers"
     address = f"{settings.dimse.host}:{settings.dimse.port}"
     if settings.dimse.tls_port:
         same = settings.dimse.tls_port == settings.dimse.port

@@ -97,7 +97,7 @@ def _stored(settings: Settings) -> Status:
         bundles_open=opened,
         bundle_bytes=size,
         landed=landed,
-        waiting=waiting,
+        waiting=waiting if settings.catalog.mode == "delta" else 0,
         catalogued={name: _count(tables, name) for name in COUNTED},
         quarantine=dict(Counter(_column(tables, "quarantine", "reason"))),
     )

@@ -22,7 +22,8 @@ from sphere.peer_argument import Named, peer_argument
 from sphere.progress import bar
 
 if TYPE_CHECKING:
-    from sphere.catalog.service import QueryService, StoredInstance
+    from sphere.catalog.queries import Queries
+    from sphere.catalog.service import StoredInstance
     from sphere.scp.client import StoreResult
     from sphere.scp.client.sent import SentJournal
     from sphere.scp.retrieve.outbound import Converter
@@ -107,13 +108,13 @@ class _Source:
 
     def archived(self, keys: dict[str, str]) -> Iterator[tuple[str, StoreResult]]:
         """The same of instances of the archive."""
-        from sphere.catalog.service import QueryService
+        from sphere.catalog.queries import open_queries
         from sphere.ingest.spool import open_readable
         from sphere.scp import client
 
         storage = open_readable(self.settings)
         options = {"converter": self.converter, "tries": self.tries}
-        with QueryService(self.settings) as service:
+        with open_queries(self.settings) as service:
             new = (one for one in _selected(service, keys) if self._is_new(self._key(one)))
             for result in client.store_instances(
                 self.peer, new, storage, settings=self.settings, **options  # type: ignore[arg-type]
@@ -132,7 +133,7 @@ class _Source:
         return not known
 
 
-def _selected(service: QueryService, keys: dict[str, str]) -> Iterator[StoredInstance]:
+def _selected(service: Queries, keys: dict[str, str]) -> Iterator[StoredInstance]:
     """Where the instances that match lie; raises QueryError and CatalogError."""
     from sphere.catalog.query import Query
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import uvicorn
 
-from sphere.catalog.service import QueryService
+from sphere.catalog.queries import open_queries
 from sphere.conf.errors import SettingsError
 from sphere.conf.settings import Settings
 from sphere.scp.libraries import prepare_libraries
@@ -60,7 +60,7 @@ def run_web(settings: Settings, *, ready: Callable[[int], None]) -> None:
     prepare_libraries()
     listener = listen(settings)
     port = int(listener.getsockname()[1])
-    with QueryService(settings) as finder:
+    with open_queries(settings) as finder:
         log.info("HTTP listens port=%d", port)
         make_server(settings, Services(finder), lambda: ready(port)).run(sockets=[listener])
     log.info("HTTP stopped")

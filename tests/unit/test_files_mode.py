@@ -1,0 +1,164 @@
+"""Without a catalog: the answers of the tables, from headers read for each query."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from sphere.archive import Archive
+from sphere.catalog import files
+from sphere.catalog.answer import Match
+from sphere.catalog.files import FileQueries
+from sphere.catalog.queries import Queries, open_queries
+from sphere.catalog.query import Query
+from sphere.catalog.schema import LEVELS, Level
+from sphere.cli import main
+from sphere.conf.errors import CatalogError, SettingsError
+from sphere.conf.settings import Settings, from_dict
+from sphere.ingest.storage.local import LocalStorage
+from tests.support.extracted import extract
+from tests.support.landing import archive, changed, land, mixture, new_member, slices
+
+pytestmark = pytest.mark.unit
+
+
+def without_catalog(settings: Settings, *, workers: int = 0) -> Settings:
+    """The same archive in mode files."""
+    catalog = settings.catalog.model_copy(update={"mode": "files", "scan_workers": workers})
+    return settings.model_copy(update={"catalog": catalog})
+
+
+@pytest.fixture(scope="module", params=["keep-first", "replace"])
+def mixed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    """New instances, copies, other versions, moved and rejected ones, of several patients; extracted."""
+    settings = archive(tmp_path_factory.mktemp("mixed"), ingest={"on_conflict": request.param})
+    mixture(settings)
+    more = [
+        changed(data, PatientID=f"P{number % 2}", PatientName=f"Name^{number}", Modality=["MR", "SR"][number % 2])
+        for number, data in enumerate(slices(6, seed=7, study=5))
+    ]
+    land(settings, [new_member(data, second=number) for number, data in enumerate(more)])
+    extract(settings)
+    return settings
+
+
+@pytest.fixture(scope="module")
+def both(mixed: Settings) -> Iterator[tuple[Queries, Queries]]:
+    """The tables, and the bundles."""
+    with open_queries(mixed) as tables, open_queries(without_catalog(mixed)) as bundles:
+        yield tables, bundles
+
+
+def told(matches: Iterator[Match]) -> list[Any]:
+    return [match.identifier().to_json_dict() for match in matches]
+
+
+KEYS = {
+    "PATIENT": ["PatientName", "NumberOfPatientRelatedStudies", "NumberOfPatientRelatedInstances", "00080060"],
+    "STUDY": ["ModalitiesInStudy", "NumberOfStudyRelatedSeries", "NumberOfStudyRelatedInstances", "StudyDate",
+              "SOPClassesInStudy", "NumberOfPatientRelatedInstances", "ReferencedStudySequence", "RetrieveAETitle"],
+    "SERIES": ["Modality", "NumberOfSeriesRelatedInstances", "PatientName", "ModalitiesInStudy", "SeriesNumber"],
+    "IMAGE": ["InstanceNumber", "PatientComments", "ModalitiesInStudy", "NumberOfSeriesRelatedInstances",
+              "NumberOfPatientRelatedStudies", "PixelSpacing", "ImageType", "SOPClassUID"],
+}  # fmt: skip
+ASKED: list[tuple[Level, dict[str, Any]]] = [
+    *((level, {}) for level in LEVELS),
+    ("PATIENT", {"PatientName": "name*"}),
+    ("PATIENT", {"PatientID": '""'}),
+    ("STUDY", {"ModalitiesInStudy": "MR"}),
+    ("STUDY", {"NumberOfStudyRelatedInstances": 6}),
+    ("STUDY", {"NumberOfPatientRelatedStudies": 1}),
+    ("SERIES", {"Modality": "CT", "PatientName": "*"}),
+    ("IMAGE", {"PatientComments": "corrected*"}),
+    ("IMAGE", {"InstanceNumber": 2, "ModalitiesInStudy": "CT"}),
+    ("IMAGE", {"SOPInstanceUID": ["1.2.3"]}),
+    ("IMAGE", {"NumberOfPatientRelatedStudies": 1, "Modality": "MR"}),
+]
+
+
+@pytest.mark.parametrize(("level", "match"), ASKED)
+def test_the_answers_of_the_tables(both: tuple[Queries, Queries], level: Level, match: dict[str, Any]) -> None:
+    tables, bundles = both
+    query = Query.build(level, match, return_keys=KEYS[level], empty_values=True)
+    expected = told(tables.find(query))
+    assert told(bundles.find(query)) == expected
+    assert bundles.count(query) == len(expected)
+    assert expected or match.keys() & {"SOPInstanceUID", "PatientComments", "PatientID"}
+
+
+def test_places_are_those_of_the_tables(both: tuple[Queries, Queries]) -> None:
+    tables, bundles = both
+    every = list(tables.lookup_instances())
+    assert list(bundles.lookup_instances()) == every
+    one = every[3]
+    for wanted in ({"study": [one.StudyInstanceUID]}, {"series": [one.SeriesInstanceUID]},
+                   {"sop": [one.SOPInstanceUID, every[0].SOPInstanceUID]}, {"sop": ["1.9"]}):  # fmt: skip
+        assert list(bundles.lookup_instances(**wanted)) == list(tables.lookup_instances(**wanted))
+
+
+def test_what_lands_is_found_at_once_and_uids_narrow_what_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = without_catalog(archive(tmp_path))
+    reads: list[str] = []
+    plain = LocalStorage.read
+
+    def counted(self: LocalStorage, path: str, offset: int = 0, length: int | None = None) -> bytes:
+        reads.append(path)
+        return plain(self, path, offset, length)
+
+    with open_queries(settings) as bundles:
+        query = Query.build("STUDY", return_keys=["NumberOfStudyRelatedInstances"])
+        assert bundles.count(query) == 0
+        for study in (1, 2):
+            land(settings, [new_member(data) for data in slices(3, seed=study, study=study)])
+            assert bundles.count(query) == study
+        uid = str(next(bundles.find(query)).identifier().StudyInstanceUID)
+        monkeypatch.setattr(LocalStorage, "read", counted)
+        [found] = bundles.find(Query.build("STUDY", {"StudyInstanceUID": uid}, return_keys=["PatientName"]))
+        assert str(found.identifier().StudyInstanceUID) == uid
+        assert len([path for path in reads if path.endswith(".tar")]) == 3
+
+
+@pytest.mark.parametrize("mixed", ["keep-first"], indirect=True)
+def test_processes_beside_this_one_give_the_same_in_order(mixed: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "ALONE", 0)
+    monkeypatch.setattr(files, "STEP", 1)
+    query = Query.build("IMAGE", {"00291001,ACME": '""'}, return_keys=KEYS["IMAGE"], empty_values=True)
+    with open_queries(mixed) as tables, open_queries(without_catalog(mixed, workers=1)) as bundles:
+        assert isinstance(bundles, FileQueries)
+        expected = told(tables.find(query))
+        answers = bundles.find(query)
+        first = next(answers)
+        assert [first.identifier().to_json_dict(), *told(answers)] == expected
+        cancelled = bundles.find(query)
+        next(cancelled)
+        cancelled.close()
+        pool = bundles._scanner._pool
+        assert pool is not None
+        [process] = pool._processes.values()
+        process.kill()
+        process.join()
+        with pytest.raises(CatalogError, match="ask again"):
+            list(bundles.find(query))
+        assert told(bundles.find(query)) == expected
+
+
+def test_what_needs_a_catalog_says_so(tmp_path: Path) -> None:
+    settings = from_dict({"catalog": {"mode": "files"}}, base=tmp_path)
+    with Archive(settings) as opened:
+        assert list(opened.find("STUDY")) == []
+        for call in (opened.spark, opened.extract, lambda: opened.sql("SELECT 1")):
+            with pytest.raises(SettingsError, match=r'catalog.mode is "files": there are no tables'):
+                call()
+        with pytest.raises(CatalogError, match="no earlier states are kept"):
+            list(opened.find("STUDY", as_of=1))
+    config = tmp_path / "sphere.toml"
+    config.write_text('[catalog]\nmode = "files"\n')
+    result = CliRunner().invoke(main, ["--config", str(config), "extract"])
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert CliRunner().invoke(main, ["--config", str(config), "find"]).stdout.strip().endswith("(0 rows)")
