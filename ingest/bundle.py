@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from datetime import datetime, timezone
 
-from sphere.conf.errors import StorageError
+from sphere.conf.errors import StorageError, StorageFull
 from sphere.conf.settings import Settings
 from sphere.ingest.groups import GroupCommit
 from sphere.ingest.journal import BUNDLES
@@ -28,6 +28,7 @@ __all__ = ["BundleWriter", "FileRange", "NewMember"]
 PUBLISH_IDLE_S = 0.2  # seconds without a write after which an open bundle is published
 PUBLISH_LOAD_S = 0.75  # seconds from the first unpublished write after which it is published under load
 QUIET_S = 1.0  # seconds without a write after which a bundle may be sealed before its time
+GIVE_UP_S = 8.0  # seconds after which members whose bundles fail are refused: service goes on within 10 s, or says so
 REPAIR_S = 5.0  # seconds between attempts to repair a bundle that a write failed on
 
 _log = logging.getLogger(__name__)
@@ -134,9 +135,21 @@ class BundleWriter:
                 job.action()
 
     def _write(self, jobs: list[_Job]) -> None:
+        """Write the members; where a node of the storage died, once more into another bundle."""
+        give_up = time.monotonic() + GIVE_UP_S
+        for left in reversed(range(self._storage.attempts)):
+            try:
+                self._write_once(jobs, self._storage.attempts - 1 - left)
+                return
+            except StorageError as error:
+                if not left or isinstance(error, StorageFull) or self._closed or time.monotonic() > give_up:
+                    raise
+                _log.warning("members go into another bundle: %s", error)
+
+    def _write_once(self, jobs: list[_Job], attempt: int) -> None:
         if self._closed:
             raise StorageError("the bundle writer is closed: this process is shutting down")
-        bundle = self._bundle or self._open()
+        bundle = self._bundle or self._open(attempt)
         try:
             records = bundle.put([job.prepared for job in jobs if job.prepared is not None], self._clock())
         except BaseException:
@@ -153,10 +166,10 @@ class BundleWriter:
         if bundle.good >= self._seal_size:
             self._leave()
 
-    def _open(self) -> OpenBundle:
+    def _open(self, attempt: int) -> OpenBundle:
         path, lock = self._new_bundle()
         try:
-            self._bundle = OpenBundle(self._storage, self._state_dir, path, lock, self._clock())
+            self._bundle = OpenBundle(self._storage, self._state_dir, path, lock, self._clock(), attempt=attempt)
         except BaseException:
             lock.release(keep=not self._storage.visible_at_once)  # HDFS may have made it: recovery removes it
             raise

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import orjson
 
-from sphere.conf.errors import BundleDamaged, StorageMissing
+from sphere.conf.errors import BundleDamaged, StorageError, StorageMissing
 from sphere.ingest.records import MemberRecord
 from sphere.ingest.storage.base import Appender, Readable, Storage
 from sphere.ingest.storage.paths import storage_error
@@ -173,6 +173,8 @@ class JournalWriter:
         self._appender: Appender | None = None
         self._pending = b""  # lines of members that other hosts cannot read yet
         self._ready = b""  # lines of published members
+        self._shown = 0  # bytes of lines given to `publish`
+        self._exists = False  # though there is no appender: it was put there whole
         self._mirror: Path | None = None
         if not storage.visible_at_once:
             self._mirror = mirror_path(state_dir, bundle)
@@ -199,9 +201,24 @@ class JournalWriter:
     def publish(self) -> None:
         """Show the lines of published members to everybody; raises StorageError."""
         if self._ready:
-            appender = self._write(self._ready)
-            self._ready = b""
-            appender.publish()
+            lines, self._ready = self._ready, b""
+            self._shown += len(lines)
+            try:
+                self._write(lines).publish()
+            except StorageError:
+                if self._mirror is None:
+                    raise
+                self._rewrite(self._mirror)
+
+    def _rewrite(self, mirror: Path) -> None:
+        """Put a file with all lines that are to be shown in the place of one that cannot be appended to."""
+        if self._appender is not None:
+            self._appender.abandon()
+            self._appender = None
+        with _local(mirror):
+            lines = mirror.read_bytes()[: self._shown]
+        self._storage.write(self._path, lines)
+        self._exists = True
 
     def seal(self, sealed: Sealed) -> None:
         """Publish what is pending and the last line, and let go; raises StorageError."""
@@ -223,7 +240,7 @@ class JournalWriter:
 
     def _write(self, lines: bytes) -> Appender:
         if self._appender is None:
-            self._appender = self._storage.create(self._path)
+            self._appender = self._storage.append(self._path) if self._exists else self._storage.create(self._path)
         self._appender.write([lines])
         return self._appender
 

@@ -26,7 +26,9 @@ class OpenBundle:
     `settled`: sealed, or removed because it held nothing.
     """
 
-    def __init__(self, storage: Storage, state_dir: Path, path: str, lock: BundleLock, now: float) -> None:
+    def __init__(
+        self, storage: Storage, state_dir: Path, path: str, lock: BundleLock, now: float, *, attempt: int = 0
+    ) -> None:
         self.path = path
         self.id = bundle_id(path)
         self.lock = lock
@@ -41,7 +43,7 @@ class OpenBundle:
         self._dirty_since = self.written_at = now
         self.journal = JournalWriter(storage, state_dir, path)
         try:
-            self._appender = storage.create(path)
+            self._appender = storage.create(path, attempt)
         except StorageError:
             self.journal.discard()
             raise

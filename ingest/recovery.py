@@ -97,6 +97,10 @@ def repair(storage: Storage, state_dir: Path, bundle: str, *, keep: int | None =
     is removed. Raises BundleDamaged, with nothing changed, when the bundle lacks what its journal promises or is
     damaged before its end, and StorageError.
     """
+    if keep == 0:  # nothing in it was ever promised: no lease has to be recovered for that
+        _remove(storage, bundle)
+        mirror_path(state_dir, bundle).unlink(missing_ok=True)
+        return Recovered(bundle)
     size = storage.recover(bundle)
     found = tar.scan(Window(storage, bundle), size)
     known = _known(storage, state_dir, bundle)

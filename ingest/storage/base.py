@@ -81,10 +81,14 @@ class Storage(Readable):
     """Files that can be written as well."""
 
     visible_at_once: bool = False  # whether every process reads what was written without waiting for `publish`
+    attempts: int = 1  # files that the same bytes are worth, one after another, where writing them fails
 
     @abstractmethod
-    def create(self, path: str) -> Appender:
-        """A new file (its folders made and synced); raises StorageError where it exists."""
+    def create(self, path: str, attempt: int = 0) -> Appender:
+        """A new file (its folders made and synced); raises StorageError where it exists.
+
+        `attempt` counts the files that failed just now for the same bytes: HDFS places a later one otherwise.
+        """
 
     @abstractmethod
     def append(self, path: str) -> Appender:

@@ -2,16 +2,23 @@
 
 An open file's last block cannot be read by this client, so what was synced is durable but hidden until `publish`, which
 closes the file; the next write opens it again.
+
+A pipeline that has worked survives the death of a DataNode as a rule (the client goes on with the others), though a
+sync that is under way may wait without end. One that is being set up does not: the NameNode offers a dead node until it
+takes it for dead (10 minutes by default), the client does not ask for another one, and waits without end where the dead
+node is not the first. So a sync has little time, the first of a pipeline less, and the same bytes go into another file,
+with fewer copies when that fails as well; HDFS makes the others once it can.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from urllib.parse import unquote, urlsplit
 
@@ -24,12 +31,15 @@ from sphere.ingest.storage.paths import TEMPORARY, checked, checked_prefix, is_t
 
 COPY = 8 << 20  # bytes copied at a time when a file is cut
 RECOVER_S = 120.0  # seconds to wait for lease recovery (HDFS needs 2 s as a rule)
-ANSWER_S = 10.0  # seconds that a DataNode pipeline has to answer (a sync takes 2 to 30 ms as a rule)
+ANSWER_S = 10.0  # seconds that a DataNode pipeline has to answer where nothing else can be done
+SYNC_S = 3.0  # seconds that a sync may take (2 to 30 ms as a rule); then the bytes go into another file
+FRESH_S = 1.5  # seconds that a pipeline has for its first sync where the bytes can go into another file
 SLOWEST = 4 << 20  # bytes per second: a longer write has more time
 READER_S = 5.0  # seconds for which the block locations of a file are used again for ranges of it
 _READERS = 64
 _JOIN = 64 << 10  # buffers below this many bytes are joined before they cross into the client
 _PERMISSION = 0o640
+log = logging.getLogger(__name__)
 # Connection attempts with 0.5 s doubling to 3 s between them: 15 s in all, where the client's default is 3 minutes.
 _CONFIG = {
     "dfs.client.failover.max.attempts": "6",
@@ -39,13 +49,20 @@ _CONFIG = {
 
 
 class HdfsAppender(Appender):
-    """A file open for append; `writer` None: it is closed and opened again by the next write."""
+    """A file open for append; `patience_s` are the seconds that its pipeline has for the first sync.
 
-    def __init__(self, client: Client, path: str, writer: FileWriter | None, size: int) -> None:
+    With `copies` the file gets that many once the first sync was good: it was created with fewer.
+    """
+
+    def __init__(
+        self, client: Client, path: str, writer: FileWriter, size: int, *, patience_s: float, copies: int = 0
+    ) -> None:
         self._call = Deadline()
+        self._patience_s = patience_s
+        self._copies = copies
         self._client = client
         self._path = path
-        self._writer = writer
+        self._writer: FileWriter | None = writer  # None: closed, opened again by the next write
         self._size = size
         self._synced = size
 
@@ -55,27 +72,34 @@ class HdfsAppender(Appender):
     def write(self, buffers: Sequence[Buffer]) -> None:
         with _told(f"writing {self._path}"):
             if self._writer is None:
-                self._writer = self._client.append(self._path)
+                self._writer = self._call(ANSWER_S, self._client.append, self._path)
+                self._patience_s = FRESH_S
             size = sum(memoryview(buffer).nbytes for buffer in buffers)
-            self._call(ANSWER_S + size / SLOWEST, _write_all, self._writer, buffers)
+            self._call(self._patience_s + size / SLOWEST, _write_all, self._writer, buffers)
             self._size += size
 
     def sync(self) -> None:
         if self._writer is not None and self._synced != self._size:
             with _told(f"syncing {self._path}"):
-                self._call(ANSWER_S, self._writer.hsync)
-            self._synced = self._size
+                self._call(self._patience_s, self._writer.hsync)
+                self._synced, self._patience_s = self._size, SYNC_S
+                if self._copies:
+                    self._call(ANSWER_S, self._client.set_replication, self._path, self._copies)
+                    self._copies = 0
 
     def publish(self) -> None:
+        self._close(SYNC_S)
+
+    def close(self) -> None:
+        self._close(ANSWER_S)
+        self._call.end()
+
+    def _close(self, limit_s: float) -> None:
         self.sync()
         if self._writer is not None:
             with _told(f"closing {self._path}"):
-                self._call(ANSWER_S, self._writer.close)
+                self._call(limit_s, self._writer.close)
             self._writer = None
-
-    def close(self) -> None:
-        self.publish()
-        self._call.end()
 
     def abandon(self) -> None:
         self._writer = None
@@ -90,27 +114,28 @@ class HdfsStorage(Storage):
     bundles only grow.
     """
 
+    attempts = 32  # a dead node that is first in a pipeline is noticed within some ms, a later one after FRESH_S
+
     def __init__(self, url: str, *, user: str = "") -> None:
         parts = urlsplit(url)
         self.url = url
         self._namenode = f"hdfs://{parts.netloc}"
         self._root = unquote(parts.path).rstrip("/")
         self._user = user
+        self._copies = 0  # of a file by default, 0: not known yet
         self._lock = threading.Lock()
         self._connected: tuple[int, Client] | None = None  # (process id, client): a client does not survive a fork
         self._readers: OrderedDict[str, tuple[float, FileReader]] = OrderedDict()
 
-    def create(self, path: str) -> HdfsAppender:
-        full = self._path(path)
-        with _told(f"creating {full}"):
-            options = WriteOptions(create_parent=True, overwrite=False, permission=_PERMISSION)
-            return HdfsAppender(self._client, full, self._client.create(full, options), 0)
+    def create(self, path: str, attempt: int = 0) -> HdfsAppender:
+        return self._create(self._path(path), attempt)
 
     def append(self, path: str) -> HdfsAppender:
         full = self._path(path)
         with _told(f"opening {full} to append"):
             writer = self._client.append(full)
-            return HdfsAppender(self._client, full, writer, self._client.get_file_info(full).length)
+            size = self._client.get_file_info(full).length
+            return HdfsAppender(self._client, full, writer, size, patience_s=ANSWER_S)
 
     def read(self, path: str, offset: int = 0, length: int | None = None) -> bytes:
         full = self._path(path)
@@ -122,7 +147,7 @@ class HdfsStorage(Storage):
     def write(self, path: str, data: bytes) -> None:
         full = self._path(path)
         with _told(f"writing {full}"):
-            self._replace(full, [data])
+            self._replace(full, lambda: [data])
 
     def rename(self, path: str, to: str) -> None:
         full, other = self._path(path), self._path(to)
@@ -163,7 +188,8 @@ class HdfsStorage(Storage):
             if size > len(reader):
                 raise StorageError(f"cutting {full}: it is shorter than {size} bytes")
             if size < len(reader):  # the client has no truncate: the part to keep is copied and put in its place
-                self._replace(full, (reader.read_range(at, min(COPY, size - at)) for at in range(0, size, COPY)))
+                kept = [(at, min(COPY, size - at)) for at in range(0, size, COPY)]
+                self._replace(full, lambda: (reader.read_range(*part) for part in kept))
 
     def recover(self, path: str) -> int:
         full = self._path(path)
@@ -200,11 +226,33 @@ class HdfsStorage(Storage):
     def _path(self, path: str) -> str:
         return f"{self._root}/{checked(path)}"
 
-    def _replace(self, full: str, pieces: Iterator[bytes] | list[bytes]) -> None:
+    def _create(self, full: str, attempt: int) -> HdfsAppender:
+        """A new file: with all copies at first and once more, then with one less, then with one."""
+        with _told(f"creating {full}"):
+            copies = None if attempt < 2 else max(1, self._copies - 1) if attempt == 2 else 1
+            options = WriteOptions(create_parent=True, overwrite=False, permission=_PERMISSION, replication=copies)
+            writer = self._client.create(full, options)
+            if not self._copies:
+                self._copies = self._client.get_file_info(full).replication or 1
+            wanted = self._copies if copies else 0
+            patience_s = FRESH_S if attempt < 3 else 2 * FRESH_S
+            return HdfsAppender(self._client, full, writer, 0, patience_s=patience_s, copies=wanted)
+
+    def _replace(self, full: str, pieces: Callable[[], Iterable[bytes]]) -> None:
+        """Put these bytes in the place of the file; `pieces` gives them, for each attempt anew."""
+        for left in reversed(range(self.attempts)):
+            try:
+                self._replace_once(full, pieces(), self.attempts - 1 - left)
+                return
+            except StorageError as error:
+                if not left or isinstance(error, StorageFull):
+                    raise
+                log.warning("once more, in another file: %s", error)
+
+    def _replace_once(self, full: str, pieces: Iterable[bytes], attempt: int) -> None:
         folder, _, name = full.rpartition("/")
         temporary = f"{folder}/.{name}.{secrets.token_hex(8)}{TEMPORARY}"
-        writer = self._client.create(temporary, WriteOptions(create_parent=True, permission=_PERMISSION))
-        appender = HdfsAppender(self._client, temporary, writer, 0)
+        appender = self._create(temporary, attempt)
         try:
             for piece in pieces:
                 appender.write([piece])

@@ -86,7 +86,7 @@ class LocalStorage(Storage):
     def _path(self, path: str) -> Path:
         return self.root / checked(path)
 
-    def create(self, path: str) -> LocalAppender:
+    def create(self, path: str, attempt: int = 0) -> LocalAppender:
         full = self._path(path)
         with _told(f"creating {full}"):
             _make_folders(full.parent)

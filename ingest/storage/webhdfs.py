@@ -85,7 +85,7 @@ class WebHdfsStorage(Storage):
         self._user = user or None
         self._of_thread = threading.local()  # an HTTP session serves one thread
 
-    def create(self, path: str) -> WebHdfsAppender:
+    def create(self, path: str, attempt: int = 0) -> WebHdfsAppender:
         full = self._path(path)
         with _told(f"creating {full}"):
             self._client().write(full, data=b"", permission=_PERMISSION)

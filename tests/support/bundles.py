@@ -98,16 +98,18 @@ class Clock:
 
 
 class Failing(Storage):
-    """A storage that does what another one does, until `fail` raises for (call, path)."""
+    """A storage that does what another one does, until `fail` raises for (call, path); one file for the same bytes
+    unless `attempts` says otherwise."""
 
-    def __init__(self, inner: Storage, fail: Callable[[str, str], None]) -> None:
+    def __init__(self, inner: Storage, fail: Callable[[str, str], None], *, attempts: int = 1) -> None:
         self._inner = inner
         self._fail = fail
         self.url = inner.url
         self.visible_at_once = inner.visible_at_once
+        self.attempts = attempts
 
     def __getattribute__(self, name: str) -> Any:
-        if name.startswith("_") or name in ("url", "visible_at_once"):
+        if name.startswith("_") or name in ("url", "visible_at_once", "attempts"):
             return object.__getattribute__(self, name)
         fail, inner = self._fail, self._inner
 

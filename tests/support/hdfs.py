@@ -45,7 +45,8 @@ class HdfsCluster:
     """Starts on construction and returns when it takes writes; raises TimeoutError with the end of a log when it fails.
 
     `folder` keeps data, settings and logs (an existing NameNode image in it is used again). `rpc_port` and `http_port`
-    0 take free ones. Every process is ended by `stop`, or by the kernel when this process dies.
+    0 take free ones. A DataNode that is silent for 2 * `recheck_s` + 10 seconds is taken for dead. Every process is
+    ended by `stop`, or by the kernel when this process dies.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class HdfsCluster:
         http_port: int = 0,
         datanodes: int = 2,
         block_mib: int = 128,
+        recheck_s: int = 2,
         wait_s: float = 120.0,
     ) -> None:
         self.folder = folder
@@ -64,6 +66,7 @@ class HdfsCluster:
         self.webhdfs_url = f"webhdfs://127.0.0.1:{self.http_port}"
         self._datanodes = datanodes
         self._block_mib = block_mib
+        self._recheck_s = recheck_s
         self._java = java()
         self._jars = ":".join(str(path) for path in jars.paths("hdfs"))
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
@@ -137,7 +140,7 @@ class HdfsCluster:
             "dfs.namenode.name.dir": (self.folder / "name").as_uri(),
             "dfs.namenode.datanode.registration.ip-hostname-check": "false",
             "dfs.namenode.safemode.extension": "0",
-            "dfs.namenode.heartbeat.recheck-interval": "2000",
+            "dfs.namenode.heartbeat.recheck-interval": str(1000 * self._recheck_s),
             "dfs.heartbeat.interval": "1",
             "dfs.permissions.enabled": "false",
             "dfs.replication": str(self._datanodes),
