@@ -95,6 +95,9 @@ class Dimse(Section):
     )
     dimse_timeout_s: Seconds = Field(60.0, description="Seconds to wait for the next DIMSE message of an exchange.")
     network_timeout_s: Seconds = Field(300.0, description="Seconds that an idle association is kept.")
+    commitment_h: Annotated[float, Field(ge=0)] = Field(
+        72.0, description="Hours for which the report of a Storage Commitment is tried to be delivered."
+    )
     tls_port: Port = Field(
         0,
         description="TCP port for TLS 1.2 and 1.3 (PS3.15 B.12; 2762 is registered for it), beside `port`, or the same "

@@ -43,6 +43,7 @@ GET_MODELS: dict[str, RetrieveModel] = {
     "1.2.840.10008.5.1.4.1.2.3.3": "PATIENT_STUDY_ONLY",  # retired
     "1.2.840.10008.5.1.4.1.2.4.3": "INSTANCE_ROOT",
 }
+STORAGE_COMMITMENT = "1.2.840.10008.1.20.1"  # Push Model (PS3.4 J.3.5)
 ENCODABLE = (ExplicitVRLittleEndian, ImplicitVRLittleEndian, DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian)
 RELATIONAL = 1  # byte of a FIND, MOVE or GET class' application information (PS3.4 Tables C.5-1, C.5-3, C.5-5)
 _FEATURES: Mapping[int, str] = {  # further bytes of a FIND class' (PS3.4 Table C.5-1); 5 is a conversion not offered
@@ -94,7 +95,8 @@ def narrow(proposed: Iterable[PresentationContext]) -> list[PresentationContext]
 
 def supported(narrowed: Iterable[PresentationContext]) -> list[PresentationContext]:
     """What we say we support to an association whose `narrow`ed contexts are these; one context per abstract syntax."""
-    services = [build_context(uid, list(ENCODABLE)) for uid in (VERIFICATION, *FIND_MODELS, *MOVE_MODELS, *GET_MODELS)]
+    classes = (VERIFICATION, STORAGE_COMMITMENT, *FIND_MODELS, *MOVE_MODELS, *GET_MODELS)
+    services = [build_context(uid, list(ENCODABLE)) for uid in classes]
     storage: dict[str, list[str | UID]] = {}
     for cx in narrowed:
         if is_storage(str(cx.abstract_syntax)):

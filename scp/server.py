@@ -13,6 +13,7 @@ from sphere.conf.errors import SphereError
 from sphere.conf.settings import Settings
 from sphere.ingest.spool import open_readable, open_writer, recover_all
 from sphere.scp.callers import Callers
+from sphere.scp.commitment.service import Commitment
 from sphere.scp.find import FindService
 from sphere.scp.handlers import Handlers
 from sphere.scp.libraries import prepare_libraries
@@ -45,14 +46,16 @@ def run_receiver(settings: Settings, *, ready: Callable[[int], None]) -> None:
     try:
         with open_queries(settings) as finder, closing(Transcoder()) as transcoder:
             locator = Locator(finder, settings.snapshots)
-            retrieve = RetrieveHandlers(
-                RetrieveService(settings, open_readable(settings), locator, transcoder)
-            ).services()
+            readable = open_readable(settings)
+            retrieve = RetrieveHandlers(RetrieveService(settings, readable, locator, transcoder)).services()
             calling = CallingPolicy(settings.peers)
             store = StoreService(writer, Policy(settings, calling))
             find = FindService(finder, settings.snapshots)
-            handlers = Handlers(Callers(settings, calling), store, find, retrieve)
-            _serve(listen(settings, handlers), stop, ready)
+            commitment = Commitment(settings, finder, readable)
+            callers = Callers(settings, calling)
+            handlers = Handlers(callers, store, find, {**retrieve, **commitment.handlers.services()})
+            with commitment:
+                _serve(listen(settings, handlers), stop, ready)
     finally:
         writer.close()
     log.info("receiver stopped")

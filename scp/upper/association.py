@@ -161,6 +161,10 @@ class Association:
         self._inbox.finish(message)
         return message.command
 
+    def waits(self, request: Message) -> bool:
+        """Whether the peer is still there, and has asked for nothing else since `request`."""
+        return not self.cancelled(request) and not self._waiting
+
     def cancelled(self, request: Message) -> bool:
         """Whether to stop working on `request`: the peer sent C-CANCEL, or there is nobody any more to answer."""
         try:

@@ -1,0 +1,191 @@
+"""The N-EVENT-REPORT of a transaction: what it says, and its way to the requester (PS3.4 J.3.3)."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydicom.dataset import Dataset
+from pydicom.sequence import Sequence
+from pydicom.uid import UID
+from pynetdicom.dsutils import encode
+
+from sphere.conf.errors import PeerError, SphereError
+from sphere.conf.logs import hashed
+from sphere.conf.settings import Peer, Settings
+from sphere.scp.commitment.transactions import Reference, Transaction, Transactions
+from sphere.scp.commitment.verify import COMMITTED, Verifier
+from sphere.scp.contexts import ENCODABLE, STORAGE_COMMITMENT
+from sphere.scp.upper.association import Association
+from sphere.scp.upper.command import N_EVENT_REPORT_RQ, Command
+from sphere.scp.upper.messages import Message
+from sphere.scp.upper.outgoing import Outgoing
+from sphere.scp.upper.protocol import Ended, Released, Violation
+from sphere.scp.upper.requestor import Proposed, connect
+
+log = logging.getLogger(__name__)
+
+WELL_KNOWN = "1.2.840.10008.1.20.1.1"  # Storage Commitment Push Model SOP Instance (PS3.4 J.3.5)
+SUCCESS = 0x0000
+ALL_COMMITTED, SOME_FAILED = 1, 2  # event types
+DUPLICATE_TRANSACTION = 0x0131  # Failure Reason
+HERE_S = 5.0  # seconds after which a report is no longer for the association of its request
+RELEASE_S = 0.5  # seconds that a requester has to release that association, if it wants the report on another
+GRACE_S = 10.0  # seconds after which a request is reported by whoever sees it: its receiver died
+BACK_OFF_S = (5.0, 15.0, 60.0, 300.0, 900.0)  # seconds before further tries; the last again and again
+LOOK_S = 1.0  # seconds between looks at what is due
+
+
+class Reporter:
+    """Verifies and reports; one per receiver process, of which one at a time works off what is due."""
+
+    def __init__(self, settings: Settings, folder: Path, transactions: Transactions, verifier: Verifier) -> None:
+        self._settings = settings
+        self._lock = folder / "reporter.lock"
+        self._transactions = transactions
+        self._verifier = verifier
+        self._wake = threading.Event()
+        self._stopped = False
+
+    def report_here(self, transaction: Transaction, association: Association, request: Message) -> None:
+        """Report on the association of the request, if the requester keeps it open and wants nothing else meanwhile."""
+        try:
+            verdicts = self._verdicts_meanwhile(transaction, association, request)
+            if verdicts is not None:
+                command, dataset = event_report(transaction, verdicts, self._settings.archive.ae_title)
+                outgoing = _encoded(dataset, request.context.transfer_syntax)
+                if _is_done(association.ask(request.context, command, outgoing), transaction):
+                    self._transactions.done(transaction)
+                    return
+        except (Released, Ended, Violation):
+            log.debug("association over before its report transaction=%s", hashed(transaction.uid))
+        except SphereError as error:
+            log.warning("report put off transaction=%s: %s", hashed(transaction.uid), error)
+        self._transactions.again(transaction, after_s=0, tries=transaction.tries)
+        self._wake.set()
+
+    def run(self) -> None:
+        """Report what is due until `stop`; waits while another process does."""
+        self._lock.parent.mkdir(parents=True, exist_ok=True)
+        with self._lock.open("w") as lock:
+            while not self._stopped:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    time.sleep(LOOK_S)
+                    continue
+                self._wake.clear()
+                for transaction in self._transactions.due():
+                    if not self._stopped:
+                        self._report(transaction)
+                self._wake.wait(LOOK_S)
+
+    def stop(self) -> None:
+        """End `run` soon; what is left is reported by the next receiver."""
+        self._stopped = True
+        self._wake.set()
+
+    def _verdicts_meanwhile(
+        self, transaction: Transaction, association: Association, request: Message
+    ) -> Mapping[Reference, int] | None:
+        """The verdicts; None when the requester went away, wants something else, or they take too long."""
+        started = time.monotonic()
+        verdicts = {}
+        for reference, verdict in self._verifier.check(transaction.references):
+            verdicts[reference] = verdict
+            if time.monotonic() > started + HERE_S or not association.waits(request):
+                return None
+        while association.waits(request):
+            if time.monotonic() > started + RELEASE_S:
+                return verdicts
+            time.sleep(0.02)
+        return None
+
+    def _report(self, transaction: Transaction) -> None:
+        """Over an association of our own."""
+        try:
+            verdicts = dict(self._verifier.check(transaction.references))
+            if self._sent(transaction, verdicts):
+                self._transactions.done(transaction)
+                return
+            reason = "it was not taken"
+        except SphereError as error:
+            reason = str(error)
+        except Exception as error:  # noqa: BLE001  a defect of ours must not end the reports of others
+            reason = f"internal error ({type(error).__name__})"
+        waited_h = (time.time() - transaction.received) / 3600
+        if waited_h > self._settings.dimse.commitment_h:
+            log.error("report given up transaction=%s after_h=%.0f: %s", hashed(transaction.uid), waited_h, reason)
+            self._transactions.done(transaction)
+            return
+        after_s = BACK_OFF_S[min(transaction.tries, len(BACK_OFF_S) - 1)]
+        log.warning("report put off transaction=%s after_s=%.0f: %s", hashed(transaction.uid), after_s, reason)
+        self._transactions.again(transaction, after_s=after_s, tries=transaction.tries + 1)
+
+    def _sent(self, transaction: Transaction, verdicts: Mapping[Reference, int]) -> bool:
+        command, dataset = event_report(transaction, verdicts, self._settings.archive.ae_title)
+        proposed = Proposed(STORAGE_COMMITMENT, tuple(map(str, ENCODABLE[:2])), as_scp=True)
+        with connect(self._peer(transaction), self._settings, [proposed]) as association:
+            context = association.user_contexts[0]
+            return _is_done(association.ask(context, command, _encoded(dataset, context.transfer_syntax)), transaction)
+
+    def _peer(self, transaction: Transaction) -> Peer:
+        """The requester among the peers; raises PeerError."""
+        named = [peer for peer in self._settings.peers if peer.ae_title.strip() == transaction.requester]
+        if not named:
+            raise PeerError(
+                f"no peer of the settings has AE title {transaction.requester!r}: where it listens is unknown"
+            )
+        return next((peer for peer in named if peer.host == transaction.address), named[0])
+
+
+def event_report(
+    transaction: Transaction, verdicts: Mapping[Reference, int], ae_title: str
+) -> tuple[dict[str, Any], Dataset]:
+    """Command set and data set of the report (PS3.4 Table J.3-2)."""
+    if transaction.duplicate:
+        verdicts = dict.fromkeys(transaction.references, DUPLICATE_TRANSACTION)
+    dataset = Dataset()
+    dataset.TransactionUID = transaction.uid
+    dataset.RetrieveAETitle = ae_title
+    kept = [_item(one) for one, verdict in verdicts.items() if verdict == COMMITTED]
+    failed = [_item(one, verdict) for one, verdict in verdicts.items() if verdict != COMMITTED]
+    if kept:
+        dataset.ReferencedSOPSequence = Sequence(kept)
+    if failed:
+        dataset.FailedSOPSequence = Sequence(failed)
+    command = {
+        "AffectedSOPClassUID": STORAGE_COMMITMENT,
+        "CommandField": N_EVENT_REPORT_RQ,
+        "AffectedSOPInstanceUID": WELL_KNOWN,
+        "EventTypeID": SOME_FAILED if failed else ALL_COMMITTED,
+    }
+    log.info("commitment transaction=%s kept=%d failed=%d", hashed(transaction.uid), len(kept), len(failed))
+    return command, dataset
+
+
+def _item(reference: Reference, failure: int | None = None) -> Dataset:
+    item = Dataset()
+    item.ReferencedSOPClassUID = reference.SOPClassUID
+    item.ReferencedSOPInstanceUID = reference.SOPInstanceUID
+    if failure is not None:
+        item.FailureReason = failure
+    return item
+
+
+def _encoded(dataset: Dataset, syntax: UID) -> Outgoing:
+    data: bytes | None = encode(dataset, syntax.is_implicit_VR, syntax.is_little_endian, syntax.is_deflated)
+    if not data:
+        raise ValueError("a report that cannot be encoded")
+    return Outgoing.of(data)
+
+
+def _is_done(response: Command, transaction: Transaction) -> bool:
+    if response["Status"] != SUCCESS:
+        log.warning("report refused transaction=%s status=0x%04X", hashed(transaction.uid), response["Status"])
+    return bool(response["Status"] == SUCCESS)
