@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 PINS := setup.cfg pyproject.toml constraints.txt conf/jars.toml
 EXIT ?=
 PORT ?= 0
+LANES := -n 2 --dist loadgroup --no-loadscope-reorder  # two workers; who runs what: tests/support/lanes.py
 export PYTHONDONTWRITEBYTECODE ?= 1
 
 .PHONY: bench-files help demo test lint unit bench bench-landing bench-retrieve hdfs setup clean
@@ -18,10 +19,10 @@ demo: $(VENV)/.ready ## set up, then serve an archive, send it sample studies, e
 test: $(VENV)/.ready-test ## set up, then every check and test (SPHERE_REQUIRE_ALL=1: a missing tool is a failure)
 	@$(BIN)/python -m tests.support.install
 	$(MAKE) --no-print-directory lint
-	$(BIN)/python -m pytest $(PYTEST)
+	$(BIN)/python -m pytest $(LANES) $(PYTEST)
 
 unit: $(VENV)/.ready-test ## the tests that need neither Java nor servers of others
-	$(BIN)/python -m pytest -m unit $(PYTEST)
+	$(BIN)/python -m pytest $(LANES) -m unit $(PYTEST)
 
 lint: $(VENV)/.ready-test ## ruff and mypy --strict
 	$(BIN)/ruff check .

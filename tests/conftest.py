@@ -12,6 +12,8 @@ from sphere.conf.settings import Settings, from_dict
 from tests.support.hdfs import expendable_hdfs_cluster, hdfs_cluster
 from tests.support.spark import spark
 
+pytest_plugins = ["tests.support.lanes"]
+
 __all__ = ["expendable_hdfs_cluster", "hdfs_cluster", "spark"]  # one of the latter two for the whole run
 
 CORPUS = Path(os.environ.get("SPHERE_TEST_CORPUS") or Path(__file__).parent.parent / "../shared/data/dicom")

@@ -43,6 +43,12 @@ def rows(studies: int, *, per_study: int = 2) -> list[Row]:
     ]
 
 
+@pytest.fixture(autouse=True)
+def _a_build_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However busy the machine is; the test of a long build sets its own."""
+    monkeypatch.setattr(index_module, "REFRESH_WAIT_S", 60.0)
+
+
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
     settings = archive(tmp_path)

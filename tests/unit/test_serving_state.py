@@ -48,6 +48,7 @@ def test_the_state_is_read_as_it_was_written(tmp_path: Path) -> None:
         (2**22 + 1, serving.now(), False),  # there is no such process
         (os.getpid(), serving.now(), True),
     ],
+    ids=["silent", "gone", "stopping"],
 )
 def test_a_supervisor_that_does_not_serve(pid: int, written_at: str, stopping: bool) -> None:
     assert serving.ServeState(pid, 104, written_at, stopping, (child(),)).not_ready == ["supervisor"]
