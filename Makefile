@@ -8,7 +8,7 @@ PORT ?= 0
 LANES := -n 2 --dist loadgroup --no-loadscope-reorder  # two workers; who runs what: tests/support/lanes.py
 export PYTHONDONTWRITEBYTECODE ?= 1
 
-.PHONY: bench-files help demo test lint unit bench bench-landing bench-retrieve hdfs setup clean
+.PHONY: bench-files help demo test lint unit bench bench-landing bench-retrieve fuzz hdfs setup clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 16
@@ -40,6 +40,9 @@ bench-files: $(VENV)/.ready-test ## queries without a catalog: headers/s, first 
 
 bench-retrieve: $(VENV)/.ready-test ## C-MOVE and C-GET against Orthanc and dcmqrscp; needs DCMTK and Orthanc
 	$(BIN)/python -m tests.bench.bench_retrieve $(RETRIEVE)
+
+fuzz: $(VENV)/.ready-test ## coverage-guided fuzzing of the decoders (FUZZ="TARGET SECONDS", all 60 by default)
+	$(BIN)/python -m tests.fuzz $(FUZZ)
 
 hdfs: $(VENV)/.ready-test ## a real HDFS (one NameNode, two DataNodes) on loopback until Ctrl-C
 	@$(BIN)/python -m tests.support.hdfs $(HDFS)

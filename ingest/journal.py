@@ -153,9 +153,11 @@ def _sealed(line: bytes) -> Sealed | None:
         return None
     try:
         fields = orjson.loads(line)
-        return Sealed(fields["members"], fields["size"])
+        members, size = fields["members"], fields["size"]
     except (ValueError, KeyError):
         return None
+    sound = type(members) is type(size) is int and members >= 0 <= size
+    return Sealed(members, size) if sound else None
 
 
 def to_lines(records: Sequence[MemberRecord], sealed: Sealed | None = None) -> bytes:

@@ -27,6 +27,7 @@ MAX_PAX = 1 << 20  # bytes of an extended header above which it is none of ours
 
 _PLAIN_UID = re.compile(r"[0-9][0-9.]{0,63}")
 _PAX_RECORD = re.compile(rb"(\d{1,20}) ([^=]+)=")
+_PAX_SIZE = re.compile(r"\d{1,18}", re.ASCII)
 
 Fetch = Callable[[int, int], bytes]
 
@@ -145,11 +146,11 @@ def _member_at(fetch: Fetch, at: int, size: int) -> TarMember | None:
     if plain.type != tarfile.REGTYPE:
         raise _Damaged("a member that is not a regular file")
     offset = plain_at + BLOCK
-    length = int(pax["size"]) if pax.get("size", "").isdigit() else plain.size
+    length = _length(pax, plain)
     end = offset + _rounded(length)
     if end > size:
         raise _Damaged("a member that ends after the file")
-    return TarMember(at, offset, length, end, pax.get("path", plain.name), _fields(pax))
+    return TarMember(at, offset, length, end, pax.get("path", plain.name), _fields(pax, length))
 
 
 def _take(fetch: Fetch, at: int, length: int, size: int) -> bytes:
@@ -166,7 +167,17 @@ def _header(block: bytes) -> tarfile.TarInfo:
         raise _Damaged(f"no tar header ({error})") from None
 
 
-def _fields(pax: dict[str, str]) -> dict[str, Any]:
+def _length(pax: dict[str, str], plain: tarfile.TarInfo) -> int:
+    """Bytes of a member; a ustar header can say that they are fewer than none (base-256 numbers)."""
+    if "size" in pax and not _PAX_SIZE.fullmatch(pax["size"]):
+        raise _Damaged("a size record that is no number")
+    length = int(pax["size"]) if "size" in pax else plain.size
+    if length < 0:
+        raise _Damaged("a member of negative length")
+    return length
+
+
+def _fields(pax: dict[str, str], length: int) -> dict[str, Any]:
     try:
         fields = orjson.loads(pax["comment"])
         offset, received_at = fields["dataset_offset"], fields["received_at"]
@@ -174,6 +185,8 @@ def _fields(pax: dict[str, str]) -> dict[str, Any]:
         raise _Damaged("an extended header without our comment record") from None
     if not isinstance(offset, int) or not isinstance(received_at, str):
         raise _Damaged("a comment record with values of other types")
+    if not 0 <= offset <= length:
+        raise _Damaged("a data set that begins outside its member")
     return dict(fields)
 
 

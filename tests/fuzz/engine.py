@@ -1,0 +1,24 @@
+"""The process that atheris takes over: ``python -m tests.fuzz.engine TARGET [libFuzzer's arguments]``."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+
+import atheris
+
+with atheris.instrument_imports(include=["sphere.ingest", "sphere.catalog", "sphere.scp"]):
+    from tests.fuzz.targets import TARGETS
+
+
+def main() -> None:
+    """Fuzz until libFuzzer ends the process."""
+    warnings.simplefilter("ignore")
+    logging.disable(logging.CRITICAL)
+    atheris.Setup([sys.argv[0], *sys.argv[2:]], TARGETS[sys.argv[1]])
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()

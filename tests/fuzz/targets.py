@@ -1,0 +1,15 @@
+"""The fuzz targets by name: each takes any bytes and returns, or has found a bug."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tests.fuzz import dimse, landing
+
+TARGETS: dict[str, Callable[[bytes], None]] = {
+    "pdus": dimse.pdus,
+    "commands": dimse.commands,
+    "identifiers": dimse.identifiers,
+    "headers": landing.headers,
+    "bundles": landing.bundles,
+}
