@@ -6,11 +6,12 @@ import socket
 import struct
 import tempfile
 from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from pathlib import Path
 
 from pydicom.uid import UID
 
-from sphere.catalog.query import Query
+from sphere.catalog.query import Features, Query
 from sphere.conf.errors import QueryError
 from sphere.scp.find import FindAnswer, FindRequest, FindService
 from sphere.scp.retrieve.identifier import decode_identifier, parse_selection
@@ -141,7 +142,7 @@ def commands(data: bytes) -> None:
 class _Nothing:
     """A catalog without studies that looks at its questions."""
 
-    def find(self, query: Query) -> Iterator[object]:
+    def find(self, query: Query, **_: object) -> Iterator[object]:
         assert query.level in ("PATIENT", "STUDY", "SERIES", "IMAGE")
         hash(query)
         yield from ()
@@ -152,21 +153,23 @@ FIND_STATUSES = {0xA900, 0xC000, 0xC001}
 
 
 def identifiers(data: bytes) -> None:
-    """An identifier (the first byte gives its transfer syntax) is a query or an answered failure, nothing internal."""
-    if not data:
+    """An identifier is a query or an answered failure, nothing internal.
+
+    The first byte gives its transfer syntax and the information model, the second what was negotiated.
+    """
+    if len(data) < 2:
         return
     syntax = UID(SYNTAXES[data[0] % len(SYNTAXES)])
     request = FindRequest(
         model="STUDY_ROOT" if data[0] & 0x40 else "PATIENT_ROOT",
-        identifier=data[1:],
+        identifier=data[2:],
         transfer_syntax=syntax,
-        relational=bool(data[0] & 0x80),
-        combined_datetime=bool(data[0] & 0x20),
+        features=Features(*(bool(data[1] >> bit & 1) for bit in range(len(fields(Features))))),
     )
     for answer in FINDER.answers(request, cancelled=lambda: False):
         _check_answer(answer)
     try:
-        parse_selection(decode_identifier(data[1:], syntax), model="STUDY_ROOT")
+        parse_selection(decode_identifier(data[2:], syntax), model="STUDY_ROOT")
     except QueryError as error:
         assert error.dimse in FIND_STATUSES
 

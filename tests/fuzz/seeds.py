@@ -134,7 +134,7 @@ def _rich() -> bytes:
 
 
 def identifiers() -> Seeds:
-    """Identifiers of queries and retrievals; the first byte gives the transfer syntax, the model and the options."""
+    """Identifiers of queries and retrievals; two bytes of `tests.fuzz.dimse.identifiers` come first."""
     from pydicom import Dataset, dcmwrite
 
     def written(**keys: Any) -> Iterator[bytes]:
@@ -162,7 +162,7 @@ def identifiers() -> Seeds:
                   "SOPInstanceUID": ["1.4", "1.5"], "ConceptNameCodeSequence": [item]},
     }  # fmt: skip
     return {
-        f"{name}-{number}": bytes((number | 0x40,)) + data
+        f"{name}-{number}": bytes((number | 0x40, number)) + data
         for name, keys in queries.items()
         for number, data in enumerate(written(**keys))
     }
