@@ -21,6 +21,7 @@ from sphere.scp.upper.dataset import Budget
 from sphere.scp.upper.messages import Context, Inbox, Limits, Message
 from sphere.scp.upper.negotiation import agree, read_request
 from sphere.scp.upper.protocol import Ended, Rejection, Released, Violation
+from sphere.scp.upper.transport import Plain
 from tests.fuzz.seeds import SYNTAXES
 from tests.support.raw_peer import CT, VERIFICATION
 
@@ -47,7 +48,7 @@ def pdus(data: bytes) -> None:
     """
     budget = Budget(BUDGET)
     ours, theirs = socket.socketpair()
-    connection = Connection(_Plain(ours), budget=budget, max_pdu=MAX_PDU)
+    connection = Connection(Plain(_Local(ours)), budget=budget, max_pdu=MAX_PDU)
     try:
         theirs.sendall(data[1:])
         theirs.shutdown(socket.SHUT_WR)
@@ -66,7 +67,7 @@ def pdus(data: bytes) -> None:
     assert connection.keep == 0 and budget.free == BUDGET
 
 
-class _Plain(socket.socket):
+class _Local(socket.socket):
     """One of a pair of local sockets, which know nothing of TCP's options."""
 
     def __init__(self, inner: socket.socket) -> None:
