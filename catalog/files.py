@@ -21,7 +21,7 @@ from sphere.catalog.match_header import holds
 from sphere.catalog.members import UIDS, Members
 from sphere.catalog.query import Query
 from sphere.catalog.rollup import description
-from sphere.catalog.scan import Scanner, Study, Summary, matches, pixel_offsets, summaries
+from sphere.catalog.scan import Scanner, Study, Summary, matches, pixel_offsets, summaries, whole_headers
 from sphere.catalog.service import StoredInstance
 from sphere.catalog.versions import Order
 from sphere.conf.errors import CatalogError
@@ -94,6 +94,21 @@ class FileQueries:
         for found in self._scanner.run(pixel_offsets, work, alone=bool(wanted)):
             for record, sop_class, pixel_offset in found:
                 yield _stored(record, sop_class, pixel_offset)
+
+    def lookup_headers(
+        self, *, study: str, series: str = "", sop: str = "", as_of: AsOf | None = None
+    ) -> Iterator[tuple[StoredInstance, str]]:
+        """The instances of a study, a series or with a SOPInstanceUID, each with its header as DICOM JSON text.
+
+        Raises CatalogError for any `as_of`, and StorageError.
+        """
+        _refuse(as_of)
+        self._members.catch_up()
+        wanted = {name: [uid] for name, uid in zip(UIDS, (study, series, sop), strict=True) if uid}
+        work = ((page,) for page in _pages(self._members.by_place(wanted)))
+        for found in self._scanner.run(whole_headers, work, alone=True):
+            for record, sop_class, pixel_offset, header in found:
+                yield _stored(record, sop_class, pixel_offset), header
 
     def _below(self, question: Question) -> Iterator[tuple[dict[int, Any], dict[str, Any]]]:
         """Matches of the levels below PATIENT; counts of patients take a look at every study first."""

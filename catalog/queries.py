@@ -43,6 +43,11 @@ class Queries(Protocol):
     ) -> Iterator[StoredInstance]:
         """Where instances are, in the order of the bundles. Given several, all must hold; given none, every one."""
 
+    def lookup_headers(
+        self, *, study: str, series: str = "", sop: str = "", as_of: AsOf | None = None
+    ) -> Iterator[tuple[StoredInstance, str]]:
+        """The instances of a study, a series or with a SOPInstanceUID, each with its header as DICOM JSON text."""
+
 
 def open_queries(settings: Settings) -> Queries:
     """What ``catalog.mode`` names."""

@@ -192,6 +192,16 @@ def pixel_offsets(
     ]
 
 
+def whole_headers(
+    reader: HeadersOfMembers, members: Sequence[MemberRecord]
+) -> list[tuple[MemberRecord, str, int | None, str]]:
+    """(member, SOP class, where its pixel data begin, header as DICOM JSON) of those that are instances."""
+    return [
+        (record, header.values.get("SOPClassUID") or record.SOPClassUID, header.pixel_offset, header.dataset.decode())
+        for record, header in _headers(reader, members)
+    ]
+
+
 class Scanner:
     """Reads headers for queries: small steps in this process, others in `catalog.scan_workers` processes beside it.
 

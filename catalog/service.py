@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import merge
-from operator import attrgetter, itemgetter
+from operator import itemgetter
 from types import TracebackType
 from typing import Any, TypeVar, cast
 
@@ -111,6 +111,17 @@ class QueryService:
         match = {keyword: list(uids) for keyword, uids in wanted.items() if uids}
         query = Query.build("IMAGE", match)
         return self._retried(lambda index: _stored(query, index), as_of)
+
+    def lookup_headers(
+        self, *, study: str, series: str = "", sop: str = "", as_of: AsOf | None = None
+    ) -> Iterator[tuple[StoredInstance, str]]:
+        """The instances of a study, a series or with a SOPInstanceUID, each with its header as DICOM JSON text.
+
+        The header is `dataset` of table `instances`: places of bulk data are relative references. Raises CatalogError.
+        """
+        wanted = {"StudyInstanceUID": study, "SeriesInstanceUID": series, "SOPInstanceUID": sop}
+        query = Query.build("IMAGE", {keyword: uid for keyword, uid in wanted.items() if uid})
+        return self._retried(lambda index: _with_headers(query, index), as_of)
 
     def _retried(self, ask: Callable[[Index], Iterator[T]], as_of: AsOf | None) -> Iterator[T]:
         """Answers of `ask`; where the index turns out damaged before the first, once more with a new one."""
@@ -261,22 +272,35 @@ _STORED = ", ".join(f'i."{name}"' for name in StoredInstance.__dataclass_fields_
 
 
 def _stored(query: Query, index: Index) -> Iterator[StoredInstance]:
+    return (StoredInstance(*row) for row in _stored_rows(query, index))
+
+
+def _with_headers(query: Query, index: Index) -> Iterator[tuple[StoredInstance, str]]:
+    return ((StoredInstance(*row[:-1]), row[-1] or "{}") for row in _stored_rows(query, index, "dataset"))
+
+
+def _stored_rows(query: Query, index: Index, *more: str) -> Iterator[Row]:
+    """The columns of StoredInstance and `more`, in the order of the bundles."""
     plan = make_plan(query, index.instance_columns)
-    found = index.ask(lambda layer: _begun(_places(plan, layer)))
-    return found[0] if len(found) == 1 else merge(*found, key=attrgetter("bundle", "offset"))
+    found = index.ask(lambda layer: _begun(_places(plan, layer, more)))
+    return found[0] if len(found) == 1 else merge(*found, key=itemgetter(*_PLACE))
 
 
-def _places(plan: Plan, layer: Layer) -> Iterator[StoredInstance | None]:
+_PLACE = [list(StoredInstance.__dataclass_fields__).index(name) for name in ("bundle", "offset")]
+
+
+def _places(plan: Plan, layer: Layer, more: tuple[str, ...]) -> Iterator[Row | None]:
     with layer.cursor() as cursor:
-        names = dict.fromkeys((*plan.of_instances, *StoredInstance.__dataclass_fields__))
+        names = dict.fromkeys((*plan.of_instances, *StoredInstance.__dataclass_fields__, *more))
         scope = _scope(plan, layer, cursor, tuple(names))
         if scope is None:
             yield None
             return
         where = " AND ".join([*scope.where, plan.compiled.where])
-        sql = f'SELECT {_STORED} FROM {plan.source} WHERE {where} ORDER BY i.bundle, i."offset"'
+        columns = ", ".join([_STORED, *(f'i."{name}"' for name in more)])
+        sql = f'SELECT {columns} FROM {plan.source} WHERE {where} ORDER BY i.bundle, i."offset"'
         cursor.execute(*scope.ask(plan, sql))
         yield None
         dropped = layer.dropped("IMAGE")
         while rows := cursor.fetchmany(PAGE):
-            yield from (StoredInstance(*row) for row in rows if row[0] not in dropped)
+            yield from (row for row in rows if row[0] not in dropped)

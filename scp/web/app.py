@@ -15,7 +15,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sphere.conf.errors import SphereError
 from sphere.conf.settings import Settings
-from sphere.scp.web import health, operations, search
+from sphere.scp.web import bulk, frames, health, metadata, operations, rendered, retrieve, search, wado_uri
+from sphere.scp.web.archive import Archive
+from sphere.scp.web.pixels import PixelReader
 from sphere.scp.web.problem import problem
 
 log = logging.getLogger(__name__)
@@ -26,12 +28,18 @@ class Services:
     """What the routes ask."""
 
     finder: search.Finder
+    archive: Archive
 
 
 def make_app(settings: Settings, services: Services) -> Starlette:
     """The application of one archive."""
     metrics = health.Metrics()
     offered = [*health.offered(settings, metrics), *search.offered(services.finder)]
+    for module in (retrieve, metadata, bulk):
+        offered += module.offered(services.archive)
+    reader = PixelReader(services.archive)
+    for module in (frames, rendered, wado_uri):
+        offered += module.offered(services.archive, reader)
     offered.append(operations.openapi(offered))
     app = Starlette(
         routes=operations.routes(offered),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 
 
 class Parts:
@@ -30,7 +30,7 @@ class Parts:
         """What follows the last part."""
         return f"\r\n--{self.boundary}--\r\n".encode()
 
-    def bodies(self, bodies: Iterable[bytes]) -> Iterator[bytes]:
+    def bodies(self, bodies: Iterable[bytes]) -> Generator[bytes | memoryview, None, None]:
         """Each body as a part, and the end."""
         for body in bodies:
             yield self.head() + body

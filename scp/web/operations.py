@@ -17,6 +17,7 @@ from sphere.scp.web.problem import MEDIA_TYPE, WebError
 Endpoint = Callable[[Request], Response] | Callable[[Request], Awaitable[Response]]
 Parameter = Mapping[str, Any]
 
+PREFIX = "/dicom-web"
 _UID = re.compile(r"[0-9.]{1,64}")
 UID_SCHEMA = {"type": "string", "pattern": "^[0-9.]{1,64}$"}
 
@@ -44,11 +45,22 @@ def routes(operations: Iterable[Operation]) -> list[Route]:
 
 def uids(request: Request) -> dict[str, str]:
     """The UIDs in the path by the names of its parameters; raises WebError where one is none."""
-    found = {name: str(value) for name, value in request.path_params.items()}
+    found = {name: str(value) for name, value in request.path_params.items() if name != "frames"}
     for name, uid in found.items():
         if not _UID.fullmatch(uid):
             raise WebError(f"{name} in the path is not a UID (PS3.5 9.1)")
     return found
+
+
+def service_root(request: Request) -> str:
+    """The URL of the DICOMweb service, as the client calls it.
+
+    A Host header that names our own address without our port (dicomweb-client sends such) gets the port.
+    """
+    url, server = request.base_url, request.scope.get("server")
+    if server and url.port is None and url.hostname == server[0]:
+        url = url.replace(port=server[1])
+    return f"{str(url).rstrip('/')}{PREFIX}"
 
 
 def parameter(name: str, schema: Mapping[str, Any], text: str) -> Parameter:

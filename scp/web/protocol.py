@@ -19,7 +19,8 @@ MAX_HEADERS = 100
 class BoundedHttp(HttpToolsProtocol):
     """Answers 431 to a request whose head exceeds MAX_HEAD or MAX_HEADERS, and 408 to one that takes too long for it.
 
-    A head has to be there within the `timeout_notify` of the uvicorn configuration, in seconds.
+    A head has to be there, and a reader of a response has to read something, within the `timeout_notify` of the uvicorn
+    configuration, in seconds.
     """
 
     def __init__(self, *args: Any, **named: Any) -> None:
@@ -28,6 +29,7 @@ class BoundedHttp(HttpToolsProtocol):
         self._in_head = True
         self._refused = False
         self._deadline: asyncio.TimerHandle | None = None
+        self._stalled: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -35,6 +37,7 @@ class BoundedHttp(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
+        self.resume_writing()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -72,6 +75,26 @@ class BoundedHttp(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(HTTPStatus.BAD_REQUEST, "this is not HTTP/1.1 as RFC 9112 has it")
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch_reader(None)
+
+    def resume_writing(self) -> None:
+        if self._stalled is not None:
+            self._stalled.cancel()
+            self._stalled = None
+        if self.flow is not None:
+            super().resume_writing()
+
+    def _watch_reader(self, left: int | None) -> None:
+        """Break off where a client has taken nothing of the `left` bytes that waited the last time."""
+        waiting = self.transport.get_write_buffer_size()
+        if left is not None and waiting >= left:
+            log.warning("response broken off: its reader stands still")
+            self.transport.abort()
+            return
+        self._stalled = self.loop.call_later(self.config.timeout_notify, self._watch_reader, waiting)
 
     def _await_head(self) -> None:
         self._deadline = self.loop.call_later(self.config.timeout_notify, self._too_slow)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import chain, islice
 from typing import Protocol
 from urllib.parse import urlencode
 
 import orjson
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 
 from sphere.catalog.asof import AsOf
 from sphere.catalog.query import Query
@@ -20,14 +20,14 @@ from sphere.scp.web.accept import accepted, choose
 from sphere.scp.web.dicom_json import Element, as_object
 from sphere.scp.web.multipart import Parts
 from sphere.scp.web.native_xml import native_model
-from sphere.scp.web.operations import Operation, parameter, uids
+from sphere.scp.web.operations import PREFIX, Operation, parameter, service_root, uids
 from sphere.scp.web.problem import WebError
 from sphere.scp.web.search_request import Search, parse_search
+from sphere.scp.web.streamed import Body, Streamed
 
 JSON, XML = "application/dicom+json", "application/dicom+xml"
 PAGE = 200  # answers of a piece of a response
 AGENT = "SPHERE"
-PREFIX = "/dicom-web"
 NAMES = {"study": "StudyInstanceUID", "series": "SeriesInstanceUID", "instance": "SOPInstanceUID"}
 
 _PATHS: dict[Level, tuple[str, ...]] = {
@@ -96,7 +96,7 @@ def _answer(finder: Finder, request: Request, search: Search, media_type: str) -
     if not first:
         response = Response(status_code=204)
     else:
-        base = f"{str(request.base_url).rstrip('/')}/dicom-web"
+        base = service_root(request)
         objects = (as_object(one, retrieve_url(base, one)) for one in chain(first, chosen))
         response = _response(objects, media_type, whole=len(first) < PAGE)
     for name, value in headers:
@@ -126,14 +126,13 @@ def retrieve_url(base: str, match: Match) -> str:
 def _response(objects: Iterator[dict[str, Element]], media_type: str, *, whole: bool) -> Response:
     if media_type == XML:
         parts = Parts(XML)
-        body: Iterable[bytes] = parts.bodies(map(native_model, objects))
-        return StreamingResponse(body, media_type=parts.media_type)
+        return Streamed(parts.bodies(map(native_model, objects)), media_type=parts.media_type)
     if whole:
         return Response(orjson.dumps(list(objects)), media_type=media_type)
-    return StreamingResponse(_json_array(objects), media_type=media_type)
+    return Streamed(_json_array(objects), media_type=media_type)
 
 
-def _json_array(objects: Iterator[dict[str, Element]]) -> Iterator[bytes]:
+def _json_array(objects: Iterator[dict[str, Element]]) -> Body:
     opening = b"["
     while page := list(islice(objects, PAGE)):
         yield opening + orjson.dumps(page)[1:-1]

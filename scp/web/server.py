@@ -7,15 +7,18 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 import uvicorn
 
 from sphere.catalog.queries import open_queries
 from sphere.conf.errors import SettingsError
 from sphere.conf.settings import Settings
+from sphere.ingest.spool import open_readable
 from sphere.scp.libraries import prepare_libraries
+from sphere.scp.retrieve.transcoder import Transcoder
 from sphere.scp.web.app import Services, make_app
+from sphere.scp.web.archive import Archive
 from sphere.scp.web.protocol import BoundedHttp
 
 log = logging.getLogger(__name__)
@@ -60,9 +63,10 @@ def run_web(settings: Settings, *, ready: Callable[[int], None]) -> None:
     prepare_libraries()
     listener = listen(settings)
     port = int(listener.getsockname()[1])
-    with open_queries(settings) as finder:
+    with closing(open_queries(settings)) as finder, closing(Transcoder()) as transcoder:
+        services = Services(finder, Archive(finder, open_readable(settings), transcoder))
         log.info("HTTP listens port=%d", port)
-        make_server(settings, Services(finder), lambda: ready(port)).run(sockets=[listener])
+        make_server(settings, services, lambda: ready(port)).run(sockets=[listener])
     log.info("HTTP stopped")
 
 

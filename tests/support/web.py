@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
 import httpx
 
 from sphere.catalog.service import QueryService
 from sphere.conf.settings import Settings
+from sphere.ingest.spool import open_readable
+from sphere.scp.retrieve.transcoder import Transcoder
 from sphere.scp.web.app import Services
+from sphere.scp.web.archive import Archive
 from sphere.scp.web.server import listen, make_server
 
 
@@ -35,14 +38,15 @@ class Web:
 
 
 @contextmanager
-def serving_web(settings: Settings) -> Iterator[Web]:
-    """HTTP on a free port of 127.0.0.1, stopped at the end."""
+def serving_web(settings: Settings, change: Callable[[Services], Services] = lambda same: same) -> Iterator[Web]:
+    """HTTP on a free port of 127.0.0.1, stopped at the end; `change` puts other services in place."""
     settings = settings.model_copy(update={"web": settings.web.model_copy(update={"port": 0})})
     listener = listen(settings)
     port = int(listener.getsockname()[1])
     ready = threading.Event()
-    with QueryService(settings) as finder:
-        server = make_server(settings, Services(finder), ready.set)
+    with QueryService(settings) as finder, closing(Transcoder()) as transcoder:
+        services = Services(finder, Archive(finder, open_readable(settings), transcoder))
+        server = make_server(settings, change(services), ready.set)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         assert ready.wait(30)

@@ -1,0 +1,117 @@
+"""What the retrieve transactions work with: which instances a URL names, and their bytes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from sphere.catalog.asof import AsOf
+from sphere.catalog.service import StoredInstance
+from sphere.ingest.storage.base import Readable
+from sphere.scp.retrieve.outbound import Converter, range_of, syntax_of
+from sphere.scp.retrieve.read_ahead import Range, ReadAhead
+from sphere.scp.retrieve.transcode import NotConverted
+from sphere.scp.retrieve.transcoder import MAX_SOURCE
+from sphere.scp.web.operations import uids
+from sphere.scp.web.problem import WebError
+
+PIECE = 1 << 20  # bytes handed on at once
+
+
+class Catalog(Protocol):
+    """What the query service does for us; recent arrivals are among its answers."""
+
+    def lookup_instances(
+        self,
+        *,
+        study: Sequence[str] = (),
+        series: Sequence[str] = (),
+        sop: Sequence[str] = (),
+        as_of: AsOf | None = None,
+    ) -> Iterator[StoredInstance]:
+        """Where instances are, in the order of the bundles."""
+
+    def lookup_headers(
+        self, *, study: str, series: str = "", sop: str = "", as_of: AsOf | None = None
+    ) -> Iterator[tuple[StoredInstance, str]]:
+        """The same with their headers as DICOM JSON."""
+
+
+@dataclass(frozen=True, slots=True)
+class Archive:
+    """The catalog, the bytes, and what changes their transfer syntax."""
+
+    catalog: Catalog
+    storage: Readable
+    converter: Converter
+
+    def instances(self, request: Request) -> list[StoredInstance]:
+        """Those of the study, series or instance in the path, each once; raises WebError (404) where there is none."""
+        return self.located(**uids(request))
+
+    def located(self, study: str, series: str = "", instance: str = "") -> list[StoredInstance]:
+        """Those of a study, or of them those of a series or with a SOPInstanceUID; raises WebError (404)."""
+        found = self.catalog.lookup_instances(
+            study=[study], series=[series] if series else [], sop=[instance] if instance else []
+        )
+        instances = list({one.SOPInstanceUID: one for one in found}.values())
+        if not instances:
+            raise WebError(f"there is no such {'instance' if instance else 'series' if series else 'study'}", http=404)
+        return instances
+
+    def header(self, instance: StoredInstance) -> str:
+        """The header of an instance, as DICOM JSON."""
+        found = self.catalog.lookup_headers(
+            study=instance.StudyInstanceUID, series=instance.SeriesInstanceUID, sop=instance.SOPInstanceUID
+        )
+        return next((header for one, header in found if one.sha256 == instance.sha256), "{}")
+
+    def read(self, instance: StoredInstance, offset: int, length: int) -> bytes:
+        """Bytes of the member, counted from its first one."""
+        return self.storage.read(instance.bundle, instance.offset + offset, length)
+
+    def bodies(self, ranges: Sequence[Range]) -> Generator[Iterator[memoryview], None, None]:
+        """The bytes of each range in turn, in pieces; read by a thread of its own until closed."""
+        with ReadAhead(self.storage, ranges) as reader:
+            for _ in ranges:
+                yield (part for whole in reader.next() for part in _cut(whole))
+
+    def pieces(self, one: Range) -> Generator[memoryview, None, None]:
+        """The bytes of one range."""
+        for body in self.bodies([one]):
+            yield from body
+
+    def converted(self, instance: StoredInstance, target: str, pieces: Iterable[memoryview] | None = None) -> bytes:
+        """The data set of an instance in another transfer syntax; raises NotConverted."""
+        size = instance.length - instance.dataset_offset
+        if size > MAX_SOURCE:
+            raise NotConverted(f"too large to be converted ({size >> 20} MiB)")
+        one = range_of(instance)
+        data = self.storage.read(one.bundle, one.offset, one.length) if pieces is None else b"".join(pieces)
+        return self.converter.convert(data, syntax_of(instance), target)
+
+
+def _cut(whole: memoryview) -> Iterator[memoryview]:
+    for start in range(0, len(whole), PIECE):
+        yield whole[start : start + PIECE]
+
+
+def etag(instances: Iterable[StoredInstance], *more: object) -> str:
+    """A strong entity tag: the bytes of some instances, and what else a representation depends on."""
+    digest = hashlib.sha256()
+    for text in (*sorted(one.sha256 for one in instances), *map(str, more)):
+        digest.update(f"{len(text)}:{text}".encode())
+    return f'"{digest.hexdigest()[:32]}"'
+
+
+def not_modified(request: Request, tag: str) -> Response | None:
+    """304 where the client has this representation (RFC 9110 13.1.2)."""
+    known = request.headers.get("if-none-match", "")
+    if known and any(one.strip().removeprefix("W/") in (tag, "*") for one in known.split(",")):
+        return Response(status_code=304, headers={"ETag": tag})
+    return None

@@ -1,0 +1,121 @@
+"""WADO-RS bulk data (PS3.18 10.4.1.1.5): the values that metadata refer to, by their places in the stored file."""
+
+from __future__ import annotations
+
+import re
+import zlib
+from urllib.parse import parse_qsl
+
+from pydicom.uid import DeflatedExplicitVRLittleEndian
+from starlette.requests import Request
+from starlette.responses import Response
+
+from sphere.catalog.service import StoredInstance
+from sphere.scp.retrieve.outbound import range_of, syntax_of
+from sphere.scp.retrieve.read_ahead import Range
+from sphere.scp.web.accept import accepted, choose
+from sphere.scp.web.archive import Archive, etag, not_modified
+from sphere.scp.web.multipart import Parts
+from sphere.scp.web.operations import PREFIX, Operation, parameter
+from sphere.scp.web.problem import WebError
+from sphere.scp.web.streamed import Body, Streamed
+
+OCTETS = "application/octet-stream"
+MAX_INFLATED = 1 << 30  # bytes inflated to reach a value
+INSTANCE = PREFIX + "/studies/{study}/series/{series}/instances/{instance}"
+_PARAMETERS = (
+    parameter("offset", {"type": "integer"}, "Where the value begins in the stored file."),
+    parameter("inflated_offset", {"type": "integer"}, "Where it begins in the inflated data set."),
+    parameter("length", {"type": "integer"}, "Its bytes."),
+)
+
+
+def offered(archive: Archive) -> list[Operation]:
+    """Bulk data of an instance."""
+
+    def bulkdata(request: Request) -> Response:
+        return answer(archive, request)
+
+    types = (f'multipart/related; type="{OCTETS}"', OCTETS)
+    return [Operation("GET", INSTANCE + "/bulkdata", bulkdata, "A value of an instance", "WADO-RS", types, _PARAMETERS)]
+
+
+def answer(archive: Archive, request: Request) -> Response:
+    """The value, or the part of it that a Range header names."""
+    ranges = accepted(request)
+    choose(ranges, (OCTETS,))
+    single = next((one.type != "multipart/related" for one in ranges if one.quality), True)
+    [instance] = archive.instances(request)[:1]
+    offset, length, inflated = _place(request, instance)
+    tag = etag([instance], offset, length, single)
+    if known := not_modified(request, tag):
+        return known
+    headers = {"ETag": tag, "Accept-Ranges": "bytes"}
+    status, start, end = 200, 0, length
+    if single and (text := request.headers.get("range")):
+        start, end = _range(text, length)
+        status = 206
+        headers["Content-Range"] = f"bytes {start}-{end - 1}/{length}"
+    parts = Parts(OCTETS)
+    head, tail = (b"", b"") if single else (parts.head(), parts.end)
+    headers["Content-Length"] = str(len(head) + end - start + len(tail))
+    request.state.found = 1
+
+    def body() -> Body:
+        yield head
+        if inflated:
+            yield _inflated(archive, instance, offset + start, end - start)
+        else:
+            yield from archive.pieces(Range(instance.bundle, instance.offset + offset + start, end - start))
+        yield tail
+
+    return Streamed(body(), status, headers, OCTETS if single else parts.media_type)
+
+
+def _place(request: Request, instance: StoredInstance) -> tuple[int, int, bool]:
+    """(offset, length, whether in the inflated data set) that the URL names, inside the stored file."""
+    given = dict(parse_qsl(request.url.query, keep_blank_values=True))
+    inflated = "inflated_offset" in given
+    offset, length = _number(given, "inflated_offset" if inflated else "offset"), _number(given, "length")
+    if inflated:
+        if syntax_of(instance) != DeflatedExplicitVRLittleEndian or offset + length > MAX_INFLATED:
+            raise WebError("there is no such value", http=404)
+    elif offset < instance.dataset_offset or offset + length > instance.length:
+        raise WebError("there is no such value", http=404)
+    return offset, length, inflated
+
+
+def _number(given: dict[str, str], name: str) -> int:
+    text = given.get(name, "")
+    if not re.fullmatch(r"[0-9]{1,15}", text, re.ASCII):
+        raise WebError(f"{name} must be a whole number")
+    return int(text)
+
+
+def _range(text: str, length: int) -> tuple[int, int]:
+    """Begin and end of the one range that is asked for (RFC 9110 14.1.2); raises WebError (416)."""
+    found = re.fullmatch(r"bytes=([0-9]{0,15})-([0-9]{0,15})", text.strip(), re.ASCII)
+    if not found or not (found[1] or found[2]):
+        raise WebError("Range must be one range of bytes", http=416)
+    if not found[1]:
+        start, end = max(0, length - int(found[2])), length
+    else:
+        start, end = int(found[1]), min(length, int(found[2]) + 1 if found[2] else length)
+    if start >= end:
+        raise WebError(f"the range is beyond the {length} bytes that there are", http=416)
+    return start, end
+
+
+def _inflated(archive: Archive, instance: StoredInstance, offset: int, length: int) -> bytes:
+    """Bytes of the inflated data set (PS3.5 A.5); raises WebError where it has not so many."""
+    inflater, passed, found = zlib.decompressobj(-zlib.MAX_WBITS), 0, bytearray()
+    for piece in archive.pieces(range_of(instance)):
+        data = bytes(piece)
+        while data and len(found) < length:
+            plain = inflater.decompress(data, 1 << 20)
+            data = inflater.unconsumed_tail
+            found += plain[max(0, offset - passed) :]
+            passed += len(plain)
+    if len(found) < length:
+        raise WebError("there is no such value", http=404)
+    return bytes(found[:length])

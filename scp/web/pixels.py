@@ -1,0 +1,259 @@
+"""Where the frames of an instance lie, and what is known of their pixels without opening it."""
+
+from __future__ import annotations
+
+import re
+import struct
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Any, Final
+
+import numpy as np
+import orjson
+from pydicom import dcmread
+from pydicom.datadict import tag_for_keyword
+from pydicom.dataset import Dataset
+from pydicom.encaps import encapsulate
+from pydicom.filebase import DicomBytesIO
+from pydicom.filewriter import write_dataset
+
+from sphere.catalog.service import StoredInstance
+from sphere.scp.retrieve.outbound import syntax_of
+from sphere.scp.retrieve.transcode import DECODERS, NATIVE, TARGETS, NotConverted
+from sphere.scp.web.archive import Archive
+from sphere.scp.web.problem import WebError
+from sphere.scp.web.retrieve import meta_of
+
+EXPLICIT: Final = TARGETS[0]
+OCTETS: Final = "application/octet-stream"
+MAX_FRAME: Final = 1 << 28  # bytes of one frame, decoded
+MAX_FRAMES: Final = 1 << 20
+KNOWN: Final = 64  # instances whose frames are remembered
+_IMAGE: Final = {  # the media types of encapsulated frames (PS3.18 Table 8.7.3-5)
+    **dict.fromkeys(("1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.51", "1.2.840.10008.1.2.4.57",
+                     "1.2.840.10008.1.2.4.70"), "image/jpeg"),
+    **dict.fromkeys(("1.2.840.10008.1.2.4.80", "1.2.840.10008.1.2.4.81"), "image/jls"),
+    **dict.fromkeys(("1.2.840.10008.1.2.4.90", "1.2.840.10008.1.2.4.91"), "image/jp2"),
+    **dict.fromkeys(("1.2.840.10008.1.2.4.201", "1.2.840.10008.1.2.4.202", "1.2.840.10008.1.2.4.203"), "image/jphc"),
+    "1.2.840.10008.1.2.5": "image/dicom-rle",
+    **dict.fromkeys(("1.2.840.10008.1.2.4.100", "1.2.840.10008.1.2.4.101"), "video/mpeg"),
+    **dict.fromkeys((f"1.2.840.10008.1.2.4.{n}" for n in range(102, 109)), "video/mp4"),
+}  # fmt: skip
+_DESCRIPTION: Final = ("SamplesPerPixel", "PhotometricInterpretation", "PlanarConfiguration", "Rows", "Columns",
+                       "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation")  # fmt: skip
+_SHOWN: Final = (
+    "NumberOfFrames", "RescaleSlope", "RescaleIntercept", "ModalityLUTSequence", "WindowCenter", "WindowWidth",
+    "VOILUTFunction", "VOILUTSequence", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
+    "PixelPaddingValue", "RedPaletteColorLookupTableDescriptor", "GreenPaletteColorLookupTableDescriptor",
+    "BluePaletteColorLookupTableDescriptor", "RedPaletteColorLookupTableData", "GreenPaletteColorLookupTableData",
+    "BluePaletteColorLookupTableData", "FrameTime", "CineRate", "RecommendedDisplayFrameRate", "PatientName",
+    "PatientID", "PatientBirthDate", "PatientSex", "Modality", "StudyDate", "SeriesDescription", "SliceThickness",
+    "KVP", "EchoTime",
+)  # fmt: skip
+_WANTED: Final = frozenset(f"{tag_for_keyword(keyword):08X}" for keyword in (*_DESCRIPTION, *_SHOWN))
+_PLACE = re.compile(r"\?offset=(\d+)&length=(\d+)")
+
+
+def media_type(syntax: str) -> str:
+    """That of a frame as it lies; OCTETS where it is not encapsulated."""
+    return _IMAGE.get(syntax, OCTETS)
+
+
+Fragments = tuple[tuple[tuple[int, int], ...], ...]
+"""(offset, length) of the fragments of each frame; nothing where the pixel data is not encapsulated."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pixels:
+    """The pixel data of an instance: bytes [offset, offset + length) of the member, and its frames."""
+
+    instance: StoredInstance
+    header: Dataset
+    offset: int
+    length: int
+    frames: int
+    fragments: Fragments = ()
+
+    @property
+    def bits(self) -> int:
+        """Of one frame, where it is not encapsulated."""
+        get = self.header.get
+        sampled = 2 if get("PhotometricInterpretation") == "YBR_FULL_422" else int(get("SamplesPerPixel") or 1)
+        return int(get("Rows") or 0) * int(get("Columns") or 0) * sampled * int(get("BitsAllocated") or 0)
+
+
+class PixelReader:
+    """Finds and reads frames; remembers where those of the last instances are. Safe to share between threads."""
+
+    def __init__(self, archive: Archive) -> None:
+        self._archive = archive
+        self._known: OrderedDict[tuple[str, str], Pixels] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def find(self, instance: StoredInstance) -> Pixels:
+        """The frames of an instance; raises WebError (404) where it has no pixel data."""
+        name = (instance.bundle, str(instance.offset))
+        with self._lock:
+            if known := self._known.get(name):
+                self._known.move_to_end(name)
+                return known
+        found = self._found(instance)
+        with self._lock:
+            self._known[name] = found
+            while len(self._known) > KNOWN:
+                self._known.popitem(last=False)
+        return found
+
+    def _found(self, instance: StoredInstance) -> Pixels:
+        elements: dict[str, Any] = orjson.loads(self._archive.header(instance))
+        element = next((elements[tag] for tag in ("7FE00010", "7FE00008", "7FE00009") if tag in elements), None)
+        if element is None:
+            raise WebError("the instance has no pixel data", http=404)
+        header = _image_header(elements)
+        frames = int(header.get("NumberOfFrames") or 1)
+        if not 0 < frames <= MAX_FRAMES:
+            raise WebError("the instance does not say how many frames it has", http=404)
+        place = _PLACE.fullmatch(element.get("BulkDataURI", ""))
+        if place is None:  # inflated, or short enough to be in the header: read by way of the converter
+            return Pixels(instance, header, 0, 0, frames)
+        offset, length = int(place[1]), int(place[2])
+        if syntax_of(instance) in NATIVE:
+            return Pixels(instance, header, offset, length, frames)
+        return Pixels(instance, header, offset, length, frames, self._fragments(instance, offset, frames))
+
+    def _fragments(self, instance: StoredInstance, start: int, frames: int) -> Fragments:
+        """The fragments of each frame (PS3.5 A.4): by the Basic Offset Table, else one for each, or all for one."""
+        items: list[tuple[int, int]] = []
+        at = start
+        while at + 8 <= instance.length and len(items) <= 2 * MAX_FRAMES:
+            tag, size = struct.unpack("<II", self._archive.read(instance, at, 8))
+            if tag != 0xE000FFFE or at + 8 + size > instance.length:
+                break
+            items.append((at + 8, size))
+            at += 8 + size
+        if len(items) < 2:
+            raise WebError("the pixel data has no fragments", http=404)
+        table, pieces = items[0], items[1:]
+        if frames == 1:
+            return (tuple(pieces),)
+        if table[1] == 4 * frames:
+            first = pieces[0][0] - 8
+            begins = [first + one for one in struct.unpack(f"<{frames}I", self._archive.read(instance, *table))]
+            ends = [*begins[1:], at]
+            pairs = zip(begins, ends, strict=True)
+            return tuple(tuple(p for p in pieces if begin <= p[0] - 8 < end) for begin, end in pairs)
+        if len(pieces) == frames:
+            return tuple((piece,) for piece in pieces)
+        raise WebError("its fragments do not tell its frames apart", http=406)
+
+    def stored(self, pixels: Pixels, frame: int) -> bytes:
+        """A frame (from 1) as it lies: an encapsulated one without its item headers."""
+        if pixels.fragments:
+            parts = pixels.fragments[frame - 1]
+            return b"".join(self._archive.read(pixels.instance, offset, length) for offset, length in parts)
+        if syntax_of(pixels.instance) not in TARGETS or not pixels.length:
+            return self._converted_whole(pixels, frame)
+        bits = pixels.bits
+        _check_size(bits)
+        if bits % 8 == 0:
+            begin = bits // 8 * (frame - 1)
+            if begin + bits // 8 > pixels.length:
+                raise WebError(f"the pixel data ends before frame {frame}", http=404)
+            return self._archive.read(pixels.instance, pixels.offset + begin, bits // 8)
+        first, last = bits * (frame - 1), bits * frame
+        data = self._archive.read(pixels.instance, pixels.offset + first // 8, (last + 7) // 8 - first // 8)
+        return _cut_bits(data, first % 8, bits)
+
+    def plain(self, pixels: Pixels, frame: int) -> Dataset:
+        """A data set with one frame in Explicit VR Little Endian, and what describes its pixels.
+
+        Raises WebError (406) where it cannot be decoded.
+        """
+        syntax = syntax_of(pixels.instance)
+        if not pixels.fragments:
+            return _described(pixels.header, self.stored(pixels, frame))
+        if syntax not in DECODERS:
+            raise WebError("the pixel data cannot be decoded here", http=406)
+        _check_size(pixels.bits)
+        image = _described(pixels.header, encapsulate([self.stored(pixels, frame)]))
+        image["PixelData"].VR = "OB"
+        image["PixelData"].is_undefined_length = True
+        out = DicomBytesIO()
+        out.is_implicit_VR, out.is_little_endian = False, True
+        write_dataset(out, image)
+        try:
+            converted = self._archive.converter.convert(out.getvalue(), syntax, EXPLICIT)
+        except NotConverted as error:
+            raise WebError(f"the frame cannot be decoded: {error}", http=406) from None
+        return _read(converted)
+
+    def _converted_whole(self, pixels: Pixels, frame: int) -> bytes:
+        """A frame of an instance that is deflated, big endian, or very small."""
+        instance = pixels.instance
+        if syntax_of(instance) in TARGETS:
+            data = self._archive.read(instance, 0, instance.length)
+            plain: Dataset = dcmread(BytesIO(data), force=True)
+        else:
+            try:
+                plain = _read(self._archive.converted(instance, EXPLICIT))
+            except NotConverted as error:
+                raise WebError(f"the frame cannot be had: {error}", http=406) from None
+        values = bytes(
+            plain.get("PixelData") or plain.get("FloatPixelData") or plain.get("DoubleFloatPixelData") or b""
+        )
+        first = pixels.bits * (frame - 1)
+        if first + pixels.bits > 8 * len(values):
+            raise WebError(f"the pixel data ends before frame {frame}", http=404)
+        return _cut_bits(values[first // 8 : (first + pixels.bits + 7) // 8], first % 8, pixels.bits)
+
+
+def _check_size(bits: int) -> None:
+    if not 0 < bits <= 8 * MAX_FRAME:
+        raise WebError(f"the header says that a frame has {bits // 8} bytes", http=406)
+
+
+def _cut_bits(data: bytes, first: int, bits: int) -> bytes:
+    """`bits` from bit `first` on, packed from the least significant bit as 1-bit pixels are (PS3.5 8.1.1)."""
+    if first == 0 and bits % 8 == 0:
+        return data[: bits // 8]
+    unpacked = np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little")
+    return np.packbits(unpacked[first : first + bits], bitorder="little").tobytes()
+
+
+def _described(header: Dataset, pixels: bytes) -> Dataset:
+    image = Dataset()
+    for keyword in _DESCRIPTION:
+        if keyword in header:
+            image[keyword] = header[keyword]
+    image.PixelData = pixels + b"\0" * (len(pixels) % 2)
+    image["PixelData"].VR = "OB" if int(header.get("BitsAllocated") or 8) <= 8 else "OW"
+    return image
+
+
+def _read(dataset: bytes) -> Dataset:
+    nobody = StoredInstance("", "", "", "", "", "", 0, 0, 0, None, "")
+    return dcmread(BytesIO(meta_of(nobody, EXPLICIT) + dataset), force=True)
+
+
+def _image_header(elements: Mapping[str, Any]) -> Dataset:
+    """The attributes that pixels are shown by, as far as they have values that pydicom takes."""
+    header = Dataset()
+    for tag, element in elements.items():
+        if tag in _WANTED:
+            try:
+                header.update(Dataset.from_json({tag: _without_bulk(element)}))
+            except (ValueError, TypeError, OverflowError, KeyError):
+                continue
+    return header
+
+
+def _without_bulk(element: Mapping[str, Any]) -> dict[str, Any]:
+    """An element without what lies elsewhere."""
+    kept = {name: value for name, value in element.items() if name != "BulkDataURI"}
+    if kept.get("vr") == "SQ":
+        items = [item or {} for item in kept.get("Value") or []]
+        kept["Value"] = [{tag: _without_bulk(inner) for tag, inner in item.items()} for item in items]
+    return kept
