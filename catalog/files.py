@@ -104,7 +104,9 @@ class FileQueries:
         """
         _refuse(as_of)
         self._members.catch_up()
-        wanted = {name: [uid] for name, uid in zip(UIDS, (study, series, sop), strict=True) if uid}
+        wanted: dict[str, Sequence[str]] = {
+            name: [uid] for name, uid in zip(UIDS, (study, series, sop), strict=True) if uid
+        }
         work = ((page,) for page in _pages(self._members.by_place(wanted)))
         for found in self._scanner.run(whole_headers, work, alone=True):
             for record, sop_class, pixel_offset, header in found:

@@ -127,9 +127,9 @@ class QueryService:
         """Answers of `ask`; where the index turns out damaged before the first, once more with a new one."""
         for last in (False, True):
             index = self._indexes.current() if as_of is None else self._indexes.at(as_of)
-            answers = ask(index)
             try:
-                index.catch_up()
+                index.catch_up()  # before anything is asked: some of `ask` read at once
+                answers = ask(index)
                 first = next(answers, None)
             except duckdb.Error as error:
                 if not is_damage(error):
