@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from sphere.catalog.answer import Match
-from sphere.catalog.asof import AsOf
-from sphere.catalog.files import FileQueries
-from sphere.catalog.query import Query
-from sphere.catalog.service import QueryService, StoredInstance
 from sphere.conf.settings import Settings
+
+if TYPE_CHECKING:
+    from sphere.catalog.answer import Match
+    from sphere.catalog.asof import AsOf
+    from sphere.catalog.query import Query
+    from sphere.catalog.service import StoredInstance
 
 
 class Queries(Protocol):
@@ -51,4 +53,57 @@ class Queries(Protocol):
 
 def open_queries(settings: Settings) -> Queries:
     """What ``catalog.mode`` names."""
-    return QueryService(settings) if settings.catalog.mode == "delta" else FileQueries(settings)
+    if settings.catalog.mode == "delta":
+        from sphere.catalog.service import QueryService
+
+        return QueryService(settings)
+    from sphere.catalog.files import FileQueries
+
+    return FileQueries(settings)
+
+
+class LateQueries:
+    """Queries that are opened, and their libraries loaded, when the first one comes.
+
+    DuckDB, deltalake and their kin are 35 MB, of which a process that only receives needs nothing.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._lock = threading.Lock()
+        self._opened: Queries | None = None
+
+    def __enter__(self) -> LateQueries:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of what was opened, if anything was."""
+        with self._lock:
+            if self._opened is not None:
+                self._opened.close()
+
+    def find(self, query: Query, *, as_of: AsOf | None = None, ae_title: str = "") -> Iterator[Match]:
+        """As of Queries."""
+        return self._queries().find(query, as_of=as_of, ae_title=ae_title)
+
+    def lookup_instances(
+        self,
+        *,
+        study: Sequence[str] = (),
+        series: Sequence[str] = (),
+        sop: Sequence[str] = (),
+        as_of: AsOf | None = None,
+    ) -> Iterator[StoredInstance]:
+        """As of Queries."""
+        return self._queries().lookup_instances(study=study, series=series, sop=sop, as_of=as_of)
+
+    def _queries(self) -> Queries:
+        with self._lock:
+            if self._opened is None:
+                self._opened = open_queries(self._settings)
+            return self._opened

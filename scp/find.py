@@ -7,17 +7,19 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from pydicom.dataset import Dataset
 from pydicom.uid import UID
 from pynetdicom.dsutils import decode
 
-from sphere.catalog.asof import AsOf
 from sphere.catalog.query import NO_FEATURES, Features, Model, Query, parse_identifier
-from sphere.catalog.service import Match
 from sphere.conf.errors import QueryError, SphereError
 from sphere.conf.settings import Snapshot
+
+if TYPE_CHECKING:
+    from sphere.catalog.asof import AsOf
+    from sphere.catalog.service import Match
 
 log = logging.getLogger(__name__)
 

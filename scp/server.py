@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from contextlib import closing
 
-from sphere.catalog.queries import open_queries
+from sphere.catalog.queries import LateQueries
 from sphere.conf.errors import SphereError
 from sphere.conf.settings import Settings
 from sphere.ingest.spool import open_readable, open_writer, recover_all
@@ -44,7 +44,7 @@ def run_receiver(settings: Settings, *, ready: Callable[[int], None]) -> None:
     writer = open_writer(settings)
     threading.Thread(target=_recover, args=(settings,), daemon=True, name="recovery").start()
     try:
-        with open_queries(settings) as finder, closing(Transcoder()) as transcoder:
+        with LateQueries(settings) as finder, closing(Transcoder()) as transcoder:
             locator = Locator(finder, settings.snapshots)
             readable = open_readable(settings)
             retrieve = RetrieveHandlers(RetrieveService(settings, readable, locator, transcoder)).services()

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from sphere.catalog.asof import AsOf
 from sphere.catalog.query import Query
-from sphere.catalog.service import Match, StoredInstance
 from sphere.conf.settings import Snapshot
 from sphere.scp.retrieve.identifier import Selection
+
+if TYPE_CHECKING:
+    from sphere.catalog.asof import AsOf
+    from sphere.catalog.service import Match, StoredInstance
 
 
 class Catalog(Protocol):

@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from pydicom.uid import UID
 
-from sphere.catalog.service import StoredInstance
 from sphere.conf.errors import StorageError
 from sphere.conf.logs import hashed
 from sphere.scp.retrieve.read_ahead import Range
@@ -19,6 +18,9 @@ from sphere.scp.upper.command import C_STORE_RQ, Command
 from sphere.scp.upper.messages import Context
 from sphere.scp.upper.outgoing import Outgoing
 from sphere.scp.upper.requestor import MAX_CONTEXTS, Proposed
+
+if TYPE_CHECKING:
+    from sphere.catalog.service import StoredInstance
 
 log = logging.getLogger(__name__)
 

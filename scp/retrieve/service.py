@@ -7,11 +7,10 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from pydicom.uid import UID
 
-from sphere.catalog.service import StoredInstance
 from sphere.conf.errors import QueryError, SphereError
 from sphere.conf.settings import Settings
 from sphere.ingest.storage.base import Readable
@@ -21,6 +20,9 @@ from sphere.scp.retrieve.identifier import Selection, decode_identifier, parse_s
 from sphere.scp.retrieve.outbound import Channel, Converter, Counts, Sender, groups, range_of
 from sphere.scp.retrieve.read_ahead import ReadAhead
 from sphere.scp.upper.requestor import connect
+
+if TYPE_CHECKING:
+    from sphere.catalog.service import StoredInstance
 
 log = logging.getLogger(__name__)
 
