@@ -55,6 +55,10 @@ class FileQueries:
         self._scanner.close()
         self._members.close()
 
+    def versions_of(self, study: str, *, seen: str, load: bool) -> None:
+        """There is no index: what journals do not say is not known."""
+        return
+
     def find(self, query: Query, *, as_of: AsOf | None = None, ae_title: str = "") -> Iterator[Match]:
         """The entities that match, in the order of their unique keys, as they are found; to be retrieved from
         `ae_title`, by default that of the archive.

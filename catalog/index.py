@@ -43,6 +43,8 @@ from sphere.ingest.spool import open_readable
 
 log = logging.getLogger(__name__)
 
+AT_HAND_S = 600.0
+"""Seconds without a query after which an index at hand is looked after."""
 FORMAT = 3
 """Raised when the layout of the file changes: files of another format are built anew."""
 
@@ -113,6 +115,18 @@ class IndexCache:
         except CatalogError as error:
             log.warning("answering from the index at hand: %s", error)
             return index
+
+    def at_hand(self, *, load: bool) -> Index | None:
+        """The index that was opened last, without waiting, or None.
+
+        With `load` a first one is opened in the background, and one that nobody asked a query for AT_HAND_S is looked
+        after.
+        """
+        with self._lock:
+            old = self._index is None or time.monotonic() - self._looked > AT_HAND_S
+            if load and old and self._refresh is None and (self._index is None or self._is_stale(self._index)):
+                self._refresh = self._builder.submit(self._load)
+            return self._index
 
     def at(self, as_of: AsOf) -> Index:
         """The index of an earlier version, without recent arrivals; the last PAST of them are kept.

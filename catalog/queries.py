@@ -12,6 +12,7 @@ from sphere.conf.settings import Settings
 if TYPE_CHECKING:
     from sphere.catalog.answer import Match
     from sphere.catalog.asof import AsOf
+    from sphere.catalog.known import KnownVersion
     from sphere.catalog.query import Query
     from sphere.catalog.service import StoredInstance
 
@@ -49,6 +50,10 @@ class Queries(Protocol):
         self, *, study: str, series: str = "", sop: str = "", as_of: AsOf | None = None
     ) -> Iterator[tuple[StoredInstance, str]]:
         """The instances of a study, a series or with a SOPInstanceUID, each with its header as DICOM JSON text."""
+
+    def versions_of(self, study: str, *, seen: str, load: bool) -> tuple[str, list[KnownVersion]] | None:
+        """What the catalog shows of a study, and the name of the index that says so; None where that is the one `seen`,
+        or where there is no index at hand. `load` has one opened in the background. Raises CatalogError."""
 
 
 def open_queries(settings: Settings) -> Queries:
@@ -101,6 +106,12 @@ class LateQueries:
     ) -> Iterator[StoredInstance]:
         """As of Queries."""
         return self._queries().lookup_instances(study=study, series=series, sop=sop, as_of=as_of)
+
+    def versions_of(self, study: str, *, seen: str, load: bool) -> tuple[str, list[KnownVersion]] | None:
+        """As of Queries; nothing is opened for it without `load`."""
+        if self._opened is None and not load:
+            return None
+        return self._queries().versions_of(study, seen=seen, load=load)
 
     def _queries(self) -> Queries:
         with self._lock:

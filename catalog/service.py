@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from heapq import merge
 from operator import itemgetter
@@ -16,6 +17,7 @@ from sphere.catalog.answer import Match, constants_of
 from sphere.catalog.asof import AsOf
 from sphere.catalog.headers import attributes_of, read_headers
 from sphere.catalog.index import IndexCache, is_damage
+from sphere.catalog.known import KnownVersion
 from sphere.catalog.layers import Index, Layer
 from sphere.catalog.match import Exact
 from sphere.catalog.match_header import Header, holds
@@ -78,6 +80,21 @@ class QueryService:
     def close(self) -> None:
         """Let go of the index; iterators that are still open may be read to their end."""
         self._indexes.close()
+
+    def versions_of(self, study: str, *, seen: str, load: bool) -> tuple[str, list[KnownVersion]] | None:
+        """What the catalog shows of a study (see sphere.catalog.queries.Queries)."""
+        index = self._indexes.at_hand(load=load)
+        if index is None or index.path.name == seen:
+            return None
+        columns = ", ".join(f'"{name}"' for name in KnownVersion.__dataclass_fields__)
+        sql = f"SELECT {columns} FROM read_parquet(?, union_by_name = true) WHERE StudyInstanceUID = ?"
+        try:
+            with closing(index.connection.cursor()) as cursor:
+                files = index.files.of_studies(cursor, [study])
+                rows = cursor.execute(sql, [files, study]).fetchall() if files else []
+        except duckdb.Error as error:
+            raise CatalogError(f"the catalog cannot be read: {error}") from None
+        return index.path.name, [KnownVersion(*row) for row in rows]
 
     def find(self, query: Query, *, as_of: AsOf | None = None, ae_title: str = "") -> Iterator[Match]:
         """The entities that match, in the order of their unique keys, a page at a time; to be retrieved from

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from datetime import datetime
-from typing import Literal, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
-Policy = Literal["keep-first", "replace"]
+from sphere.conf.settings import OnConflict
+
+Policy = OnConflict
 Order = tuple[datetime, str, int]
 Place = tuple[str, int]
 
@@ -49,5 +51,5 @@ def in_line(versions: Iterable[V]) -> list[V]:
 
 
 def shown(versions: Iterable[V], policy: Policy) -> V:
-    """The version (of at least one) that `instances` shows: ``keep-first`` the first, ``replace`` the newest one."""
-    return in_line(versions)[0 if policy == "keep-first" else -1]
+    """The version (of at least one) that `instances` shows: ``replace`` the newest one, else the first."""
+    return in_line(versions)[-1 if policy == "replace" else 0]

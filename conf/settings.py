@@ -159,11 +159,15 @@ class Catalog(Section):
     root: str = Field("", description="URL of the Delta tables (file:/// or hdfs://); empty: <storage.root>/catalog.")
 
 
+OnConflict = Literal["keep-first", "replace", "reject"]
+
+
 class Ingest(Section):
-    on_conflict: Literal["keep-first", "replace"] = Field(
+    on_conflict: OnConflict = Field(
         "keep-first",
-        description="Same SOPInstanceUID with other bytes: which version `instances` shows. Both stay in the bundles, "
-        "and `conflicts` says what happened.",
+        description="Same SOPInstanceUID with other bytes: which version `instances` shows. reject: the first, and a "
+        "C-STORE of another is answered 0x0111, duplicate SOP instance, where the first is known by then. All stay in "
+        "the bundles, and `conflicts` says what happened.",
     )
     durability: Literal["storage", "spool"] = Field(
         "storage",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -141,6 +141,14 @@ def prepare(member: NewMember) -> Prepared:
     name = tar.member_name(member.SOPInstanceUID, sha256)
     header = tar.member_header(name, length, fields["received_at"], fields)
     return Prepared(header, [member.preamble, *parts], streamed, length, fields)
+
+
+def with_digest(member: NewMember) -> NewMember:
+    """The member with its `sha256`; raises StorageError when its waiting file cannot be read."""
+    if member.sha256:
+        return member
+    dataset = member.dataset
+    return replace(member, sha256=_digest(dataset.chunks() if isinstance(dataset, FileRange) else _parts(dataset)))
 
 
 def _parts(dataset: Dataset) -> Sequence[Buffer]:

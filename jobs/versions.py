@@ -28,11 +28,12 @@ class Settled:
 def settle(uid: str, versions: Iterable[MemberRecord], policy: Policy) -> Settled:
     """Settle the versions (at least one) of a SOP Instance UID.
 
-    ``keep-first`` shows the version that arrived first, ``replace`` the newest one. Each version but the first has one
-    row in `conflicts`, keyed by its place: kept against the first one, or put in the place of the one before.
+    ``keep-first`` and ``reject`` show the version that arrived first, ``replace`` the newest one. Each version but the
+    first has one row in `conflicts`, keyed by its place: kept against the first one, or put in the place of the one
+    before.
     """
     line = in_line(versions)
-    if policy == "keep-first":
+    if policy != "replace":
         return Settled(line[0], tuple(_row(uid, line[0], later, later, policy) for later in line[1:]))
     pairs = zip(line[1:], line, strict=False)
     return Settled(line[-1], tuple(_row(uid, later, earlier, later, policy) for later, earlier in pairs))

@@ -149,6 +149,7 @@ def _store_request(message: Message, association: Association) -> StoreRequest:
         sha256=message.dataset.sha256,
         calling_ae=association.calling,
         called_ae=association.called,
+        sender=association.id,
         address=association.address,
         problem=message.dataset.error,
     )

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from contextlib import closing
 
+from sphere.catalog.known import KnownInstances
 from sphere.catalog.queries import LateQueries
 from sphere.conf.errors import SphereError
 from sphere.conf.settings import Settings
@@ -49,7 +50,8 @@ def run_receiver(settings: Settings, *, ready: Callable[[int], None]) -> None:
             readable = open_readable(settings)
             retrieve = RetrieveHandlers(RetrieveService(settings, readable, locator, transcoder)).services()
             calling = CallingPolicy(settings.peers)
-            store = StoreService(writer, Policy(settings, calling))
+            known, on_conflict = KnownInstances(settings, finder), settings.ingest.on_conflict
+            store = StoreService(writer, Policy(settings, calling), known, on_conflict=on_conflict)
             find = FindService(finder, settings.snapshots)
             commitment = Commitment(settings, finder, readable)
             callers = Callers(settings, calling)

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Protocol
 
+from sphere.catalog.known import KnownInstances, Meeting
 from sphere.conf.errors import SphereError
 from sphere.conf.logs import hashed
+from sphere.conf.settings import OnConflict
 from sphere.ingest.bundle import FileRange, NewMember
 from sphere.ingest.header import Identity, identify
-from sphere.ingest.members import Dataset
+from sphere.ingest.members import Dataset, with_digest
 from sphere.ingest.part10 import file_meta
 from sphere.ingest.records import MemberRecord
 from sphere.scp.policy import Policy, Via
@@ -21,6 +23,7 @@ log = logging.getLogger(__name__)
 SUCCESS = 0x0000
 OUT_OF_RESOURCES = 0xA700  # PS3.4 Table B.2-1
 MISMATCH = 0xB007  # warning: data set does not match SOP class (PS3.4 Table B.2-1)
+DUPLICATE_INSTANCE = 0x0111  # duplicate SOP instance (PS3.7 C.5.7)
 PROCESSING_FAILURE = 0x0110  # PS3.7 C.5.9
 PREFIXES = (1 << 16, 1 << 23)  # bytes given to the header reader to find the UIDs: first, and if that is too little
 MAX_COMMENT = 64  # characters of an Error Comment, LO (PS3.7 Table E.2-1)
@@ -40,6 +43,7 @@ class StoreRequest:
     called_ae: str = ""
     address: str  # of the sender
     via: Via = "dimse"
+    sender: str = ""  # what came with it: the association; copies that landed before it are recognised
     problem: OSError | None = None  # the disk failed while it arrived: `dataset` is not whole
 
 
@@ -61,10 +65,19 @@ class Writer(Protocol):
 class StoreService:
     """Lands instances: durable first, then Success."""
 
-    def __init__(self, writer: Writer, policy: Policy | None = None) -> None:
-        """`policy` decides what is let in; without one everything is."""
+    def __init__(
+        self,
+        writer: Writer,
+        policy: Policy | None = None,
+        known: KnownInstances | None = None,
+        *,
+        on_conflict: OnConflict = "keep-first",
+    ) -> None:
+        """`policy` decides what is let in; without one everything is. `known` says what need not be stored again."""
         self._writer = writer
         self._policy = policy
+        self._known = known
+        self._on_conflict = on_conflict
 
     def land(self, request: StoreRequest) -> StoreAnswer:
         """Store the bytes as they came; never raises.
@@ -81,12 +94,27 @@ class StoreService:
                 member = self._policy.admit(
                     member, via=request.via, called_ae=request.called_ae, address=request.address
                 )
-            self._writer.store(member)
+            meeting = self._keep(member, request.sender)
         except SphereError as error:
             return self._failed(request, error.dimse, str(error))
         except Exception as error:  # noqa: BLE001  a defect of ours must be answered, and not end the association
             return self._failed(request, PROCESSING_FAILURE, f"internal error ({type(error).__name__})")
+        if self._on_conflict == "reject" and meeting in ("other", "refused copy"):
+            return self._failed(request, DUPLICATE_INSTANCE, "another version of this instance is stored")
         return _judge(request, found)
+
+    def _keep(self, member: NewMember, sender: str) -> Meeting:
+        """Store the member, unless its very bytes are stored already; what it was."""
+        if self._known is None or not member.SOPInstanceUID:
+            self._writer.store(member)
+            return "new"
+        member = with_digest(member)
+        meeting = self._known.meet(member.SOPInstanceUID, member.StudyInstanceUID, member.sha256, sender=sender)
+        if meeting in ("new", "other"):
+            self._known.add(self._writer.store(member))
+        else:
+            log.info("not stored again instance=%s: its bytes are", hashed(member.SOPInstanceUID))
+        return meeting
 
     def _failed(self, request: StoreRequest, status: int, reason: str) -> StoreAnswer:
         log.error("not stored instance=%s status=0x%04X: %s", hashed(request.AffectedSOPInstanceUID), status, reason)

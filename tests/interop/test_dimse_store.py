@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from pydicom import dcmread
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian
 from pynetdicom import AE, AllStoragePresentationContexts, build_context
 
@@ -271,10 +272,29 @@ def test_rules_decide_what_storescu_is_answered(tmp_path: Path) -> None:
         {"calling_ae": "TRIAL*", "action": "tag", "collection": "trial"},
         {"modality": "MR", "action": "reject", "status": 0xA7FF, "name": "no-mr"},
     ]
-    ct, mr = make_instance(tmp_path / "ct.dcm"), make_instance(tmp_path / "mr.dcm", Modality="MR")
+    ct, other, mr = (
+        make_instance(tmp_path / f"{number}.dcm", Modality=modality)
+        for number, modality in enumerate(("CT", "CT", "MR"))
+    )
     with running_receiver(tmp_path / "archive", {"rules": rules}) as receiver:
-        for title, path, said in (("TRIAL1", ct, "0x0000"), ("OTHER", ct, "0x0000"), ("TRIAL1", mr, "0xa7ff")):
+        for title, path, said in (("TRIAL1", ct, "0x0000"), ("OTHER", other, "0x0000"), ("TRIAL1", mr, "0xa7ff")):
             run = run_tool("storescu", "-d", "-aet", title, "127.0.0.1", receiver.port, path)
             assert f"DIMSE Status                  : {said}" in run.stdout, run.stdout
         assert {record.collections for record in receiver.members()} == {("trial",), ()}
     assert "refused by rule no-mr" in receiver.log
+
+
+@pytest.mark.parametrize(("policy", "said"), [("keep-first", "0x0000"), ("reject", "0x0111")])
+def test_copies_are_stored_once_and_contradictions_answered(tmp_path: Path, policy: str, said: str) -> None:
+    path = make_instance(tmp_path / "1.dcm", SOPInstanceUID="1.2.3.4")
+    dataset = dcmread(path)
+    dataset.PatientComments = "corrected"
+    dataset.save_as(tmp_path / "2.dcm")
+    other = tmp_path / "2.dcm"
+    with running_receiver(tmp_path / "archive", {"ingest": {"on_conflict": policy}}) as receiver:
+        sent = [(path, "0x0000"), (path, "0x0000"), (other, said), (other, said), (path, "0x0000")]
+        for file, status in sent:
+            run = run_tool("storescu", "-d", "127.0.0.1", receiver.port, file)
+            assert f"DIMSE Status                  : {status}" in run.stdout, run.stdout
+        assert digests(receiver) == Counter([sha256(dataset_of(path)), sha256(dataset_of(other))])
+    assert receiver.log.count("not stored again") == 3

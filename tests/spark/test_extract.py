@@ -76,7 +76,7 @@ def test_batches_do_not_matter(spark: SparkSession, settings: Settings, tmp_path
         assert found[name] == expected[name], name
 
 
-@pytest.mark.parametrize(("policy", "comments"), [("keep-first", None), ("replace", "corrected again")])
+@pytest.mark.parametrize(("policy", "comments"), [("reject", None), ("replace", "corrected again")])
 def test_conflicts_follow_the_policy(spark: SparkSession, tmp_path: Path, policy: str, comments: str | None) -> None:
     settings = archive(tmp_path, ingest={"on_conflict": policy})
     mixture(settings)
@@ -87,7 +87,7 @@ def test_conflicts_follow_the_policy(spark: SparkSession, tmp_path: Path, policy
     settled = [found for found in table_rows(settings, "conflicts") if found["SOPInstanceUID"] == row["SOPInstanceUID"]]
     assert len(settled) == 2
     assert {found["decision"] for found in settled} == {policy}
-    if policy == "keep-first":
+    if policy == "reject":
         assert {found["kept_sha256"] for found in settled} == {row["sha256"]}
     else:
         assert settled[-1]["kept_sha256"] == row["sha256"]

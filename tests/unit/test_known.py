@@ -1,0 +1,121 @@
+"""Copies are stored once, wherever the first came from; contradictions are seen; what is gone is stored again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from sphere.catalog import known
+from sphere.catalog.known import KnownInstances
+from sphere.catalog.query import Query
+from sphere.catalog.service import QueryService
+from sphere.conf.settings import Settings
+from sphere.ingest.bundle import BundleWriter
+from sphere.ingest.members import NewMember, with_digest
+from sphere.ingest.storage import open_storage
+from tests.support.extracted import extract
+from tests.support.landing import archive, changed, land, new_member, slices
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.fixture
+def finder(settings: Settings) -> Iterator[QueryService]:
+    with QueryService(settings) as finder:
+        yield finder
+
+
+def meet(instances: KnownInstances, member: NewMember, sender: str = "a") -> str:
+    whole = with_digest(member)
+    return instances.meet(whole.SOPInstanceUID, whole.StudyInstanceUID, whole.sha256, sender=sender)
+
+
+def test_what_this_process_stored(settings: Settings, finder: QueryService) -> None:
+    [data] = slices(1)
+    first, other = new_member(data), new_member(changed(data, PatientComments="corrected"))
+    instances = KnownInstances(settings, finder)
+    writer = BundleWriter(open_storage(settings.storage.root), settings)
+    assert meet(instances, first) == "new"
+    instances.add(writer.store(first))
+    assert meet(instances, first) == "copy"
+    assert meet(instances, other) == "other"
+    instances.add(writer.store(other))
+    assert meet(instances, other) == "refused copy"
+    assert meet(instances, first) == "copy"
+    writer.close()
+
+
+def test_what_another_process_stored_before_the_association(settings: Settings, finder: QueryService) -> None:
+    instances = KnownInstances(settings, finder)
+    one, two = map(new_member, slices(2))
+    land(settings, [one])
+    assert meet(instances, one, "a") == "copy"
+    land(settings, [two])
+    assert meet(instances, two, "a") == "new"  # stored twice; extraction merges it
+    assert meet(instances, two, "b") == "copy"
+
+
+@pytest.mark.parametrize("policy", ["keep-first", "reject"])
+def test_what_the_catalog_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str) -> None:
+    """After a restart, and so long ago that the journals in memory do not reach back to it."""
+    monkeypatch.setattr(known, "KEPT", 0)
+    settings = archive(tmp_path, ingest={"on_conflict": policy})
+    first, second = map(new_member, slices(2))
+    other = new_member(changed(slices(1)[0], PatientComments="corrected"))
+    land(settings, [first])
+    extract(settings)
+    with QueryService(settings) as finder:
+        instances = KnownInstances(settings, finder)
+        if policy == "reject":  # an index is opened for it, in the background
+            deadline = time.monotonic() + 60
+            while finder._indexes.at_hand(load=True) is None and time.monotonic() < deadline:
+                time.sleep(0.01)
+        else:
+            assert meet(instances, first) == "new"
+            finder.count(Query.build("STUDY"))
+        monkeypatch.setattr(known, "KEPT", 100)
+        assert meet(instances, first, "b") == "copy"
+        assert meet(instances, other, "b") == "other"
+        assert meet(instances, second, "b") == "new"
+
+
+def test_the_newest_journals_are_known_after_a_restart(settings: Settings, finder: QueryService) -> None:
+    first, other = new_member(slices(1)[0]), new_member(changed(slices(1)[0], PatientComments="corrected"))
+    land(settings, [first])
+    land(settings, [other])
+    assert meet(KnownInstances(settings, finder), other) == "refused copy"
+    assert meet(KnownInstances(settings, finder), first) == "copy"
+
+
+@pytest.mark.parametrize("damage", ["gone", "changed", "short"])
+def test_a_copy_counts_only_where_its_bytes_are(settings: Settings, finder: QueryService, damage: str) -> None:
+    instances = KnownInstances(settings, finder)
+    member = new_member(slices(1)[0])
+    [record] = land(settings, [member])
+    path = open_storage(settings.storage.root).root / record.bundle  # type: ignore[union-attr]
+    data = path.read_bytes()
+    where = record.offset + record.dataset_offset + 40
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(data[:where] if damage == "short" else data[:where] + b"\xff" + data[where + 1 :])
+    assert meet(instances, member) == "other"
+
+
+def test_memory_is_bounded_and_a_storage_that_is_away_costs_nothing(
+    settings: Settings, finder: QueryService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(known, "KEPT", 3)
+    instances = KnownInstances(settings, finder)
+    record = land(settings, [new_member(slices(1)[0])])[0]
+    for number in range(10):
+        instances.add(replace(record, SOPInstanceUID=f"1.{number}"))
+    assert len(instances._versions) == 3
+    monkeypatch.setattr(known, "SENDERS", 4)
+    for number in range(10):
+        meet(instances, new_member(slices(1)[0]), str(number))
+    assert len(instances._senders) <= 4
