@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 import pyarrow as pa
 
-from sphere.catalog.schema import PATIENT_KEY_SQL, TABLES, Aggregate, RollUp
+from sphere.catalog.schema import BY_KEYWORD, PATIENT_KEY_SQL, TABLES, Aggregate, RollUp
 
 MARK = "sphere.rollup"
 """Application of the Delta transaction identifier by which a roll-up says which version of `instances` it shows."""
@@ -22,13 +22,18 @@ _SQL: Mapping[str, str] = {
 }
 
 
-def roll_up_sql(name: str, source: str) -> str:
-    """A SELECT that gives the rows of the roll-up `name` from the relation `source`, which has `source_columns`."""
+def roll_up_sql(name: str, source: str, *, absent: Container[str] = ()) -> str:
+    """A SELECT that gives the rows of the roll-up `name` from the relation `source`, which has `source_columns`.
+
+    Attributes that are `absent` are null in every row of `source`: it need not have their columns.
+    """
     roll_up = description(name)
     keys = ", ".join(f'"{key}"' for key in roll_up.keys)
     order = ", ".join(f'"{column}"' for column in roll_up.order)
     chosen = [
-        f'arg_min("{column}", place) AS "{column}"' for column in roll_up.attributes if column not in roll_up.keys
+        f'{_null(column) if column in absent else _first(column)} AS "{column}"'
+        for column in roll_up.attributes
+        if column not in roll_up.keys
     ]
     chosen += [f'{_sql(aggregate)} AS "{aggregate.column}"' for aggregate in roll_up.aggregates]
     grouped = (
@@ -70,6 +75,14 @@ _TYPES = (
     (pa.types.is_date, "DATE"),
     (pa.types.is_boolean, "BOOLEAN"),
 )
+
+
+def _first(keyword: str) -> str:
+    return f'arg_min("{keyword}", place)'
+
+
+def _null(keyword: str) -> str:
+    return f"CAST(NULL AS {duckdb_type(BY_KEYWORD[keyword].arrow)})"
 
 
 def _sql(aggregate: Aggregate) -> str:

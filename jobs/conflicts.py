@@ -44,7 +44,7 @@ class Decisions:
 
 def decide(tables: Tables, members: Members, contested: Mapping[Place, str], settings: Settings) -> Decisions:
     """Settle every contested SOP Instance UID from all its versions: new, in `instances` and in `conflicts`."""
-    rows = known_instances(tables.open("instances"), contested.values())
+    rows = known_instances(tables, tables.open("instances"), contested.values())
     before = _conflicts(tables, set(contested.values()))
     versions: dict[str, set[MemberRecord]] = {uid: set() for uid in contested.values()}
     for where, uid in contested.items():

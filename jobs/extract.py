@@ -149,7 +149,8 @@ class _Extraction:
     def _batch(self, batch: Batch) -> Report:
         self._steps.begin("plan")
         instances = self._tables.ensure("instances")
-        known = known_instances(instances, (record.SOPInstanceUID for record in batch.records))
+        onto = instances.version()
+        known = known_instances(self._tables, instances, (record.SOPInstanceUID for record in batch.records))
         planned = plan(batch.records, known)
         total = len(planned.new) + len(planned.contested)
         self._steps.begin("headers", 0, total)
@@ -162,7 +163,8 @@ class _Extraction:
         rejected = self._quarantine(batch, planned, found)
         settled = self._settle(batch, found)
         self._steps.begin("roll up")
-        rollup.refresh(self._tables, self._settings, on_step=self._steps.begin)
+        added = rollup.Added(onto, found.rolled) if found.files else None
+        rollup.refresh(self._tables, self._settings, on_step=self._steps.begin, added=added)
         self._lock.check()
         self._steps.begin("bundles")
         self._tables.merge("bundles", batch.bundles)

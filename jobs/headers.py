@@ -8,26 +8,26 @@ go into a file of their own below STAGING. Only names, reasons and counts travel
 from __future__ import annotations
 
 import functools
+import itertools
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
-from datetime import datetime, timedelta, timezone
-from operator import attrgetter
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 from pyspark.sql import SparkSession
 
-from sphere.catalog.schema import TABLES, TEXTS, TIMESTAMP
+from sphere.catalog.schema import TABLES, TEXTS
 from sphere.conf.errors import RejectReason, SphereError
 from sphere.conf.settings import Settings
 from sphere.ingest.header import Header, HeaderReader, Rejected, RowBuilder
+from sphere.ingest.journal import to_lines
 from sphere.ingest.records import MemberRecord
 from sphere.ingest.storage import open_storage
-from sphere.jobs.parquet import ROW_GROUP, FileWriter
+from sphere.jobs.parquet import ROW_GROUP, FileWriter, NewFile
 from sphere.jobs.ranges import Fetch, prefixes
-from sphere.jobs.tables import NewFile
+from sphere.jobs.rolling import COLUMNS, Rolled, roll_up
 from sphere.jobs.versions import Place, place
 
 STAGING = "_staging"
@@ -36,20 +36,11 @@ TASK_MEMBERS = 16_384
 """Members of one task, and so rows of one file, at most."""
 _ROW_GROUP_BYTES = 64 * 1024 * 1024  # of datasets, above which a row group ends early
 
-_EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
-_NAMES = [name.name for name in fields(MemberRecord)]
-_RECORD = attrgetter(*_NAMES)
-_INTEGERS = {"offset": pa.int64(), "length": pa.int64(), "dataset_offset": pa.int64(), "received_at": TIMESTAMP}
-_TYPES = {**_INTEGERS, "collections": TEXTS}
-_RECORD_TYPES = [_TYPES.get(name, pa.string()) for name in _NAMES]
-# received_at travels as microseconds since 1970: Spark would give it the session's time zone.
-_PLAN = pa.schema(
-    [(name, pa.int64() if name in _INTEGERS else _TYPES.get(name, pa.string())) for name in _NAMES]
-    + [("contested", pa.bool_())]
-)
+# A member travels as its line of the journal; one row of the frame is one task.
+_PLAN = pa.schema([("new", pa.binary()), ("contested", pa.binary()), ("split", TEXTS)])
 _RESULT = pa.schema(
     [
-        ("kind", pa.string()),  # "file", "staged", "contested" or "rejected"
+        ("kind", pa.string()),  # "file", "staged", "rolled", "contested" or "rejected"
         ("bundle", pa.string()),
         ("offset", pa.int64()),
         ("uid", pa.string()),  # contested: the SOP Instance UID that the header gives
@@ -59,18 +50,26 @@ _RESULT = pa.schema(
         ("size", pa.int64()),
         ("modified_ms", pa.int64()),
         ("stats", pa.string()),
-        ("rows", pa.int64()),
+        ("count", pa.int64()),  # file: rows in it
+        ("series", pa.binary()),  # rolled: what Rolled packs
+        ("studies", pa.binary()),
+        ("rows", pa.binary()),
     ]
 )
-_RESULT_DDL = ", ".join(f"`{column.name}` {'bigint' if column.type == pa.int64() else 'string'}" for column in _RESULT)
+_DDL = {pa.int64(): "bigint", pa.string(): "string", pa.binary(): "binary"}
+_RESULT_DDL = ", ".join(f"`{column.name}` {_DDL[column.type]}" for column in _RESULT)
 
 
 @dataclass(slots=True)
 class HeadersRead:
-    """What became of the members: `rows` of them are in `files`, the contested ones in `staged` files or rejected."""
+    """What became of the members: `rows` of them are in `files`, the contested ones in `staged` files or rejected.
+
+    ``rolled`` has the roll-ups of the rows in `files`, by task.
+    """
 
     rows: int = 0
     files: list[NewFile] = field(default_factory=list)
+    rolled: list[Rolled] = field(default_factory=list)
     staged: list[str] = field(default_factory=list)  # paths below the catalog root
     contested: dict[Place, str] = field(default_factory=dict)  # SOP Instance UID by place
     rejected: dict[Place, tuple[str, str]] = field(default_factory=dict)  # (reason, detail) by place
@@ -108,10 +107,8 @@ def read_headers(
     if not members:
         return HeadersRead()
     members.sort(key=lambda item: _by_study(item[0]))
-    longest = int(spark.conf.get("spark.sql.execution.arrow.maxRecordsPerBatch") or TASK_MEMBERS)
-    tasks = _split(members, parallelism=spark.sparkContext.defaultParallelism, longest=longest)
-    # One partition a chunk: neighbouring members stay together, in order.
-    frame = spark.createDataFrame(pa.concat_tables(map(_planned, tasks)))
+    tasks = _split(members, parallelism=spark.sparkContext.defaultParallelism)
+    frame = spark.createDataFrame(pa.concat_tables(_planned(tasks)))
     found = frame.mapInArrow(_Task(Sources.of(settings)), _RESULT_DDL).toArrow()
     return _collect(found.to_pylist())
 
@@ -120,19 +117,24 @@ def _by_study(record: MemberRecord) -> tuple[str, str, str, int]:
     return record.StudyInstanceUID, record.SeriesInstanceUID, record.bundle, record.offset
 
 
-def _split(members: Sequence[Any], *, parallelism: int, longest: int) -> list[Sequence[Any]]:
+def _split(members: Sequence[Any], *, parallelism: int) -> list[Sequence[Any]]:
     """Equal pieces: as many as cores, or multiples of that where a piece would be too long."""
-    most = min(TASK_MEMBERS, longest)
-    rounds = -(-len(members) // (most * parallelism))
+    rounds = -(-len(members) // (TASK_MEMBERS * parallelism))
     size = -(-len(members) // (rounds * parallelism))
     return [members[start : start + size] for start in range(0, len(members), size)]
 
 
-def _planned(members: Sequence[tuple[MemberRecord, bool]]) -> pa.Table:
-    columns = list(zip(*(_RECORD(record) for record, _ in members), strict=True))
-    arrays = [pa.array(column, type_) for column, type_ in zip(columns, _RECORD_TYPES, strict=True)]
-    arrays.append(pa.array([contested for _, contested in members], pa.bool_()))
-    return pa.table([array.cast(type_) for array, type_ in zip(arrays, _PLAN.types, strict=True)], schema=_PLAN)
+def _planned(tasks: Sequence[Sequence[tuple[MemberRecord, bool]]]) -> Iterator[pa.Table]:
+    """A row for each task, in a chunk of its own, which Spark makes a partition."""
+    ends = [(task[0][0].StudyInstanceUID, task[-1][0].StudyInstanceUID) for task in tasks]
+    split = {last for (_, last), (first, _) in itertools.pairwise(ends) if last == first}
+    for task, here in zip(tasks, ends, strict=True):
+        row = {
+            "new": to_lines([record for record, contested in task if not contested]),
+            "contested": to_lines([record for record, contested in task if contested]),
+            "split": sorted(split.intersection(here)),
+        }
+        yield pa.Table.from_pylist([row], schema=_PLAN)
 
 
 def _collect(results: Iterable[dict[str, Any]]) -> HeadersRead:
@@ -145,9 +147,11 @@ def _collect(results: Iterable[dict[str, Any]]) -> HeadersRead:
             read.contested[where] = result["uid"]
         elif result["kind"] == "staged":
             read.staged.append(f"{STAGING}/{result['path']}")
+        elif result["kind"] == "rolled":
+            read.rolled.append(Rolled.unpack(result["series"], result["studies"], result["rows"]))
         else:
             read.files.append(NewFile(result["path"], result["size"], result["modified_ms"], result["stats"]))
-            read.rows += result["rows"]
+            read.rows += result["count"]
     return read
 
 
@@ -159,20 +163,17 @@ class _Task:
 
     def __call__(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         schema = TABLES["instances"].schema
-        sink = _Sink(schema)
         reader = _reader(self._sources.max_header)
         storage = open_storage(self._sources.storage, user=self._sources.user)
-        for batch in batches:
-            rows = batch.to_pylist()
-            beginnings = prefixes(storage, [(row["bundle"], row["offset"], row["length"]) for row in rows])
-            for row, (prefix, fetch) in zip(rows, beginnings, strict=True):
-                contested = row.pop("contested")
-                row["received_at"] = _EPOCH + timedelta(microseconds=row["received_at"])
-                row["collections"] = tuple(row["collections"])
-                record = MemberRecord(**row)
-                sink.add(record, _read(reader, record, prefix, fetch), contested)
-        results = sink.finish(self._sources)
-        yield pa.RecordBatch.from_pylist(results, schema=_RESULT)
+        for task in (row for batch in batches for row in batch.to_pylist()):
+            sink = _Sink(schema, split=task["split"])
+            for contested in (False, True):
+                lines = task["contested" if contested else "new"].split(b"\n")[:-1]
+                records = [MemberRecord.from_json(line) for line in lines]
+                beginnings = prefixes(storage, [(record.bundle, record.offset, record.length) for record in records])
+                for record, (prefix, fetch) in zip(records, beginnings, strict=True):
+                    sink.add(record, _read(reader, record, prefix, fetch), contested)
+            yield pa.RecordBatch.from_pylist(sink.finish(self._sources), schema=_RESULT)
 
 
 @functools.cache
@@ -194,8 +195,10 @@ def _read(reader: HeaderReader, record: MemberRecord, prefix: bytes, fetch: Fetc
 class _Sink:
     """Collects the outcome of one task."""
 
-    def __init__(self, schema: pa.Schema) -> None:
+    def __init__(self, schema: pa.Schema, *, split: Collection[str]) -> None:
         self._schema = schema
+        self._split = split
+        self._rolled: list[pa.RecordBatch] = []
         self._rows = {contested: RowBuilder(schema) for contested in (False, True)}
         self._files: dict[bool, FileWriter] = {}
         self._results: list[dict[str, Any]] = []
@@ -218,7 +221,10 @@ class _Sink:
     def _flush(self, contested: bool) -> None:
         if contested not in self._files:
             self._files[contested] = FileWriter(self._schema)
-        self._files[contested].add(self._rows[contested].batch())
+        batch = self._rows[contested].batch()
+        self._files[contested].add(batch)
+        if not contested:
+            self._rolled.append(batch.select(COLUMNS))
 
     def finish(self, sources: Sources) -> list[dict[str, Any]]:
         storage = open_storage(sources.catalog, user=sources.user)
@@ -234,8 +240,10 @@ class _Sink:
                     size=file.size,
                     modified_ms=file.modified_ms,
                     stats=file.stats,
-                    rows=writer.rows,
+                    count=writer.rows,
                 )
+        if self._rolled:
+            self._tell("rolled", **roll_up(pa.Table.from_batches(self._rolled), split=self._split).pack())
         return self._results
 
     def _tell(self, kind: str, **what: Any) -> None:

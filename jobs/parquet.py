@@ -6,6 +6,7 @@ import io
 import math
 import time
 import uuid
+from dataclasses import dataclass
 from datetime import date, datetime, timedelta
 from typing import Any
 
@@ -15,13 +16,22 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from sphere.ingest.storage.base import Storage
-from sphere.jobs.tables import NewFile
 
 INDEXED = 32
 """Columns with statistics (delta.dataSkippingNumIndexedCols)."""
 ROW_GROUP = 8192
 """Rows of a row group at most: what a reader takes into memory at once."""
 _TEXT = 64  # characters of a text bound: a UID whole (PS3.5 9.1)
+
+
+@dataclass(frozen=True, slots=True)
+class NewFile:
+    """A Parquet file below a table's folder, ready to become part of the table; `size` in bytes, `stats` as JSON."""
+
+    path: str
+    size: int
+    modified_ms: int
+    stats: str
 
 
 class FileWriter:

@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.compute as pc
 from deltalake import DeltaTable
 
 from sphere.ingest.journal import Landed
 from sphere.ingest.records import MemberRecord
-from sphere.jobs.tables import read
+from sphere.jobs.tables import Tables
 from sphere.jobs.versions import Order, Place, order, place
+
+_KNOWN = ("SOPInstanceUID", "sha256", "received_at", "bundle", "offset")
 
 
 @dataclass(slots=True)
@@ -87,17 +87,11 @@ def _row(bundle: str, journal_bytes: int, members: int, sealed: bool) -> dict[st
     return {"bundle": bundle, "journal_bytes": journal_bytes, "members": members, "sealed": sealed}
 
 
-def known_instances(instances: DeltaTable | None, uids: Iterable[str]) -> dict[str, Known]:
+def known_instances(tables: Tables, instances: DeltaTable | None, uids: Iterable[str]) -> dict[str, Known]:
     """By SOP Instance UID, the member that `instances` shows, for those of `uids` that have a row."""
-    wanted = pa.array(sorted(set(uids) - {""}), pa.string())
-    found: dict[str, Known] = {}
-    if not len(wanted):
-        return found
-    for piece in read(instances, ("SOPInstanceUID", "sha256", "received_at", "bundle", "offset")):
-        rows = piece.filter(pc.is_in(piece["SOPInstanceUID"], value_set=wanted))
-        for uid, sha256, *when_and_where in zip(*(column.to_pylist() for column in rows.columns), strict=True):
-            found[uid] = Known(sha256, tuple(when_and_where))
-    return found
+    rows = tables.find("instances", _KNOWN, key="SOPInstanceUID", values=set(uids) - {""}, at=instances)
+    columns = (column.to_pylist() for column in rows.columns)
+    return {uid: Known(sha256, tuple(where)) for uid, sha256, *where in zip(*columns, strict=True)}
 
 
 def plan(records: Iterable[MemberRecord], known: Mapping[str, Known]) -> Plan:

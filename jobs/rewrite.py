@@ -20,8 +20,9 @@ from sphere.catalog.schema import TABLES
 from sphere.conf.errors import CatalogError
 from sphere.conf.settings import Settings
 from sphere.ingest.storage import open_storage
-from sphere.jobs.parquet import FileWriter
-from sphere.jobs.tables import NewFile, Tables
+from sphere.jobs.lookup import shaped
+from sphere.jobs.parquet import FileWriter, NewFile
+from sphere.jobs.tables import Tables
 from sphere.jobs.versions import Place
 
 _TABLE = "instances"
@@ -108,18 +109,9 @@ class _Copy:
                 matched = here.true_count
                 result = {"source": source, "matched": matched}
                 if matched and (self.matching or matched < len(here)):
-                    rows = _shaped(file.read()).filter(here if self.matching else pc.invert(here))
+                    rows = shaped(file.read(), TABLES[_TABLE].schema).filter(here if self.matching else pc.invert(here))
                     writer = FileWriter(rows.schema)
                     for piece in rows.to_batches():
                         writer.add(piece)
                     result |= asdict(writer.finish(storage, _TABLE))
                 yield pa.RecordBatch.from_pylist([result], schema=_RESULT)
-
-
-def _shaped(rows: pa.Table) -> pa.Table:
-    """The rows with all columns of today, null where the file is older than a column."""
-    schema = TABLES[_TABLE].schema
-    there = set(rows.column_names)
-    for field in (field for field in schema if field.name not in there):
-        rows = rows.append_column(field, pa.nulls(len(rows), field.type))
-    return rows.select(schema.names).cast(schema)

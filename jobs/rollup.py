@@ -2,31 +2,45 @@
 
 What changed comes from the change data feed, so that the roll-ups follow every writer of `instances`, and a killed run
 is made good by the next one: each roll-up carries the version of `instances` that it was computed from in the very
-commit that wrote it. `patients` goes first, as the patients of before are found through `studies`.
+commit that wrote it. Studies that are wholly of the rows which extraction has just added come rolled up by its tasks,
+and nothing is read for them. `patients` goes first, as the patients of before are found through `studies`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import duckdb
 import pyarrow as pa
+import pyarrow.compute as pc
 from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError
 
 from sphere.catalog.rollup import MARK, roll_up_sql, source_columns
 from sphere.catalog.schema import TABLES
 from sphere.conf.settings import Settings
-from sphere.jobs.tables import Tables, changed, read, reader
+from sphere.jobs.rolling import COLUMNS, Rolled, join
+from sphere.jobs.tables import Tables, changed, read
 
 MEMORY_LIMIT = "1GB"
 """Memory that a roll-up takes before it goes on in temporary files."""
 
-_KEYS = ("StudyInstanceUID",)
+_STUDY = "StudyInstanceUID"
+_OF_PATIENTS = tuple(source_columns("patients") | {"patient_key": None})
 
 
-def refresh(tables: Tables, settings: Settings, *, on_step: Callable[[str], None]) -> None:
+@dataclass(frozen=True, slots=True)
+class Added:
+    """Rows that were added to `instances` by the commit after the version `onto`, all of them, as tasks rolled them
+    up."""
+
+    onto: int
+    rolled: Sequence[Rolled]
+
+
+def refresh(tables: Tables, settings: Settings, *, on_step: Callable[[str], None], added: Added | None = None) -> None:
     """Bring the roll-ups to the present version of `instances`; calls `on_step` before each table's commit.
 
     Works in MEMORY_LIMIT, and beyond it in the archive's state folder. Raises JobFailed where another process writes.
@@ -35,19 +49,16 @@ def refresh(tables: Tables, settings: Settings, *, on_step: Callable[[str], None
         return
     instances = tables.ensure("instances")  # of an older version, it lacks columns
     rolled = {name: tables.ensure(name) for name in ("patients", "studies", "series")}
-    since = min(_seen(table) for table in rolled.values())
-    if since >= instances.version():
+    if min(map(_seen, rolled.values())) >= instances.version():
         return
-    touched = _touched(instances, (rolled["studies"], rolled["series"]), since)
-    if not len(touched):
+    touched, new = _touched(tables, instances, rolled, added)
+    if not touched and not (new and len(new.studies)):
         return
-    spill = settings.archive.state_dir / "rollup"
-    with duckdb.connect(config={"memory_limit": MEMORY_LIMIT, "temp_directory": str(spill)}) as db:
-        rows = _roll_up(db, instances, rolled["studies"], touched)
-        mark = (MARK, instances.version())
-        for name, table in rolled.items():
-            on_step(name)
-            tables.merge(name, rows[name], gone=_gone(db, name, table), onto=table, mark=mark)
+    rows, gone = _roll_up(tables, settings, instances, rolled, touched, new)
+    mark = (MARK, instances.version())
+    for name, table in rolled.items():
+        on_step(name)
+        tables.merge(name, rows[name], gone=gone[name], onto=table, mark=mark)
 
 
 def _seen(table: DeltaTable) -> int:
@@ -56,56 +67,98 @@ def _seen(table: DeltaTable) -> int:
     return -1 if mark is None else mark
 
 
-def _touched(instances: DeltaTable, rolled: Iterable[DeltaTable], since: int) -> pa.Table:
+def _touched(
+    tables: Tables, instances: DeltaTable, rolled: Mapping[str, DeltaTable], added: Added | None
+) -> tuple[set[str], Rolled | None]:
+    """Studies to be rolled up from the table, and the others that changed, rolled up already."""
+    if added is None or not added.rolled or not _show(instances, rolled.values(), added.onto):
+        return set(_changed_studies(instances, rolled, min(map(_seen, rolled.values())))), None
+    new, touched = join(added.rolled)
+    uids = new.studies[_STUDY].to_pylist()
+    # The studies show every row of the version before: a study that they do not have had none.
+    touched |= set(tables.find("studies", (_STUDY,), key=_STUDY, values=uids, at=rolled["studies"])[_STUDY].to_pylist())
+    if instances.version() > added.onto + 1:
+        touched |= set(_changed_studies(instances, rolled, added.onto + 1))
+    return touched, Rolled(_without(new.series, touched), _without(new.studies, touched), new.rows)
+
+
+def _show(instances: DeltaTable, rolled: Iterable[DeltaTable], version: int) -> bool:
+    """Whether the roll-ups show what `instances` had in a version."""
+    seen = set(map(_seen, rolled))
+    if seen == {version}:
+        return True
+    try:  # commits in between that changed no row: the table was made, columns were added
+        return len(seen) == 1 and not len(changed(instances, (_STUDY,), since=min(seen), until=version))
+    except DeltaError:
+        return False
+
+
+def _changed_studies(instances: DeltaTable, rolled: Mapping[str, DeltaTable], since: int) -> list[str]:
     """Studies that changed after a version; every study where the change feed no longer reaches so far back."""
     try:
-        return changed(instances, _KEYS, since=since)
+        found = changed(instances, (_STUDY,), since=since)
     except DeltaError:
-        pieces = [piece for table in (instances, *rolled) for piece in read(table, _KEYS)]
-        return pa.concat_tables(pieces).group_by(_KEYS).aggregate([])
+        sources = (instances, rolled["studies"], rolled["series"])
+        found = pa.concat_tables([piece for table in sources for piece in read(table, (_STUDY,))])
+    uids: list[str] = found[_STUDY].unique().to_pylist()
+    return uids
 
 
 def _roll_up(
-    db: duckdb.DuckDBPyConnection, instances: DeltaTable, studies: DeltaTable, touched: pa.Table
-) -> dict[str, pa.Table]:
-    """The new rows of every roll-up for the touched studies; they stay in `db` under their tables' names."""
-    db.execute("SET TimeZone = 'UTC'")
-    db.register("touched", touched)
-    columns = source_columns("series") | source_columns("studies")
-    _load(db, "rows", instances, tuple(columns), "SEMI JOIN touched USING (StudyInstanceUID)")
-    _compute(db, "series", "rows")
-    _compute(db, "studies", "rows")
-    # Patients of touched studies, as they were and as they are, and all the other studies of these patients.
-    _load(db, "before", studies, tuple(source_columns("patients") | {"patient_key": None}), "")
-    db.execute(
-        "CREATE TEMP TABLE affected AS SELECT patient_key FROM before SEMI JOIN touched USING (StudyInstanceUID) "
-        "UNION SELECT patient_key FROM studies"
-    )
-    db.execute(
-        "CREATE TEMP VIEW theirs AS SELECT * FROM studies UNION ALL BY NAME "
-        "SELECT * FROM before ANTI JOIN touched USING (StudyInstanceUID) SEMI JOIN affected USING (patient_key)"
-    )
-    _compute(db, "patients", "theirs")
-    return {name: db.sql(f"SELECT * FROM {name}").to_arrow_table() for name in ("patients", "studies", "series")}
+    tables: Tables,
+    settings: Settings,
+    instances: DeltaTable,
+    rolled: Mapping[str, DeltaTable],
+    touched: set[str],
+    new: Rolled | None,
+) -> tuple[dict[str, pa.Table], dict[str, list[dict[str, Any]]]]:
+    """By table, the new rows for the touched and the new studies, and the keys of those that have nothing left."""
+    spill = settings.archive.state_dir / "rollup"
+    with duckdb.connect(config={"memory_limit": MEMORY_LIMIT, "temp_directory": str(spill)}) as db:
+        db.execute("SET TimeZone = 'UTC'")
+        rows = {name: [getattr(new, name)] if new else [] for name in ("series", "studies")}
+        if touched:
+            _load(db, "rows", tables.pieces("instances", COLUMNS, key=_STUDY, values=touched, at=instances))
+            for name, pieces in rows.items():
+                pieces.append(_compute(db, name, "rows"))
+        series, studies = (pa.concat_tables(pieces) for pieces in rows.values())
+        # Patients of touched studies, as they were and as they are, and all the other studies of these patients.
+        before = tables.find("studies", _OF_PATIENTS, key=_STUDY, values=touched, at=rolled["studies"])
+        affected = {*before["patient_key"].to_pylist(), *studies["patient_key"].to_pylist()}
+        theirs = tables.find("studies", _OF_PATIENTS, key="patient_key", values=affected, at=rolled["studies"])
+        db.register("theirs", pa.concat_tables([studies.select(_OF_PATIENTS), _without(theirs, touched)]))
+        patients = _compute(db, "patients", "theirs")
+    had = {
+        "patients": before.select(["patient_key"]),
+        "studies": before.select([_STUDY]),
+        "series": tables.find("series", TABLES["series"].key, key=_STUDY, values=touched, at=rolled["series"]),
+    }
+    found = {"patients": patients, "studies": studies, "series": series}
+    return found, {name: _gone(had[name], found[name]) for name in found}
 
 
-def _load(db: duckdb.DuckDBPyConnection, name: str, table: DeltaTable, columns: tuple[str, ...], where: str) -> None:
-    stream = reader(table, columns)
-    db.register("stream", stream)
-    db.execute(f"CREATE TEMP TABLE {name} AS SELECT * FROM stream {where}")
+def _load(db: duckdb.DuckDBPyConnection, name: str, pieces: Iterator[pa.Table]) -> None:
+    schema = pa.schema([TABLES["instances"].schema.field(column) for column in COLUMNS])
+    batches = (batch for piece in pieces for batch in piece.to_batches())
+    db.register("stream", pa.RecordBatchReader.from_batches(schema, batches))
+    db.execute(f"CREATE TEMP TABLE {name} AS SELECT * FROM stream")
     db.unregister("stream")
 
 
-def _compute(db: duckdb.DuckDBPyConnection, name: str, source: str) -> None:
-    """Make the temporary table `name` from the rows of `source`, as the catalog's schema describes it."""
-    db.execute(f"CREATE TEMP TABLE {name} AS {roll_up_sql(name, source)}")
+def _compute(db: duckdb.DuckDBPyConnection, name: str, source: str) -> pa.Table:
+    """The rows of the table `name` from those of `source`, as the catalog's schema describes it."""
+    schema = TABLES[name].schema
+    return db.sql(roll_up_sql(name, source)).to_arrow_table().select(schema.names).cast(schema)
 
 
-def _gone(db: duckdb.DuckDBPyConnection, name: str, table: DeltaTable) -> list[dict[str, Any]]:
-    """Keys of rows that are in the table, belong to what was touched, and have nothing left to show."""
-    keys = TABLES[name].key
-    scope = "affected USING (patient_key)" if name == "patients" else "touched USING (StudyInstanceUID)"
-    _load(db, f"{name}_before", table, keys, f"SEMI JOIN {scope}")
-    names = ", ".join(f'"{key}"' for key in keys)
-    found = db.execute(f"SELECT {names} FROM {name}_before EXCEPT SELECT {names} FROM {name}").fetchall()
-    return [dict(zip(keys, row, strict=True)) for row in found]
+def _without(rows: pa.Table, studies: Collection[str]) -> pa.Table:
+    """The rows of other studies."""
+    return rows.filter(pc.invert(pc.is_in(rows[_STUDY], pa.array(studies, pa.string()))))
+
+
+def _gone(before: pa.Table, now: pa.Table) -> list[dict[str, Any]]:
+    """The keys of rows that are no more."""
+    keys = before.column_names
+    there = set(zip(*(now[key].to_pylist() for key in keys), strict=True))
+    rows = set(zip(*(before[key].to_pylist() for key in keys), strict=True))
+    return [dict(zip(keys, row, strict=True)) for row in rows - there]

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import unquote
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from deltalake import CommitProperties, DeltaTable, Field, QueryBuilder, Transaction
 from deltalake.exceptions import CommitFailedError, TableNotFoundError
 from deltalake.transaction import AddAction, RemoveAction
@@ -21,19 +21,17 @@ from deltalake.transaction import AddAction, RemoveAction
 from sphere.catalog.schema import TABLES
 from sphere.conf.errors import CatalogError, JobFailed
 from sphere.conf.settings import Settings
+from sphere.ingest.storage import open_storage
+from sphere.jobs.lookup import files, find, open_parquet, shaped
+from sphere.jobs.parquet import ROW_GROUP, FileWriter, NewFile
 
 _PROPERTIES = {"delta.dataSkippingNumIndexedCols": "32"}
-_GONE = "_gone"  # of a merge's source: delete the row of this key
-
-
-@dataclass(frozen=True, slots=True)
-class NewFile:
-    """A Parquet file below a table's folder, ready to become part of the table; `size` in bytes, `stats` as JSON."""
-
-    path: str
-    size: int
-    modified_ms: int
-    stats: str
+SMALL = 256 * 1024
+"""Bytes below which a file is joined with others by a merge."""
+FILE_ROWS = 8 * ROW_GROUP
+"""Rows of a file that a merge writes, at most."""
+JOINED = 8
+"""Small files of a table, from which on a merge joins them."""
 
 
 class Tables:
@@ -42,6 +40,7 @@ class Tables:
     def __init__(self, settings: Settings) -> None:
         become_hdfs_user(settings)
         self._root = settings.catalog_root
+        self._storage = open_storage(self._root, user=settings.storage.user)
 
     def url(self, name: str) -> str:
         """Where the table is."""
@@ -70,6 +69,20 @@ class Tables:
             return DeltaTable.create(self.url(name), wanted.schema, configuration=properties)
         return _extended(table, name, wanted.schema)
 
+    def find(
+        self, name: str, columns: Sequence[str], *, key: str, values: Iterable[str], at: DeltaTable | None
+    ) -> pa.Table:
+        """`columns` of the rows of a table whose column `key` has one of `values`; no row where there is no table."""
+        nothing = pa.schema([TABLES[name].schema.field(column) for column in columns]).empty_table()
+        return pa.concat_tables([nothing, *(self.pieces(name, columns, key=key, values=values, at=at) if at else ())])
+
+    def pieces(
+        self, name: str, columns: Sequence[str], *, key: str, values: Iterable[str], at: DeltaTable
+    ) -> Iterator[pa.Table]:
+        """What `find` finds, without ever holding all of it."""
+        wanted = pa.array(sorted(set(values)), pa.string())
+        return find(self._storage, name, at, columns, key=key, values=wanted)
+
     def merge(
         self,
         name: str,
@@ -81,31 +94,51 @@ class Tables:
     ) -> None:
         """Put `rows` in by the table's key, and take the rows of the keys `gone` out; without either do nothing.
 
-        The commit carries `mark`, an application's name and version, and fails where the table is no longer as in
-        `onto`. Raises JobFailed then.
+        Files that hold one of the keys are written anew without it, and small ones are joined. The commit carries
+        `mark`, an application's name and version, and fails where the table is no longer as in `onto`: raises JobFailed
+        then.
         """
-        schema = TABLES[name].schema
+        schema, key = TABLES[name].schema, list(TABLES[name].key)
         if not isinstance(rows, pa.Table):
             rows = pa.Table.from_pylist(list(rows), schema=schema)
         if not len(rows) and not gone:
             return
-        leaving = pa.Table.from_pylist(list(gone), schema=schema)
-        source = pa.concat_tables([_flagged(rows.select(schema.names).cast(schema), False), _flagged(leaving, True)])
-        match = " AND ".join(f't."{column}" = s."{column}"' for column in TABLES[name].key)
-        target = onto or self.ensure(name)
-        merger = target.merge(source, match, source_alias="s", target_alias="t", commit_properties=_commit(mark))
-        with_deletes = merger.when_matched_delete(f's."{_GONE}"') if gone else merger
-        try:
-            (
-                with_deletes.when_matched_update_all(except_cols=[_GONE])
-                .when_not_matched_insert_all(predicate=f'NOT s."{_GONE}"', except_cols=[_GONE])
-                .execute()
-            )
-        except CommitFailedError as error:
-            raise _overtaken(name) from error
+        rows = rows.select(schema.names).cast(schema)
+        leaving = pa.concat_tables([rows.select(key), pa.Table.from_pylist(list(gone), schema=schema).select(key)])
+        table = onto or self.ensure(name)
+        kept, removed = self._without(name, table, leaving)
+        result = pa.concat_tables([*kept, rows]).sort_by([(column, "ascending") for column in key])
+        new = [self._write(name, result.slice(start, FILE_ROWS)) for start in range(0, len(result), FILE_ROWS)]
+        self.append(name, new, removed=removed, onto=table, mark=mark)
+
+    def _write(self, name: str, rows: pa.Table) -> NewFile:
+        writer = FileWriter(rows.schema)
+        for batch in rows.combine_chunks().to_batches(max_chunksize=ROW_GROUP):
+            writer.add(batch)
+        return writer.finish(self._storage, name)
+
+    def _without(self, name: str, table: DeltaTable, leaving: pa.Table) -> tuple[list[pa.Table], dict[str, int]]:
+        """What is left without the keys of the files that hold them and of small ones, and these files' sizes."""
+        schema = TABLES[name].schema
+        sizes = files(table)
+        small = {path for path, size in sizes.items() if size < SMALL}
+        kept, removed = [], {}
+        for path in sizes:
+            with open_parquet(self._storage, f"{name}/{unquote(path)}") as file:
+                stays = _others(file.read(columns=leaving.column_names), leaving)
+                if stays.false_count or (path in small and len(small) >= JOINED):
+                    kept.append(shaped(file.read(), schema).filter(stays))
+                    removed[path] = sizes[path]
+        return kept, removed
 
     def append(
-        self, name: str, files: Sequence[NewFile], *, removed: Mapping[str, int] | None = None, onto: DeltaTable
+        self,
+        name: str,
+        files: Sequence[NewFile],
+        *,
+        removed: Mapping[str, int] | None = None,
+        onto: DeltaTable,
+        mark: tuple[str, int] | None = None,
     ) -> None:
         """Make `files` part of the table, those at the paths `removed` (with their sizes) no longer, in one commit.
 
@@ -117,7 +150,7 @@ class Tables:
         now = int(time.time() * 1000)
         actions += [RemoveAction(path, True, now, size, {}) for path, size in (removed or {}).items()]
         try:
-            onto.create_write_transaction(actions, "append", TABLES[name].schema, commit_properties=_commit(None))
+            onto.create_write_transaction(actions, "append", TABLES[name].schema, commit_properties=_commit(mark))
         except CommitFailedError as error:
             raise _overtaken(name) from error
 
@@ -144,10 +177,10 @@ def reader(table: DeltaTable, columns: Sequence[str]) -> pa.RecordBatchReader:
     return pa.RecordBatchReader.from_stream(found)
 
 
-def changed(table: DeltaTable, columns: Sequence[str], *, since: int) -> pa.Table:
-    """The distinct values of `columns` in rows that came, changed or left in versions after `since`."""
+def changed(table: DeltaTable, columns: Sequence[str], *, since: int, until: int | None = None) -> pa.Table:
+    """The distinct values of `columns` in rows that came, changed or left in versions after `since`, up to `until`."""
     quoted = [f'"{column}"' for column in columns]
-    feed = table.load_cdf(starting_version=since + 1, columns=quoted, allow_out_of_range=True)
+    feed = table.load_cdf(starting_version=since + 1, ending_version=until, columns=quoted, allow_out_of_range=True)
     schema = pa.schema([TABLES["instances"].schema.field(column) for column in columns])
     found = pa.table(pa.RecordBatchReader.from_stream(feed))
     if not len(found):
@@ -159,8 +192,11 @@ def _plain(type_: pa.DataType) -> pa.DataType:
     return pa.string() if type_ == pa.string_view() else type_
 
 
-def _flagged(rows: pa.Table, gone: bool) -> pa.Table:
-    return rows.append_column(_GONE, pa.array([gone] * len(rows), pa.bool_()))
+def _others(rows: pa.Table, keys: pa.Table) -> pa.BooleanArray:
+    """Which of the rows have none of the keys."""
+    numbered = rows.append_column("_row", pa.array(range(len(rows)), pa.int64()))
+    found = numbered.join(keys, keys=keys.column_names, join_type="left semi")["_row"]
+    return pc.invert(pc.is_in(numbered["_row"], value_set=found.combine_chunks())).combine_chunks()
 
 
 def _commit(mark: tuple[str, int] | None) -> CommitProperties:

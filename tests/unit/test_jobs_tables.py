@@ -14,7 +14,8 @@ from sphere.catalog.schema import TABLES
 from sphere.conf.errors import CatalogError, JobFailed
 from sphere.conf.settings import Settings
 from sphere.jobs import rollup
-from sphere.jobs.tables import NewFile, Tables, changed
+from sphere.jobs.parquet import NewFile
+from sphere.jobs.tables import Tables, changed
 from tests.support.catalog import instance, roll_up
 from tests.support.landing import archive, table_rows
 

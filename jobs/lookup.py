@@ -1,0 +1,82 @@
+"""Rows of a table by the values of one column, from those of its files only that may hold them."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from urllib.parse import unquote
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from deltalake import DeltaTable
+
+from sphere.catalog.schema import TABLES
+from sphere.ingest.storage.base import Storage
+
+
+def files(table: DeltaTable) -> dict[str, int]:
+    """The table's files, by their paths as its log has them, with their sizes in bytes."""
+    actions = pa.table(table.get_add_actions())
+    return dict(zip(actions["path"].to_pylist(), actions["size_bytes"].to_pylist(), strict=True))
+
+
+def find(
+    storage: Storage, name: str, table: DeltaTable, columns: Sequence[str], *, key: str, values: pa.Array
+) -> Iterator[pa.Table]:
+    """`columns` of the rows of the table `name` whose column `key` has one of `values`, in pieces of a row group;
+    null where a file lacks a column."""
+    schema = pa.schema([TABLES[name].schema.field(column) for column in columns])
+    for path in files(table) if len(values) else ():
+        with open_parquet(storage, f"{name}/{unquote(path)}") as file:
+            yield from (shaped(piece, schema) for piece in _matching(file, columns, key, values))
+
+
+def _matching(file: pq.ParquetFile, columns: Sequence[str], key: str, values: pa.Array) -> Iterator[pa.Table]:
+    present = [column for column in dict.fromkeys((key, *columns)) if column in file.schema_arrow.names]
+    for group in range(file.num_row_groups):
+        if pc.any(pc.is_in(file.read_row_group(group, columns=[key])[key], value_set=values)).as_py():
+            rows = file.read_row_group(group, columns=present)
+            yield rows.filter(pc.is_in(rows[key], value_set=values))
+
+
+def shaped(rows: pa.Table, schema: pa.Schema) -> pa.Table:
+    """The rows with the columns of `schema`, null where they lack one."""
+    there = set(rows.column_names)
+    for field in (field for field in schema if field.name not in there):
+        rows = rows.append_column(field, pa.nulls(len(rows), field.type))
+    return rows.select(schema.names).cast(schema)
+
+
+def open_parquet(storage: Storage, path: str) -> pq.ParquetFile:
+    """A Parquet file of the storage, of which only what is asked for is read."""
+    return pq.ParquetFile(pa.PythonFile(_Ranges(storage, path), mode="r"), pre_buffer=True)
+
+
+class _Ranges(io.RawIOBase):
+    """A file of the storage as Python's files are, read by ranges."""
+
+    def __init__(self, storage: Storage, path: str) -> None:
+        self._storage = storage
+        self._path = path
+        self._size = storage.size(path)
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        return self._at
+
+    def read(self, size: int | None = -1) -> bytes:
+        wanted = self._size - self._at if size is None or size < 0 else min(size, self._size - self._at)
+        data = self._storage.read(self._path, self._at, wanted) if wanted > 0 else b""
+        self._at += len(data)
+        return data

@@ -1,0 +1,94 @@
+"""Roll-ups of rows that are in hand: each task rolls up the studies that it alone has, before it lets go of their rows.
+
+Of a study whose instances are spread over several tasks, its rows themselves travel on, only the columns that roll-ups
+need and that say something. The SQL is that of every other roll-up.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import duckdb
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from sphere.catalog.rollup import description, roll_up_sql, source_columns
+from sphere.catalog.schema import TABLES
+
+COLUMNS = tuple(source_columns("series") | source_columns("studies"))
+"""Columns of `instances` that its roll-ups need."""
+_ROLL_UPS = (description("series"), description("studies"))
+_OPTIONAL = frozenset(name for roll_up in _ROLL_UPS for name in roll_up.attributes).difference(
+    *(roll_up.keys for roll_up in _ROLL_UPS),
+    (aggregate.source for roll_up in _ROLL_UPS for aggregate in roll_up.aggregates),
+)
+"""Of these, the columns that may be left out where they are null in every row."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rolled:
+    """Rows of `series` and `studies`, and rows of `instances` (some of COLUMNS) that are yet to be rolled up."""
+
+    series: pa.Table
+    studies: pa.Table
+    rows: pa.Table
+
+    def pack(self) -> dict[str, bytes]:
+        """Each table as an Arrow stream, by its name."""
+        return {"series": _packed(self.series), "studies": _packed(self.studies), "rows": _packed(self.rows)}
+
+    @classmethod
+    def unpack(cls, series: bytes, studies: bytes, rows: bytes) -> Rolled:
+        """What `pack` packed."""
+        return cls(*(pa.ipc.open_stream(data).read_all() for data in (series, studies, rows)))
+
+
+def roll_up(rows: pa.Table, *, split: Collection[str] = ()) -> Rolled:
+    """Roll up `rows` of `instances` (at least COLUMNS where they say something) but for the studies of `split`."""
+    present = [name for name in rows.column_names if name not in _OPTIONAL or rows[name].null_count < len(rows)]
+    rows = rows.select(present)
+    is_split = pc.is_in(rows["StudyInstanceUID"], pa.array(split, pa.string()))
+    whole = rows.filter(pc.invert(is_split)) if split else rows
+    return Rolled(_compute("series", whole), _compute("studies", whole), rows.filter(is_split))
+
+
+def join(pieces: Sequence[Rolled]) -> tuple[Rolled, set[str]]:
+    """All the pieces as one, split studies rolled up, and the studies that stand in it more than once.
+
+    Those are studies whose headers say another StudyInstanceUID than the journals, of which no task knew that it was
+    not alone.
+    """
+    rows = pa.concat_tables([piece.rows for piece in pieces], promote_options="default")
+    parts = [*pieces, roll_up(rows)] if len(rows) else pieces
+    studies = pa.concat_tables([part.studies for part in parts])
+    counts = studies.group_by("StudyInstanceUID").aggregate([([], "count_all")])
+    twice = set(counts.filter(pc.greater(counts["count_all"], 1))["StudyInstanceUID"].to_pylist())
+    return Rolled(pa.concat_tables([part.series for part in parts]), studies, rows.slice(0, 0)), twice
+
+
+def _compute(name: str, rows: pa.Table) -> pa.Table:
+    schema = TABLES[name].schema
+    if not len(rows):
+        return schema.empty_table()
+    with _database().cursor() as db:
+        db.execute("SET TimeZone = 'UTC'")
+        db.register("source", rows)
+        found = db.sql(roll_up_sql(name, "source", absent=_OPTIONAL.difference(rows.column_names))).to_arrow_table()
+    return found.select(schema.names).cast(schema)
+
+
+@functools.cache
+def _database() -> duckdb.DuckDBPyConnection:
+    """One for all tasks of a worker process: opening one costs more than a roll-up."""
+    return duckdb.connect(config={"threads": 1})
+
+
+def _packed(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    options = pa.ipc.IpcWriteOptions(compression="zstd")
+    with pa.ipc.new_stream(sink, table.schema, options=options) as writer:
+        writer.write_table(table)
+    data: bytes = sink.getvalue().to_pybytes()
+    return data
