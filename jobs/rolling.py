@@ -51,7 +51,7 @@ def roll_up(rows: pa.Table, *, split: Collection[str] = ()) -> Rolled:
     rows = rows.select(present)
     is_split = pc.is_in(rows["StudyInstanceUID"], pa.array(split, pa.string()))
     whole = rows.filter(pc.invert(is_split)) if split else rows
-    return Rolled(_compute("series", whole), _compute("studies", whole), rows.filter(is_split))
+    return Rolled(compute("series", whole), compute("studies", whole), rows.filter(is_split))
 
 
 def join(pieces: Sequence[Rolled]) -> tuple[Rolled, set[str]]:
@@ -68,14 +68,16 @@ def join(pieces: Sequence[Rolled]) -> tuple[Rolled, set[str]]:
     return Rolled(pa.concat_tables([part.series for part in parts]), studies, rows.slice(0, 0)), twice
 
 
-def _compute(name: str, rows: pa.Table) -> pa.Table:
+def compute(name: str, rows: pa.Table) -> pa.Table:
+    """The rows of the roll-up `name` from those of its source (of COLUMNS, for `series` and `studies`)."""
     schema = TABLES[name].schema
     if not len(rows):
         return schema.empty_table()
+    absent = () if name == "patients" else _OPTIONAL.difference(rows.column_names)
     with _database().cursor() as db:
         db.execute("SET TimeZone = 'UTC'")
         db.register("source", rows)
-        found = db.sql(roll_up_sql(name, "source", absent=_OPTIONAL.difference(rows.column_names))).to_arrow_table()
+        found = db.sql(roll_up_sql(name, "source", absent=absent)).to_arrow_table()
     return found.select(schema.names).cast(schema)
 
 

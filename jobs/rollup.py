@@ -21,7 +21,7 @@ from deltalake.exceptions import DeltaError
 from sphere.catalog.rollup import MARK, roll_up_sql, source_columns
 from sphere.catalog.schema import TABLES
 from sphere.conf.settings import Settings
-from sphere.jobs.rolling import COLUMNS, Rolled, join
+from sphere.jobs.rolling import COLUMNS, Rolled, compute, join
 from sphere.jobs.tables import Tables, changed, read
 
 MEMORY_LIMIT = "1GB"
@@ -45,9 +45,9 @@ def refresh(tables: Tables, settings: Settings, *, on_step: Callable[[str], None
 
     Works in MEMORY_LIMIT, and beyond it in the archive's state folder. Raises JobFailed where another process writes.
     """
-    if tables.open("instances") is None:
+    instances = tables.current("instances")
+    if instances is None:
         return
-    instances = tables.ensure("instances")  # of an older version, it lacks columns
     rolled = {name: tables.ensure(name) for name in ("patients", "studies", "series")}
     if min(map(_seen, rolled.values())) >= instances.version():
         return
@@ -113,42 +113,38 @@ def _roll_up(
     new: Rolled | None,
 ) -> tuple[dict[str, pa.Table], dict[str, list[dict[str, Any]]]]:
     """By table, the new rows for the touched and the new studies, and the keys of those that have nothing left."""
-    spill = settings.archive.state_dir / "rollup"
-    with duckdb.connect(config={"memory_limit": MEMORY_LIMIT, "temp_directory": str(spill)}) as db:
-        db.execute("SET TimeZone = 'UTC'")
-        rows = {name: [getattr(new, name)] if new else [] for name in ("series", "studies")}
-        if touched:
-            _load(db, "rows", tables.pieces("instances", COLUMNS, key=_STUDY, values=touched, at=instances))
-            for name, pieces in rows.items():
-                pieces.append(_compute(db, name, "rows"))
-        series, studies = (pa.concat_tables(pieces) for pieces in rows.values())
-        # Patients of touched studies, as they were and as they are, and all the other studies of these patients.
-        before = tables.find("studies", _OF_PATIENTS, key=_STUDY, values=touched, at=rolled["studies"])
-        affected = {*before["patient_key"].to_pylist(), *studies["patient_key"].to_pylist()}
-        theirs = tables.find("studies", _OF_PATIENTS, key="patient_key", values=affected, at=rolled["studies"])
-        db.register("theirs", pa.concat_tables([studies.select(_OF_PATIENTS), _without(theirs, touched)]))
-        patients = _compute(db, "patients", "theirs")
+    series, studies = ([getattr(new, name)] if new else [] for name in ("series", "studies"))
+    if touched:
+        source = tables.pieces("instances", COLUMNS, key=_STUDY, values=touched, at=instances)
+        for pieces, rows in zip((series, studies), _roll_up_again(source, settings), strict=True):
+            pieces.append(rows)
+    found = {"studies": pa.concat_tables(studies), "series": pa.concat_tables(series)}
+    # Patients of touched studies, as they were and as they are, and all the other studies of these patients.
+    before = tables.find("studies", _OF_PATIENTS, key=_STUDY, values=touched, at=rolled["studies"])
+    affected = {*before["patient_key"].to_pylist(), *found["studies"]["patient_key"].to_pylist()}
+    theirs = tables.find("studies", _OF_PATIENTS, key="patient_key", values=affected, at=rolled["studies"])
+    theirs = pa.concat_tables([found["studies"].select(_OF_PATIENTS), _without(theirs, touched)])
+    found["patients"] = compute("patients", theirs)
     had = {
         "patients": before.select(["patient_key"]),
         "studies": before.select([_STUDY]),
         "series": tables.find("series", TABLES["series"].key, key=_STUDY, values=touched, at=rolled["series"]),
     }
-    found = {"patients": patients, "studies": studies, "series": series}
     return found, {name: _gone(had[name], found[name]) for name in found}
 
 
-def _load(db: duckdb.DuckDBPyConnection, name: str, pieces: Iterator[pa.Table]) -> None:
+def _roll_up_again(pieces: Iterator[pa.Table], settings: Settings) -> Iterator[pa.Table]:
+    """Rows of `series` and of `studies` from those of `instances`, of which there may be more than memory holds."""
     schema = pa.schema([TABLES["instances"].schema.field(column) for column in COLUMNS])
     batches = (batch for piece in pieces for batch in piece.to_batches())
-    db.register("stream", pa.RecordBatchReader.from_batches(schema, batches))
-    db.execute(f"CREATE TEMP TABLE {name} AS SELECT * FROM stream")
-    db.unregister("stream")
-
-
-def _compute(db: duckdb.DuckDBPyConnection, name: str, source: str) -> pa.Table:
-    """The rows of the table `name` from those of `source`, as the catalog's schema describes it."""
-    schema = TABLES[name].schema
-    return db.sql(roll_up_sql(name, source)).to_arrow_table().select(schema.names).cast(schema)
+    spill = settings.archive.state_dir / "rollup"
+    with duckdb.connect(config={"memory_limit": MEMORY_LIMIT, "temp_directory": str(spill)}) as db:
+        db.execute("SET TimeZone = 'UTC'")
+        db.register("stream", pa.RecordBatchReader.from_batches(schema, batches))
+        db.execute("CREATE TEMP TABLE source AS SELECT * FROM stream")
+        for name in ("series", "studies"):
+            wanted = TABLES[name].schema
+            yield db.sql(roll_up_sql(name, "source")).to_arrow_table().select(wanted.names).cast(wanted)
 
 
 def _without(rows: pa.Table, studies: Collection[str]) -> pa.Table:

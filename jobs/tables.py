@@ -40,6 +40,7 @@ class Tables:
     def __init__(self, settings: Settings) -> None:
         become_hdfs_user(settings)
         self._root = settings.catalog_root
+        self._checked: set[str] = set()  # tables that have all the columns, and keep them: they are only ever added
         self._storage = open_storage(self._root, user=settings.storage.user)
 
     def url(self, name: str) -> str:
@@ -60,14 +61,21 @@ class Tables:
         except OSError as error:
             raise CatalogError(f"{self.url(name)} cannot be read: {' '.join(str(error).split())}") from None
 
-    def ensure(self, name: str) -> DeltaTable:
-        """The table as of now, made or given the columns that it lacks; raises CatalogError where a type differs."""
-        wanted = TABLES[name]
+    def current(self, name: str) -> DeltaTable | None:
+        """The table as of now, given the columns that it lacks, or None where nothing was ever written to it.
+
+        Raises CatalogError where a type differs.
+        """
         table = self.open(name)
-        if table is None:
-            properties = {**_PROPERTIES, **wanted.properties}
-            return DeltaTable.create(self.url(name), wanted.schema, configuration=properties)
-        return _extended(table, name, wanted.schema)
+        if table is not None and name not in self._checked:
+            table = _extended(table, name, TABLES[name].schema)
+            self._checked.add(name)
+        return table
+
+    def ensure(self, name: str) -> DeltaTable:
+        """What `current` gives, of a table that is made where there is none."""
+        properties = {**_PROPERTIES, **TABLES[name].properties}
+        return self.current(name) or DeltaTable.create(self.url(name), TABLES[name].schema, configuration=properties)
 
     def find(
         self, name: str, columns: Sequence[str], *, key: str, values: Iterable[str], at: DeltaTable | None
