@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from urllib.parse import unquote
 
 import pyarrow as pa
@@ -22,12 +22,12 @@ def files(table: DeltaTable) -> dict[str, int]:
 
 
 def find(
-    storage: Storage, name: str, table: DeltaTable, columns: Sequence[str], *, key: str, values: pa.Array
+    storage: Storage, name: str, paths: Iterable[str], columns: Sequence[str], *, key: str, values: pa.Array
 ) -> Iterator[pa.Table]:
-    """`columns` of the rows of the table `name` whose column `key` has one of `values`, in pieces of a row group;
-    null where a file lacks a column."""
+    """`columns` of the rows of these files of the table `name` whose column `key` has one of `values`, in pieces of a
+    row group; null where a file lacks a column."""
     schema = pa.schema([TABLES[name].schema.field(column) for column in columns])
-    for path in files(table) if len(values) else ():
+    for path in paths if len(values) else ():
         with open_parquet(storage, f"{name}/{unquote(path)}") as file:
             yield from (shaped(piece, schema) for piece in _matching(file, columns, key, values))
 

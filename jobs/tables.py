@@ -22,10 +22,18 @@ from sphere.catalog.schema import TABLES
 from sphere.conf.errors import CatalogError, JobFailed
 from sphere.conf.settings import Settings
 from sphere.ingest.storage import open_storage
+from sphere.jobs.keys import KeyFiles
 from sphere.jobs.lookup import files, find, open_parquet, shaped
 from sphere.jobs.parquet import ROW_GROUP, FileWriter, NewFile
 
 _PROPERTIES = {"delta.dataSkippingNumIndexedCols": "32"}
+KEYS = {
+    "instances": ("SOPInstanceUID", "StudyInstanceUID"),
+    "series": ("StudyInstanceUID",),
+    "studies": ("StudyInstanceUID", "patient_key"),
+    "patients": ("patient_key",),
+}
+"""Columns of the tables that grow with the archive of which it is kept which files hold which value."""
 SMALL = 256 * 1024
 """Bytes below which a file is joined with others by a merge."""
 FILE_ROWS = 8 * ROW_GROUP
@@ -40,6 +48,8 @@ class Tables:
     def __init__(self, settings: Settings) -> None:
         become_hdfs_user(settings)
         self._root = settings.catalog_root
+        self._state_dir = settings.archive.state_dir
+        self._keys: dict[str, KeyFiles] = {}
         self._checked: set[str] = set()  # tables that have all the columns, and keep them: they are only ever added
         self._storage = open_storage(self._root, user=settings.storage.user)
 
@@ -89,7 +99,22 @@ class Tables:
     ) -> Iterator[pa.Table]:
         """What `find` finds, without ever holding all of it."""
         wanted = pa.array(sorted(set(values)), pa.string())
-        return find(self._storage, name, at, columns, key=key, values=wanted)
+        return find(self._storage, name, self._holding(name, at, key, wanted), columns, key=key, values=wanted)
+
+    def _holding(self, name: str, table: DeltaTable, key: str, values: pa.Array) -> list[str]:
+        """The files that may hold one of the values of a key: all of them where no cache is kept of the key."""
+        paths = list(files(table))
+        columns = KEYS.get(name, ())
+        if key not in columns:
+            return paths
+        if name not in self._keys:
+            self._keys[name] = KeyFiles(self._state_dir / "keys" / name, columns)
+
+        def load(path: str) -> pa.Table:
+            with open_parquet(self._storage, f"{name}/{unquote(path)}") as file:
+                return file.read(columns=list(columns))
+
+        return self._keys[name].holding(str(table.metadata().id), paths, key, values, load=load)
 
     def merge(
         self,
@@ -129,12 +154,16 @@ class Tables:
         """What is left without the keys of the files that hold them and of small ones, and these files' sizes."""
         schema = TABLES[name].schema
         sizes = files(table)
+        key = leaving.column_names[0]
+        holding = set(self._holding(name, table, key, leaving[key].combine_chunks()))
         small = {path for path, size in sizes.items() if size < SMALL}
+        if len(small) < JOINED:
+            small = set()
         kept, removed = [], {}
-        for path in sizes:
+        for path in sorted(holding | small):
             with open_parquet(self._storage, f"{name}/{unquote(path)}") as file:
                 stays = _others(file.read(columns=leaving.column_names), leaving)
-                if stays.false_count or (path in small and len(small) >= JOINED):
+                if stays.false_count or path in small:
                     kept.append(shaped(file.read(), schema).filter(stays))
                     removed[path] = sizes[path]
         return kept, removed

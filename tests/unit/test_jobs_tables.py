@@ -15,6 +15,8 @@ from sphere.conf.errors import CatalogError, JobFailed
 from sphere.conf.settings import Settings
 from sphere.jobs import rollup
 from sphere.jobs.parquet import NewFile
+from sphere.jobs.rolling import COLUMNS, Rolled
+from sphere.jobs.rolling import roll_up as roll_up_rows
 from sphere.jobs.tables import Tables, changed
 from tests.support.catalog import instance, roll_up
 from tests.support.landing import archive, table_rows
@@ -67,7 +69,7 @@ def test_another_type_is_an_error(settings: Settings) -> None:
 
 def study(number: int, *, study_uid: str, series: str, patient: str | None, **attributes: Any) -> dict[str, Any]:
     uids = {"StudyInstanceUID": study_uid, "SeriesInstanceUID": series, "PatientID": patient}
-    return instance(number, **uids, IssuerOfPatientID=None, Modality="CT", **attributes)
+    return instance(number, **{**uids, "IssuerOfPatientID": None, "Modality": "CT", **attributes})
 
 
 BEFORE = [
@@ -146,6 +148,81 @@ def test_roll_ups_cut_short_are_completed(settings: Settings, after: str) -> Non
         rollup.refresh(Tables(settings), settings, on_step=stop)
     refresh(settings)
     check(settings)
+
+
+def add(settings: Settings, *tasks: list[dict[str, Any]], split: tuple[str, ...] = ()) -> rollup.Added:
+    """Append the rows in one commit, and roll them up as tasks that have these rows do."""
+    tables = Tables(settings)
+    table = tables.ensure("instances")
+    pieces = [pa.Table.from_pylist(rows, schema=TABLES["instances"].schema) for rows in tasks]
+    onto = table.version()
+    write_deltalake(table, pa.concat_tables(pieces), mode="append")
+    rolled = (roll_up_rows(piece.select(COLUMNS), split=split) for piece in pieces)
+    return rollup.Added(onto, [Rolled.unpack(**one.pack()) for one in rolled])
+
+
+NEW = [
+    study(10, study_uid="2.1", series="2.1.1", patient="A", StudyDescription=None, Manufacturer="first"),
+    study(11, study_uid="2.1", series="2.1.1", patient="A", StudyDescription="later one", collections=["x"]),
+    study(12, study_uid="2.2", series="2.2.1", patient="Z"),
+    study(13, study_uid="2.2", series="2.2.2", patient="Z", Modality="PT"),
+]
+
+
+@pytest.mark.parametrize(
+    ("tasks", "split", "again"),
+    [
+        ([NEW], (), 0),
+        ([NEW[:2], NEW[2:]], (), 0),
+        ([NEW[:3], NEW[3:]], ("2.2",), 0),
+        ([NEW[:3], NEW[3:]], (), 1),  # a study that no task knew to be split
+        ([NEW, [study(14, study_uid="1.1", series="1.1.9", patient="A")]], (), 1),  # one that was there before
+    ],
+)
+def test_new_studies_are_rolled_up_without_reading_them(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, tasks: list[Any], split: tuple[str, ...], again: int
+) -> None:
+    write(settings, BEFORE)
+    refresh(settings)
+    added = add(settings, *tasks, split=split)
+    asked: list[Any] = []
+    real = Tables.pieces
+    monkeypatch.setattr(Tables, "pieces", lambda *args, **how: (asked.append((args[1], how)), real(*args, **how))[1])
+    rollup.refresh(Tables(settings), settings, on_step=lambda name: None, added=added)
+    assert [len(how["values"]) for name, how in asked if name == "instances"] == [1] * again
+    check(settings)
+    assert refresh(settings) == []
+
+
+def test_roll_ups_of_tasks_are_for_the_next_version_only(settings: Settings) -> None:
+    """Where a run before was cut short, or somebody else wrote, what changed comes from the change feed."""
+    add(settings, BEFORE)  # and the run that added them ends
+    added = add(settings, NEW)
+    rollup.refresh(Tables(settings), settings, on_step=lambda name: None, added=added)
+    check(settings)
+    added = add(settings, [study(20, study_uid="3.1", series="3.1.1", patient="A")])
+    write(settings, AFTER)
+    rollup.refresh(Tables(settings), settings, on_step=lambda name: None, added=added)
+    check(settings)
+
+
+def test_merge_writes_only_files_that_hold_a_key(settings: Settings) -> None:
+    tables = Tables(settings)
+    for number in range(4):
+        tables.merge("patients", [{"patient_key": f"1:{number}", "PatientID": str(number)}])
+    before = set(DeltaTable(tables.url("patients")).file_uris())
+    tables.merge("patients", [{"patient_key": "1:2", "PatientID": "two"}, {"patient_key": "1:9"}])
+    after = set(DeltaTable(tables.url("patients")).file_uris())
+    assert (len(before - after), len(after - before)) == (1, 1)
+    assert [row["PatientID"] for row in table_rows(settings, "patients")] == ["0", "1", "two", "3", None]
+
+
+def test_merge_joins_small_files(settings: Settings) -> None:
+    tables = Tables(settings)
+    for number in range(20):
+        tables.merge("bundles", [{**ROWS[0], "bundle": f"bundles/{number:02}.tar"}])
+    assert len(DeltaTable(tables.url("bundles")).file_uris()) <= 8
+    assert len(table_rows(settings, "bundles")) == 20
 
 
 def test_roll_ups_without_a_change_feed_are_computed_anew(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
