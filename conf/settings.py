@@ -123,6 +123,7 @@ class Web(Section):
     enabled: bool = Field(True, description="Serve HTTP beside DIMSE.")
     host: str = Field("127.0.0.1", description="Address that HTTP listens on.")
     port: Port = Field(8080, description="TCP port; 0 takes a free one.")
+    read_only: bool = Field(False, description="Refuse to store over HTTP.")
     idle_s: Annotated[float, Field(ge=1)] = Field(
         30.0, description="Seconds to wait for the head of a request, for more of its body, or for a client that reads."
     )

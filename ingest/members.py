@@ -70,7 +70,7 @@ class NewMember:
     SeriesInstanceUID: str
     TransferSyntaxUID: str
     source_aet: str  # calling AE title; "" for an import
-    origin: str  # "dimse:<AE title>@<address>" or "import:<path>"
+    origin: str  # "dimse:<AE title>@<address>", "web:<name>@<address>" or "import:<path>"
     received_at: datetime  # UTC; a naive time is taken as UTC
     preamble: bytes
     dataset: Dataset

@@ -33,7 +33,7 @@ class MemberRecord:
     sha256: str
     received_at: datetime  # UTC, microseconds
     source_aet: str  # calling AE title; "" for an import
-    origin: str  # "dimse:<AE title>@<address>" or "import:<path>"
+    origin: str  # "dimse:<AE title>@<address>", "web:<name>@<address>" or "import:<path>"
     collections: tuple[str, ...] = ()  # that rules tagged it with; left out of the line where there are none
 
     def to_json(self) -> bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from typing import Protocol
 
@@ -45,6 +45,12 @@ class StoreRequest:
     via: Via = "dimse"
     sender: str = ""  # what came with it: the association; copies that landed before it are recognised
     problem: OSError | None = None  # the disk failed while it arrived: `dataset` is not whole
+    preamble: bytes = b""  # what came before the data set, to be kept; b"": made from the UIDs (PS3.10 7.1)
+    origin: str = ""  # where it came from; "": from the calling AE title
+
+    def of(self, found: Identity) -> StoreRequest:
+        """The same, asking for what the data set itself says that it is."""
+        return replace(self, AffectedSOPClassUID=found.SOPClassUID, AffectedSOPInstanceUID=found.SOPInstanceUID)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +94,7 @@ class StoreService:
         if request.problem is not None:
             return self._failed(request, OUT_OF_RESOURCES, f"no room: {request.problem.strerror}")
         try:
-            found = _identify(request)
+            found = identify_request(request)
             member = _member(request, found)
             if self._policy is not None:
                 member = self._policy.admit(
@@ -121,7 +127,7 @@ class StoreService:
         return StoreAnswer(status, reason[:MAX_COMMENT])
 
 
-def _identify(request: StoreRequest) -> Identity:
+def identify_request(request: StoreRequest) -> Identity:
     """The UIDs that the data set itself gives; raises OSError."""
     for length in PREFIXES:
         prefix = _first(request.dataset, length)
@@ -157,9 +163,10 @@ def _member(request: StoreRequest, found: Identity) -> NewMember:
         SeriesInstanceUID=found.SeriesInstanceUID,
         TransferSyntaxUID=request.TransferSyntaxUID,
         source_aet=request.calling_ae,
-        origin=f"dimse:{request.calling_ae}@{request.address}",
+        origin=request.origin or f"dimse:{request.calling_ae}@{request.address}",
         received_at=datetime.now(timezone.utc),
-        preamble=file_meta(
+        preamble=request.preamble
+        or file_meta(
             sop_class_uid=request.AffectedSOPClassUID,
             sop_instance_uid=request.AffectedSOPInstanceUID,
             transfer_syntax_uid=request.TransferSyntaxUID,

@@ -15,10 +15,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sphere.conf.errors import SphereError
 from sphere.conf.settings import Settings
-from sphere.scp.web import bulk, frames, health, metadata, operations, rendered, retrieve, search, wado_uri
+from sphere.scp.upper.dataset import Budget
+from sphere.scp.web import bulk, frames, health, metadata, operations, rendered, retrieve, search, stow, wado_uri
 from sphere.scp.web.archive import Archive
 from sphere.scp.web.pixels import PixelReader
 from sphere.scp.web.problem import problem
+from sphere.scp.web.stow import Store
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +31,7 @@ class Services:
 
     finder: search.Finder
     archive: Archive
+    store: Store
 
 
 def make_app(settings: Settings, services: Services) -> Starlette:
@@ -40,6 +43,14 @@ def make_app(settings: Settings, services: Services) -> Starlette:
     reader = PixelReader(services.archive)
     for module in (frames, rendered, wado_uri):
         offered += module.offered(services.archive, reader)
+    landing = stow.Landing(
+        services.store,
+        settings.archive.state_dir / "incoming",
+        Budget(settings.storage.memory_mib << 20),
+        settings.web.idle_s,
+        read_only=settings.web.read_only,
+    )
+    offered += stow.offered(landing)
     offered.append(operations.openapi(offered))
     app = Starlette(
         routes=operations.routes(offered),
@@ -83,7 +94,7 @@ async def _of_sphere(request: Request, error: Exception) -> Response:
     assert isinstance(error, SphereError)
     if error.http >= 500:
         log.error("request failed status=%d: %s", error.http, error)
-    return problem(error.http, str(error))
+    return problem(error.http, str(error), close=request.method == "POST")  # more of the body may be on its way
 
 
 async def _of_http(request: Request, error: Exception) -> Response:

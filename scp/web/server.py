@@ -14,9 +14,11 @@ import uvicorn
 from sphere.catalog.queries import open_queries
 from sphere.conf.errors import SettingsError
 from sphere.conf.settings import Settings
-from sphere.ingest.spool import open_readable
+from sphere.ingest.spool import open_readable, open_writer
 from sphere.scp.libraries import prepare_libraries
+from sphere.scp.policy import Policy
 from sphere.scp.retrieve.transcoder import Transcoder
+from sphere.scp.store import StoreService
 from sphere.scp.web.app import Services, make_app
 from sphere.scp.web.archive import Archive
 from sphere.scp.web.protocol import BoundedHttp
@@ -63,8 +65,13 @@ def run_web(settings: Settings, *, ready: Callable[[int], None]) -> None:
     prepare_libraries()
     listener = listen(settings)
     port = int(listener.getsockname()[1])
-    with closing(open_queries(settings)) as finder, closing(Transcoder()) as transcoder:
-        services = Services(finder, Archive(finder, open_readable(settings), transcoder))
+    with (
+        closing(open_queries(settings)) as finder,
+        closing(Transcoder()) as transcoder,
+        closing(open_writer(settings)) as writer,
+    ):
+        store = StoreService(writer, Policy(settings))
+        services = Services(finder, Archive(finder, open_readable(settings), transcoder), store)
         log.info("HTTP listens port=%d", port)
         make_server(settings, services, lambda: ready(port)).run(sockets=[listener])
     log.info("HTTP stopped")

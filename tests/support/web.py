@@ -11,8 +11,10 @@ import httpx
 
 from sphere.catalog.service import QueryService
 from sphere.conf.settings import Settings
-from sphere.ingest.spool import open_readable
+from sphere.ingest.spool import open_readable, open_writer
+from sphere.scp.policy import Policy
 from sphere.scp.retrieve.transcoder import Transcoder
+from sphere.scp.store import StoreService
 from sphere.scp.web.app import Services
 from sphere.scp.web.archive import Archive
 from sphere.scp.web.server import listen, make_server
@@ -44,8 +46,13 @@ def serving_web(settings: Settings, change: Callable[[Services], Services] = lam
     listener = listen(settings)
     port = int(listener.getsockname()[1])
     ready = threading.Event()
-    with QueryService(settings) as finder, closing(Transcoder()) as transcoder:
-        services = Services(finder, Archive(finder, open_readable(settings), transcoder))
+    with (
+        QueryService(settings) as finder,
+        closing(Transcoder()) as transcoder,
+        closing(open_writer(settings)) as writer,
+    ):
+        store = StoreService(writer, Policy(settings))
+        services = Services(finder, Archive(finder, open_readable(settings), transcoder), store)
         server = make_server(settings, change(services), ready.set)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()

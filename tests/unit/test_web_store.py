@@ -1,0 +1,402 @@
+"""STOW-RS over a real socket: stored means durable, every instance is answered, bad bodies leave nothing."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import socket
+import struct
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil  # type: ignore[import-untyped]
+import pydicom
+import pytest
+from dicomweb_client import DICOMwebClient
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydicom.dataset import Dataset
+
+from sphere.conf.settings import from_dict
+from sphere.ingest.header import identify
+from sphere.ingest.journal import Landed
+from sphere.ingest.storage import open_storage
+from sphere.scp.web.multipart_in import Data, End, Head, MultipartReader
+from sphere.scp.web.problem import WebError
+from tests.support.landing import archive, slices
+from tests.support.samples import make_instance
+from tests.support.web import Web, serving_web
+
+pytestmark = pytest.mark.unit
+
+FILES = Path(pydicom.__file__).parent / "data" / "test_files"
+DICOM, JSON, XML = "application/dicom", "application/dicom+json", "application/dicom+xml"
+NAME = "http://dicom.nema.org/PS3.19/models/NativeDICOM"
+_SEEDS = count(1000)
+
+
+@pytest.fixture(scope="module")
+def web(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Web]:
+    with serving_web(archive(tmp_path_factory.mktemp("web"), web={"idle_s": 1}, storage={"memory_mib": 1})) as running:
+        yield running
+
+
+def body(*parts: tuple[str, bytes], boundary: str = "B", end: bool = True) -> bytes:
+    """Parts of header lines and content."""
+    whole = b"".join(f"\r\n--{boundary}\r\n{head}\r\n\r\n".encode() + data for head, data in parts)
+    return whole + (f"\r\n--{boundary}--\r\n".encode() if end else b"")
+
+
+def post(web: Web, content: Any, root: str = DICOM, *, path: str = "/studies", boundary: str = "B") -> httpx.Response:
+    kind = f'multipart/related; type="{root}"; boundary={boundary}'
+    return web.client.post(f"{web.url}{path}", content=content, headers={"content-type": kind})
+
+
+def files(*data: bytes) -> bytes:
+    return body(*((f"Content-Type: {DICOM}", one) for one in data))
+
+
+def new(number: int = 1) -> list[bytes]:
+    return slices(number, seed=next(_SEEDS))
+
+
+def where(data: bytes) -> str:
+    one = identify(data, size=len(data))
+    return f"/studies/{one.StudyInstanceUID}/series/{one.SeriesInstanceUID}/instances/{one.SOPInstanceUID}"
+
+
+def landed(web: Web) -> int:
+    """Members that are durable."""
+    found = Landed(open_storage(web.settings.storage.root), web.settings.archive.state_dir)
+    return sum(len(found.records(state.bundle, unpublished=True)[0]) for state in found.bundles())
+
+
+def reasons(response: httpx.Response) -> list[int]:
+    return [one["00081197"]["Value"][0] for one in response.json().get("00081198", {}).get("Value", [])]
+
+
+def test_what_was_stored_comes_back_byte_for_byte(web: Web) -> None:
+    names = ("CT_small.dcm", "JPEG-lossy.dcm", "image_dfl.dcm", "rtplan.dcm", "examples_ybr_color.dcm")
+    sent = [(FILES / name).read_bytes() for name in names]
+    response = post(web, files(*sent))
+    assert (response.status_code, reasons(response)) == (200, [])
+    assert len(response.json()["00081199"]["Value"]) == len(sent)
+    for data in sent:
+        got = web.get(where(data), headers={"accept": "application/dicom; transfer-syntax=*"})
+        assert got.content == data
+    urls = [one["00081190"]["Value"][0] for one in response.json()["00081199"]["Value"]]
+    assert urls[0] == f"{web.url}{where(sent[0])}"
+
+
+def test_each_instance_has_its_answer(web: Web, tmp_path: Path) -> None:
+    [good] = new()
+    no_uid = make_instance(tmp_path / "x.dcm", StudyInstanceUID="").read_bytes()
+    bad_uid = make_instance(tmp_path / "y.dcm", SOPInstanceUID="../../etc/passwd").read_bytes()
+    before = landed(web)
+    response = post(web, files(good, b"no DICOM at all", no_uid, bad_uid, good[132:]))
+    assert response.status_code == 202
+    assert sorted(reasons(response)) == [0xC000] * 4
+    assert len(response.json()["00081199"]["Value"]) == 1
+    assert landed(web) == before + 1
+    everything = post(web, files(b"x", b""))
+    assert (everything.status_code, reasons(everything)) == (409, [0xC000, 0xC000])
+
+
+def test_a_study_takes_its_own_instances_only(web: Web) -> None:
+    [mine], [other] = new(), new()
+    study = "/".join(where(mine).split("/")[:3])
+    response = post(web, files(mine, other), path=study)
+    assert (response.status_code, reasons(response)) == (202, [0xA900])
+    assert response.json()["00081190"]["Value"] == [f"{web.url}{study}"]
+    assert web.get(where(other), headers={"accept": DICOM}).status_code == 404
+
+
+def test_an_answer_in_xml(web: Web) -> None:
+    kind = f'multipart/related; type="{DICOM}"; boundary=B'
+    headers = {"content-type": kind, "accept": XML}
+    response = web.client.post(f"{web.url}/studies", content=files(*new()), headers=headers)
+    assert (response.status_code, response.headers["content-type"]) == (200, XML)
+    assert b'keyword="ReferencedSOPSequence"' in response.content
+
+
+def described(data: bytes) -> tuple[dict[str, Any], bytes]:
+    """The metadata of a file, its pixel data referred to as "pixels", and these."""
+    dataset = pydicom.dcmread(io.BytesIO(data))
+    pixels = dataset.PixelData
+    del dataset.PixelData
+    header = dataset.to_json_dict()
+    header["7FE00010"] = {"vr": "OW", "BulkDataURI": "pixels"}
+    return header, pixels
+
+
+def test_metadata_and_bulk_data_in_json(web: Web) -> None:
+    [data] = new()
+    header, pixels = described(data)
+    content = body(
+        (f"Content-Type: {JSON}", json.dumps([header]).encode()),
+        ("Content-Type: application/octet-stream\r\nContent-Location: pixels", pixels),
+    )
+    response = post(web, content, JSON)
+    assert response.status_code == 200, response.text
+    got = pydicom.dcmread(io.BytesIO(web.get(where(data), headers={"accept": DICOM}).content))
+    sent = pydicom.dcmread(io.BytesIO(data))
+    assert got.PixelData == sent.PixelData
+    assert {e.tag: e.value for e in got if e.VR != "SQ"} == {e.tag: e.value for e in sent if e.VR != "SQ"}
+
+
+def test_compressed_frames_in_parts(web: Web) -> None:
+    dataset = pydicom.dcmread(FILES / "SC_rgb_jpeg_gdcm.dcm")
+    dataset.SOPInstanceUID = pydicom.uid.generate_uid()
+    header, pixels = described(_saved(dataset))
+    frame = next(pydicom.encaps.generate_frames(pixels, number_of_frames=1))
+    content = body(
+        (f"Content-Type: {JSON}", json.dumps([header]).encode()),
+        ("Content-Type: image/jpeg; transfer-syntax=1.2.840.10008.1.2.4.70\r\nContent-Location: pixels", frame),
+    )
+    assert post(web, content, JSON).status_code == 200
+    got = web.get(where(_saved(dataset)) + "/frames/1", headers={"accept": "image/jpeg"})
+    assert got.content == frame
+
+
+def _saved(dataset: Dataset) -> bytes:
+    out = io.BytesIO()
+    dataset.save_as(out)
+    return out.getvalue()
+
+
+def test_metadata_in_xml(web: Web) -> None:
+    [data] = new()
+    header, pixels = described(data)
+    elements = "".join(_xml(tag, element) for tag, element in header.items())
+    content = body(
+        (f"Content-Type: {XML}", f'<NativeDicomModel xmlns="{NAME}">{elements}</NativeDicomModel>'.encode()),
+        ("Content-Type: application/octet-stream\r\nContent-Location: pixels", pixels),
+    )
+    response = post(web, content, XML)
+    assert response.status_code == 200, response.text
+    got = pydicom.dcmread(io.BytesIO(web.get(where(data), headers={"accept": DICOM}).content))
+    sent = pydicom.dcmread(io.BytesIO(data))
+    assert (got.PixelData, str(got.PatientName)) == (sent.PixelData, str(sent.PatientName))
+
+
+def _xml(tag: str, element: dict[str, Any]) -> str:
+    inner = f'<BulkData uri="{element["BulkDataURI"]}"/>' if "BulkDataURI" in element else ""
+    for number, value in enumerate(element.get("Value", []), 1):
+        if element["vr"] == "PN":
+            parts = zip(("FamilyName", "GivenName"), value["Alphabetic"].split("^"), strict=False)
+            names = "".join(f"<{name}>{part}</{name}>" for name, part in parts)
+            inner += f'<PersonName number="{number}"><Alphabetic>{names}</Alphabetic></PersonName>'
+        elif element["vr"] == "SQ":
+            inner += f'<Item number="{number}">{"".join(_xml(t, e) for t, e in value.items())}</Item>'
+        else:
+            inner += f'<Value number="{number}">{value}</Value>'
+    return f'<DicomAttribute tag="{tag}" vr="{element["vr"]}">{inner}</DicomAttribute>'
+
+
+BOMB = (
+    b'<?xml version="1.0"?><!DOCTYPE x [<!ENTITY a "aaaaaaaaaa">'
+    + b"".join(b'<!ENTITY %c "%s">' % (98 + n, b"&%c;" % (97 + n) * 10) for n in range(9))
+    + b']><NativeDicomModel><DicomAttribute tag="00100010" vr="PN">&j;</DicomAttribute></NativeDicomModel>'
+)
+OUTSIDE = b'<!DOCTYPE x [<!ENTITY e SYSTEM "file:///etc/passwd">]><NativeDicomModel>&e;</NativeDicomModel>'
+DEEP = b'{"00081140":{"vr":"SQ","Value":[' * 200 + b"{}" + b"]}}" * 200
+
+
+@pytest.mark.parametrize(
+    ("root", "content", "status", "says"),
+    [
+        (JSON, body((f"Content-Type: {JSON}", b"{nonsense")), 400, "not JSON"),
+        (JSON, body((f"Content-Type: {JSON}", b"[1, 2]")), 400, "DICOM JSON"),
+        (JSON, body(("Content-Type: image/jpeg", b"x")), 400, "Content-Location"),
+        (JSON, body(("Content-Type: image/jpeg\r\nContent-Location: x", b"x")), 400, "no part of type"),
+        (XML, body((f"Content-Type: {XML}", BOMB)), 400, "DTD or entities"),
+        (XML, body((f"Content-Type: {XML}", OUTSIDE)), 400, "DTD or entities"),
+        (XML, body((f"Content-Type: {XML}", b"<x/>")), 400, "NativeDicomModel"),
+        (XML, body((f"Content-Type: {XML}", b"<x")), 400, "not XML"),
+        (DICOM, b"no part at all", 400, "closing boundary"),
+        (DICOM, b"x" * 70_000, 400, "no part with its boundary"),
+        (DICOM, body((f"Content-Type: {DICOM}", b"x"), boundary="OTHER"), 400, "closing boundary"),
+        (DICOM, body((f"Content-Type: {DICOM}", b"x"), end=False), 400, "closing boundary"),
+        (DICOM, b"--B--\r\n", 400, "no parts"),
+        (DICOM, body(("no header", b"x")), 400, "headers that is none"),
+        (DICOM, body(("X: " + "y" * 9000, b"x")), 400, "at most 8192 bytes"),
+        (DICOM, body(("Content-Type: application/zip", b"PK")), 415, "application/zip"),
+        ("application/zip", b"PK", 415, "cannot store"),
+    ],
+)
+def test_bodies_that_are_wrong(web: Web, root: str, content: bytes, status: int, says: str) -> None:
+    before = landed(web)
+    response = post(web, content, root)
+    assert (response.status_code, response.headers["content-type"]) == (status, "application/problem+json")
+    assert says in response.json()["detail"]
+    assert landed(web) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"00100010": {"vr": "US", "Value": [1]}}, "00100010: has VR US"),
+        ({"00100010": {"vr": "XX"}}, "VR is none"),
+        ({"00100010": {"vr": "PN", "Value": "Doe"}}, "no list"),
+        ({"00100010": {"vr": "PN", "Value": [7]}}, "cannot be encoded"),
+        ({"00280010": {"vr": "US", "Value": ["many"]}}, "cannot be encoded"),
+        ({"00280010": {"vr": "US", "Value": [70000]}}, "cannot be encoded"),
+        ({"PatientName": {"vr": "PN"}}, "not a tag"),
+        ({"00081140": json.loads(DEEP)["00081140"]}, "too deep"),
+        ({"00204000": {"vr": "LT", "BulkDataURI": "nowhere"}}, "not in the request"),
+        ({"00020010": {"vr": "UI", "Value": ["1.2"]}, "0020000D": {"vr": "UI"}}, "identifying UID"),
+    ],
+)
+def test_metadata_that_makes_no_instance(web: Web, change: dict[str, Any], says: str) -> None:
+    header, pixels = described(new()[0])
+    before = landed(web)
+    content = body(
+        (f"Content-Type: {JSON}", json.dumps([{**header, **change}]).encode()),
+        ("Content-Type: application/octet-stream\r\nContent-Location: pixels", pixels),
+    )
+    response = post(web, content, JSON)
+    assert (response.status_code, reasons(response)) == (409, [0xC000]), response.text
+    assert says in response.json()["00081198"]["Value"][0]["00000902"]["Value"][0]
+    assert landed(web) == before
+
+
+def test_a_body_that_stops_is_408_and_leaves_nothing(web: Web) -> None:
+    before = landed(web)
+    content = files(*new())
+    with socket.create_connection(("127.0.0.1", web.port)) as client:
+        head = f'POST /dicom-web/studies HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n' \
+            f'Content-Type: multipart/related; type="{DICOM}"; boundary=B\r\n\r\n'  # fmt: skip
+        client.sendall(head.encode() + content[:-100])
+        answer = _all(client)
+    assert answer.startswith(b"HTTP/1.1 408 ") and b"application/problem+json" in answer
+    assert landed(web) == before
+
+
+def test_a_client_that_goes_away_leaves_nothing(web: Web) -> None:
+    before = landed(web)
+    with socket.create_connection(("127.0.0.1", web.port)) as client:
+        client.sendall(
+            f'POST /dicom-web/studies HTTP/1.1\r\nHost: x\r\nContent-Length: 999999\r\nContent-Type: '
+            f'multipart/related; type="{DICOM}"; boundary=B\r\n\r\n'.encode() + files(*new())[:-50]
+        )  # fmt: skip
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    assert post(web, files(*new())).status_code == 200
+    assert landed(web) == before + 1
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        (b"GET /healthz HTTP/1.1\r\nHost: x\r\nX: " + b"y" * 40_000, 431),
+        (b"GET /healthz HTTP/1.1\r\nHost: x\r\n" + b"X: y\r\n" * 200 + b"\r\n", 431),
+        (b"GET /" + b"a" * 40_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n", 431),
+        (b"\x16\x03\x01\x02\x00\x01\x00", 400),
+        (b"GET /healthz HTTP/1.1\r\nHost: x\r\n", 408),
+        (b"", 408),
+    ],
+)
+def test_heads_that_are_wrong_or_slow(web: Web, sent: bytes, status: int) -> None:
+    with socket.create_connection(("127.0.0.1", web.port)) as client:
+        client.sendall(sent)
+        answer = _all(client)
+    assert answer.startswith(f"HTTP/1.1 {status} ".encode())
+    assert b"application/problem+json" in answer
+
+
+def _all(client: socket.socket) -> bytes:
+    client.settimeout(20)
+    answer = b""
+    while piece := client.recv(65536):
+        answer += piece
+    return answer
+
+
+def test_an_archive_that_is_read_only(web: Web) -> None:
+    settings = web.settings.model_copy(update={"web": web.settings.web.model_copy(update={"read_only": True})})
+    with serving_web(settings) as other:
+        response = post(other, files(*new()))
+        assert (response.status_code, response.headers["content-type"]) == (403, "application/problem+json")
+        assert other.get("/studies").status_code in (200, 204)
+
+
+def test_rules_hold_here_too(tmp_path: Path) -> None:
+    rules = [{"action": "reject", "via": ["web"], "modality": ["CT"], "status": 0x0124}]
+    with serving_web(from_dict({"rules": rules}, base=tmp_path)) as other:
+        response = post(other, files(*new()))
+        assert (response.status_code, reasons(response)) == (409, [0x0124])
+        assert landed(other) == 0
+
+
+def test_a_client_of_others_stores(web: Web) -> None:
+    data = new(3)
+    answer = DICOMwebClient(web.url).store_instances([pydicom.dcmread(io.BytesIO(one)) for one in data])
+    assert len(answer.ReferencedSOPSequence) == 3
+    assert len(DICOMwebClient(web.url).retrieve_series(*where(data[0]).split("/")[2:5:2])) == 3
+
+
+def test_a_large_request_takes_no_more_memory_than_a_small_one(web: Web) -> None:
+    """160 MiB in one request, half of it in one instance; never whole in memory."""
+    small = new(40)
+    large = pydicom.dcmread(io.BytesIO(new()[0]))
+    large.Rows = large.Columns = 6144
+    large.PixelData = b"\0" * (6144 * 6144 * 2)
+    big = _saved(large)
+    del large
+    process, most = psutil.Process(), 0
+    before = process.memory_info().rss
+
+    def content() -> Iterator[bytes]:
+        nonlocal most
+        for data in (*small, big):
+            yield f"\r\n--B\r\nContent-Type: {DICOM}\r\n\r\n".encode()
+            for start in range(0, len(data), 1 << 20):
+                yield data[start : start + (1 << 20)]
+                most = max(most, process.memory_info().rss)
+        yield b"\r\n--B--\r\n"
+
+    assert post(web, content()).status_code == 200
+    assert most - before < 48 << 20
+    assert not list((web.settings.archive.state_dir / "incoming").iterdir())
+
+
+@given(st.lists(st.tuples(st.dictionaries(st.sampled_from(["a", "b-c"]), st.sampled_from(["", "x", "y; z=1"])),
+                          st.binary(max_size=60) | st.sampled_from([b"\r\n--", b"\r\n--Bx\r\n", b"--B", b"\r\n"]))),
+       st.lists(st.integers(1, 40), min_size=1))  # fmt: skip
+@settings(max_examples=150, deadline=None)
+def test_parts_come_out_as_they_went_in(parts: list[tuple[dict[str, str], bytes]], cuts: list[int]) -> None:
+    delimiter = re.compile(rb"\r\n--B(--|[ \t]*\r\n)")
+    parts = [(head, data) for head, data in parts if not delimiter.search(b"\r\n" + data + b"\r\n")]
+    whole = b"".join(
+        b"\r\n--B\r\n" + "".join(f"{k}: {v}\r\n" for k, v in head.items()).encode() + b"\r\n" + data
+        for head, data in parts
+    )
+    whole += b"\r\n--B--\r\n"
+    reader, got, at, turn = MultipartReader("B"), [], 0, 0
+    while at < len(whole):
+        size = cuts[turn % len(cuts)]
+        for event in reader.feed(whole[at : at + size]):
+            if isinstance(event, Head):
+                got.append((dict(event.headers), b""))
+            elif isinstance(event, Data):
+                got[-1] = (got[-1][0], got[-1][1] + event.data)
+            else:
+                assert isinstance(event, End)
+        at, turn = at + size, turn + 1
+    reader.close()
+    assert got == [({k: v.strip() for k, v in head.items()}, data) for head, data in parts]
+
+
+@given(st.binary(max_size=300), st.integers(1, 50))
+@settings(max_examples=150, deadline=None)
+def test_the_reader_never_fails_otherwise(data: bytes, step: int) -> None:
+    reader = MultipartReader("B")
+    try:
+        for at in range(0, len(data), step):
+            list(reader.feed(data[at : at + step]))
+        reader.close()
+    except WebError:
+        pass
