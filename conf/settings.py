@@ -60,6 +60,9 @@ def _failure(value: int) -> int:
 
 
 Text = Annotated[str, Field(min_length=1)]
+Compression = Literal[
+    "RLELossless", "JPEGLSLossless", "JPEG2000Lossless", "ExplicitVRLittleEndian", "ImplicitVRLittleEndian"
+]
 Texts = Annotated[tuple[Text, ...], BeforeValidator(_several)]
 Networks = Annotated[tuple[Annotated[str, AfterValidator(_network)], ...], BeforeValidator(_several)]
 CollectionName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
@@ -244,6 +247,12 @@ class Peer(Rights):
     ae_title: AETitle = Field(description="Its application entity title.")
     host: str = Field(min_length=1, description="Its address or host name.")
     port: Port = Field(104, description="Its TCP port.")
+    transfer_syntaxes: tuple[Compression, ...] = Field(
+        (),
+        description="What it is sent where an instance lies in none of these, the best first; passed over are those "
+        "that it does not take, or that cannot be made of an instance. None loses anything. Empty: as it lies, else "
+        "uncompressed.",
+    )
     tls: bool = Field(False, description="Whether it is called with TLS (PS3.15 B.12).")
     tls_ca: str = Field("", description="PEM file of CAs of its certificate; empty: dimse.tls_ca, else the system's.")
     tls_verify: Literal["name", "ca", "none"] = Field(

@@ -17,7 +17,7 @@ from sphere.ingest.members import FileRange
 from sphere.ingest.storage.base import Readable
 from sphere.scp.peers import describe
 from sphere.scp.retrieve.deliver import Delivery, Outcome, Read
-from sphere.scp.retrieve.outbound import SUCCESS, WARNINGS, Converter, Instance, groups, range_of
+from sphere.scp.retrieve.outbound import SUCCESS, WARNINGS, Converter, Instance, groups, preferred_by, range_of
 from sphere.scp.retrieve.read_ahead import ReadAhead
 from sphere.scp.upper.requestor import connect
 
@@ -146,7 +146,9 @@ class _Sending(Generic[T]):
         delivery = Delivery(
             settings=self.settings, read=self.read, converter=self.converter, connect=connect, origin={}
         )  # fmt: skip
-        for proposed, group in groups(window, convert=self.converter is not None):
+        for proposed, group in groups(
+            window, convert=self.converter is not None, preferred=preferred_by(self.peer) if self.converter else ()
+        ):
             yield from delivery.to_peer(self.peer, proposed, group)
 
     def _result(self, outcome: Outcome[T]) -> StoreResult:

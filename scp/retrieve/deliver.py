@@ -10,7 +10,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from sphere.conf.errors import PeerError, StorageError
 from sphere.conf.settings import Peer, Settings
-from sphere.scp.retrieve.outbound import Channel, Converter, Instance, Sender, is_odd
+from sphere.scp.retrieve.outbound import Channel, Converter, Instance, Sender, is_odd, preferred_by
 from sphere.scp.upper.messages import Context
 from sphere.scp.upper.requestor import NoneAccepted, PeerSilent, Proposed, Requested
 
@@ -70,7 +70,7 @@ class Delivery(Generic[T]):
                 if not proposed:
                     raise NoneAccepted("no SOP class is known of these instances")
                 with self.connect(peer, self.settings, proposed) as association:
-                    sender = Sender(association, self.converter, self.origin, padded)
+                    sender = Sender(association, self.converter, self.origin, padded, preferred_by(peer))
                     for outcome in self.over(sender, left):
                         answered = answered or outcome.status is not None
                         yield outcome
@@ -90,21 +90,21 @@ class Delivery(Generic[T]):
 
         Raises what the channel raises: the first that is left is then the one that failed.
         """
-        sendable: list[tuple[T, Context]] = []
+        sendable: list[tuple[T, list[Context]]] = []
         refused: list[tuple[T, str]] = []
         for instance in left:
-            route = sender.route(instance)
-            if isinstance(route, Context):
-                sendable.append((instance, route))
+            routes = sender.routes(instance)
+            if isinstance(routes, str):
+                refused.append((instance, routes))
             else:
-                refused.append((instance, route))
+                sendable.append((instance, routes))
         left.clear()
         left.extend(instance for instance, _ in sendable)
         for instance, reason in refused:
             yield Outcome(instance, None, reason)
         with self.read(left) as bytes_ahead:
-            for instance, context in sendable:
-                status, reason = sender.send(instance, context, bytes_ahead.next())
+            for instance, routes in sendable:
+                status, reason = sender.send(instance, routes, bytes_ahead.next())
                 left.popleft()
                 yield Outcome(instance, status, reason)
 

@@ -11,8 +11,9 @@ from pydicom.uid import UID
 
 from sphere.conf.errors import StorageError
 from sphere.conf.logs import hashed
+from sphere.conf.settings import Peer
 from sphere.scp.retrieve.read_ahead import Range
-from sphere.scp.retrieve.transcode import CONVERTIBLE, TARGETS, NotConverted
+from sphere.scp.retrieve.transcode import CONVERTIBLE, ENCODERS, NAMED, TARGETS, NotConverted
 from sphere.scp.retrieve.transcoder import MAX_SOURCE
 from sphere.scp.upper.command import C_STORE_RQ, Command
 from sphere.scp.upper.messages import Context
@@ -114,11 +115,18 @@ def is_odd(instance: Instance) -> bool:
     return bool(instance.dataset_length % 2)
 
 
-def groups(instances: Sequence[T], *, convert: bool = True) -> Iterator[tuple[list[Proposed], list[T]]]:
+def preferred_by(peer: Peer | None) -> tuple[str, ...]:
+    """The transfer syntaxes that a peer is to be sent, the best first."""
+    return tuple(NAMED[name] for name in peer.transfer_syntaxes) if peer else ()
+
+
+def groups(
+    instances: Sequence[T], *, convert: bool = True, preferred: Sequence[str] = ()
+) -> Iterator[tuple[list[Proposed], list[T]]]:
     """Instances that one association can carry, and the contexts to propose for them.
 
-    For each SOP class one context for each transfer syntax that they have, and for `convert` one for what we can
-    convert to.
+    For each SOP class one context for each transfer syntax that they have or that is `preferred`, and for `convert`
+    one for what we can decompress to.
     """
     syntaxes: dict[str, set[str]] = {}
     for instance in instances:
@@ -126,7 +134,7 @@ def groups(instances: Sequence[T], *, convert: bool = True) -> Iterator[tuple[li
     group: list[Proposed] = []
     classes: set[str] = set()
     for sop_class, stored in syntaxes.items():
-        needed = _proposed(sop_class, stored, convert) if sop_class else []
+        needed = _proposed(sop_class, stored.union(preferred), convert) if sop_class else []
         if len(group) + len(needed) > MAX_CONTEXTS:
             yield group, [one for one in instances if one.SOPClassUID in classes]
             group, classes = [], set()
@@ -152,44 +160,52 @@ class Sender:
         converter: Converter | None,
         origin: Mapping[str, Any],
         padded: Container[str] | None = None,
+        preferred: Sequence[str] = (),
     ) -> None:
         """`converter` is None where instances go as they lie or not at all.
 
         `origin` are further elements of every C-STORE request: who asked for the C-MOVE (PS3.7 9.1.1.1). A data set of
         odd length, which PS3.5 forbids, gets a NUL more if its SOP Instance UID is in `padded`, or if that is None:
-        some peers end the association over it.
+        some peers end the association over it. `preferred` are the transfer syntaxes to be made of an instance that is
+        in none of them, the best first.
         """
         self._channel = channel
         self._converter = converter
         self._origin = origin
         self._padded = padded
+        self._preferred = preferred
         self._contexts = {(str(cx.abstract_syntax), str(cx.transfer_syntax)): cx for cx in channel.user_contexts}
 
-    def route(self, instance: Instance) -> Context | str:
-        """The context for an instance: in its own transfer syntax, else in one that we can convert to; or why none."""
+    def routes(self, instance: Instance) -> list[Context] | str:
+        """The contexts for an instance, the best first: its own transfer syntax, or those to convert to; or why none.
+
+        Where it has to be converted, a context may turn out impossible, and the next one be taken.
+        """
         sop_class, syntax = instance.SOPClassUID, syntax_of(instance)
-        context = self._contexts.get((sop_class, syntax))
-        if context is not None:
-            return context
-        accepted = [self._contexts[sop_class, plain] for plain in TARGETS if (sop_class, plain) in self._contexts]
-        if not accepted or self._converter is None:
+        own = self._contexts.get((sop_class, syntax))
+        if own is not None and (not self._preferred or syntax in self._preferred):
+            return [own]
+        others = dict.fromkeys((*self._preferred, *TARGETS, *ENCODERS)) if self._converter else {}
+        accepted = [self._contexts[sop_class, one] for one in others if (sop_class, one) in self._contexts]
+        if own is not None:
+            wanted = [context for context in accepted if context.transfer_syntax in self._preferred]
+            return [*wanted, own] if syntax in CONVERTIBLE else [own]
+        if not accepted:
             return f"not accepted: {UID(sop_class).name or 'no SOP class'} in {UID(syntax).name}"
         if syntax not in CONVERTIBLE:
             return f"{UID(syntax).name} is not accepted and cannot be converted"
-        return accepted[0]
+        return accepted
 
-    def send(self, instance: Instance, context: Context, parts: Iterator[memoryview]) -> tuple[int | None, str]:
-        """One C-STORE: its status, or None and why it was not sent.
+    def send(
+        self, instance: Instance, contexts: Sequence[Context], parts: Iterator[memoryview]
+    ) -> tuple[int | None, str]:
+        """One C-STORE in the first of `contexts` that works: its status, or None and why it was not sent.
 
         Raises what the channel raises when the association is over, and StorageError when the bytes failed after the
         first of them were sent: then it cannot go on.
         """
-        size = instance.dataset_length
         try:
-            if context.transfer_syntax != syntax_of(instance):
-                dataset = Outgoing.of(self._converted(instance, str(context.transfer_syntax), parts, size))
-            else:
-                dataset = Outgoing(size, _begun(parts))
+            context, dataset = self._made(instance, contexts, parts)
         except (StorageError, NotConverted) as error:
             return None, str(error)
         if dataset.size % 2 and self._is_padded(instance, context):
@@ -197,6 +213,28 @@ class Sender:
         response = self._channel.ask(context, self._request(instance), dataset)
         status, comment = int(response["Status"]), response.get("ErrorComment", "")
         return status, f"status 0x{status:04X}" + (f" ({comment})" if comment else "")
+
+    def _made(
+        self, instance: Instance, contexts: Sequence[Context], parts: Iterator[memoryview]
+    ) -> tuple[Context, Outgoing]:
+        """The data set as it is sent, and the context for it."""
+        syntax, size = syntax_of(instance), instance.dataset_length
+        if size > MAX_SOURCE:  # it can go as it lies, but not be converted
+            contexts = [context for context in contexts if context.transfer_syntax == syntax]
+            if not contexts:
+                raise NotConverted(f"too large to be converted ({size >> 20} MiB)")
+        if contexts[0].transfer_syntax == syntax:
+            return contexts[0], Outgoing(size, _begun(parts))
+        whole, reason = b"".join(parts), ""
+        for context in contexts:
+            if context.transfer_syntax == syntax:
+                return context, Outgoing.of(whole)
+            assert self._converter is not None  # or `routes` had found no such context
+            try:
+                return context, Outgoing.of(self._converter.convert(whole, syntax, str(context.transfer_syntax)))
+            except NotConverted as error:
+                reason = reason or str(error)
+        raise NotConverted(reason)
 
     def _is_padded(self, instance: Instance, context: Context) -> bool:
         return context.transfer_syntax == DEFLATED or self._padded is None or instance.SOPInstanceUID in self._padded
@@ -209,12 +247,6 @@ class Sender:
             "AffectedSOPInstanceUID": instance.SOPInstanceUID,
             **self._origin,
         }
-
-    def _converted(self, instance: Instance, target: str, parts: Iterator[memoryview], size: int) -> bytes:
-        assert self._converter is not None  # or `route` had found no way
-        if size > MAX_SOURCE:
-            raise NotConverted(f"too large to be converted ({size >> 20} MiB)")
-        return self._converter.convert(b"".join(parts), syntax_of(instance), target)
 
 
 def _begun(parts: Iterator[memoryview]) -> Iterator[memoryview]:

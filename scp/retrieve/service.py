@@ -17,7 +17,7 @@ from sphere.ingest.storage.base import Readable
 from sphere.scp.contexts import RetrieveModel
 from sphere.scp.retrieve.deliver import Connect, Delivery, Outcomes
 from sphere.scp.retrieve.identifier import Selection, decode_identifier, parse_selection
-from sphere.scp.retrieve.outbound import Channel, Converter, Counts, Sender, groups, range_of
+from sphere.scp.retrieve.outbound import Channel, Converter, Counts, Sender, groups, preferred_by, range_of
 from sphere.scp.retrieve.read_ahead import ReadAhead
 from sphere.scp.upper.requestor import connect
 
@@ -98,7 +98,7 @@ class RetrieveService:
                 "MoveOriginatorMessageID": request.message_id,
             }
             delivery = self._delivery(origin)
-            for proposed, group in groups(instances):
+            for proposed, group in groups(instances, preferred=preferred_by(peer)):
                 yield from _counted(delivery.to_peer(peer, proposed, group), counts)
 
         if peer is None:
@@ -112,7 +112,8 @@ class RetrieveService:
         """Every response to a C-GET, the final one last; sub-operations go over `channel`, and raise what it raises."""
 
         def perform(instances: list[StoredInstance], counts: Counts) -> Steps:
-            sender = Sender(channel, self._converter, {})
+            preferred = preferred_by(self._peers.get(request.calling_ae))
+            sender = Sender(channel, self._converter, {}, preferred=preferred)
             yield from _counted(self._delivery({}).over(sender, deque(instances)), counts)
 
         yield from self._answers(request, perform, cancelled)

@@ -1,4 +1,5 @@
-"""A data set in another transfer syntax: Explicit or Implicit VR Little Endian from what PS3.5 Annex A has.
+"""A data set in another transfer syntax: from what PS3.5 Annex A has to Explicit or Implicit VR Little Endian, or
+compressed without loss.
 
 Decoding is done by other people's native code on bytes of other people: it runs in processes of its own
 (`transcoder`), and not in the receiver.
@@ -11,17 +12,22 @@ import zlib
 from io import BytesIO
 from typing import Any, Final
 
+import numpy as np
 from pydicom import dcmread
 from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset
 from pydicom.filebase import DicomBytesIO
 from pydicom.filewriter import correct_ambiguous_vr, write_dataset
+from pydicom.pixels.utils import pixel_array
 from pydicom.uid import (
     UID,
     DeflatedExplicitVRLittleEndian,
     ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGLSLossless,
+    RLELossless,
 )
 
 from sphere.ingest.part10 import file_meta
@@ -46,6 +52,15 @@ DECODERS: Final[dict[str, tuple[str, ...]]] = {  # transfer syntax to pydicom's 
 EXTENDED: Final = "1.2.840.10008.1.2.4.51"  # JPEG extended
 ALWAYS_LOSSY: Final = frozenset(("1.2.840.10008.1.2.4.50", EXTENDED))
 CONVERTIBLE: Final = NATIVE | DECODERS.keys()
+ENCODERS: Final[dict[str, str]] = {  # transfer syntax to pydicom's name of its encoder
+    str(RLELossless): "pylibjpeg",
+    str(JPEGLSLossless): "pyjpegls",
+    str(JPEG2000Lossless): "pylibjpeg",  # not below 32 rows or columns
+}
+NAMED: Final[dict[str, str]] = {  # as in peers.transfer_syntaxes
+    one.keyword: str(one)
+    for one in (RLELossless, JPEGLSLossless, JPEG2000Lossless, ExplicitVRLittleEndian, ImplicitVRLittleEndian)
+}
 MAX_PLAIN: Final = 1 << 30  # bytes of a data set inflated or decoded
 _WORD: Final = {"OW": 2, "OF": 4, "OL": 4, "OD": 8, "OV": 8}  # bytes of one value
 
@@ -55,10 +70,10 @@ class NotConverted(Exception):
 
 
 def convert(dataset: bytes, source: str, target: str) -> bytes:
-    """The data set of transfer syntax `source` in `target`, one of TARGETS; raises NotConverted.
+    """The data set of transfer syntax `source` in `target`, one of TARGETS or ENCODERS; raises NotConverted.
 
     Attributes stay as they are, but those that describe the pixel data's encoding. What was lossy says so in
-    LossyImageCompression (PS3.3 C.7.6.1.1.5).
+    LossyImageCompression (PS3.3 C.7.6.1.1.5). What is compressed has been decompressed again, to the same pixels.
     """
     if source not in CONVERTIBLE:
         raise NotConverted(f"{UID(source).name} cannot be decoded")
@@ -67,6 +82,9 @@ def convert(dataset: bytes, source: str, target: str) -> bytes:
     if source == target:
         return dataset
     try:
+        if target in ENCODERS:
+            plain = convert(dataset, source, str(ExplicitVRLittleEndian))
+            return _encoded(plain, UID(target))
         return _converted(dataset, UID(source), UID(target))
     except NotConverted:
         raise
@@ -103,9 +121,13 @@ def _converted(dataset: bytes, source: UID, target: UID) -> bytes:
         correct_ambiguous_vr(read, True)
     if not source.is_little_endian:
         _swap(read, read.get("BitsAllocated"))
+    return _written(read, target)
+
+
+def _written(dataset: Dataset, target: UID) -> bytes:
     out = DicomBytesIO()
     out.is_implicit_VR, out.is_little_endian = target.is_implicit_VR, True
-    write_dataset(out, read)
+    write_dataset(out, dataset)
     return out.getvalue()
 
 
@@ -119,6 +141,29 @@ def _decode(dataset: Dataset, source: UID) -> None:
     dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
     if source in ALWAYS_LOSSY and "PixelData" in dataset:
         dataset.LossyImageCompression = "01"
+
+
+def _encoded(plain: bytes, target: UID) -> bytes:
+    """Explicit VR Little Endian compressed; raises NotConverted also where pixels would not come back as they are."""
+    meta = file_meta(sop_class_uid="", sop_instance_uid="", transfer_syntax_uid=ExplicitVRLittleEndian)
+    dataset = dcmread(BytesIO(meta + plain), force=True)
+    if "PixelData" not in dataset:
+        raise NotConverted(f"no pixel data to be compressed to {target.name}")
+    if _decoded_size(dataset) > MAX_PLAIN:
+        raise NotConverted(f"too large to be compressed ({_decoded_size(dataset) >> 20} MiB)")
+    try:
+        before = pixel_array(dataset, raw=True)
+        if dataset.SamplesPerPixel > 1:  # by pixel, as encoders want it (PS3.5 8.2); pydicom's mix up the other order
+            dataset.PixelData, dataset.PlanarConfiguration = before.tobytes(), 0
+        if target == JPEG2000Lossless and dataset.PhotometricInterpretation == "RGB":
+            dataset.PhotometricInterpretation = "YBR_RCT"  # the encoder makes it so (PS3.5 8.2.4)
+        dataset.compress(target, encoding_plugin=ENCODERS[target], generate_instance_uid=False)
+        after = pixel_array(dataset, raw=True, decoding_plugin=DECODERS[target][0])
+    except (RuntimeError, ValueError, AttributeError, NotImplementedError) as error:
+        raise NotConverted(f"cannot be compressed to {target.name} ({type(error).__name__})") from None
+    if not np.array_equal(before, after):
+        raise NotConverted(f"cannot be compressed to {target.name} without loss")
+    return _written(dataset, target)
 
 
 def _decode_12_bit(dataset: Dataset, file: bytes) -> None:

@@ -36,6 +36,8 @@ LEVEL, PATIENT, STUDY, SERIES, SOP = 0x00080052, 0x00100020, 0x0020000D, 0x00200
 CT = "1.2.840.10008.5.1.4.1.1.2"
 J2K = "1.2.840.10008.1.2.4.90"
 MPEG = "1.2.840.10008.1.2.4.100"
+RLE = "1.2.840.10008.1.2.5"
+EXPLICIT = str(ExplicitVRLittleEndian)
 
 
 def identifier(**values: Any) -> Dataset:
@@ -209,8 +211,28 @@ class Channel:
     ],
 )
 def test_routes(syntax: str, accepted: tuple[str, ...], expected: str) -> None:
-    route = Sender(Channel(*accepted), Transcoder(), {}).route(stored(1, syntax=syntax))
-    assert expected in (route if isinstance(route, str) else str(route.transfer_syntax))
+    routes = Sender(Channel(*accepted), Transcoder(), {}).routes(stored(1, syntax=syntax))
+    assert expected in (routes if isinstance(routes, str) else str(routes[0].transfer_syntax))
+
+
+@pytest.mark.parametrize(
+    ("syntax", "accepted", "preferred", "expected"),
+    [
+        (J2K, (J2K, RLE), (RLE,), [RLE, J2K]),
+        (J2K, (J2K, RLE), (RLE, J2K), [J2K]),  # it lies in one of them: nothing to be gained
+        (EXPLICIT, (EXPLICIT, RLE, J2K), (J2K, RLE), [J2K, RLE, EXPLICIT]),
+        (EXPLICIT, (EXPLICIT,), (J2K,), [EXPLICIT]),
+        (EXPLICIT, (RLE,), (), [RLE]),  # all that a requester of C-GET takes
+        (MPEG, (MPEG, RLE), (RLE,), [MPEG]),
+    ],
+)
+def test_routes_that_a_peer_prefers(
+    syntax: str, accepted: tuple[str, ...], preferred: tuple[str, ...], expected: list[str]
+) -> None:
+    routes = Sender(Channel(*accepted), Transcoder(), {}, preferred=preferred).routes(stored(1, syntax=syntax))
+    assert [str(one.transfer_syntax) for one in routes if isinstance(one, Context)] == expected
+    [(proposed, _)] = groups([stored(1, syntax=syntax)], preferred=preferred)
+    assert {*preferred, syntax} <= {one for context in proposed for one in context.transfer_syntaxes}
 
 
 @pytest.mark.parametrize(
@@ -220,7 +242,7 @@ def test_odd_data_sets(padded: set[str] | None, sent: bytes) -> None:
     channel = Channel(str(ExplicitVRLittleEndian))
     one = stored(1, length=105)
     sender = Sender(channel, Transcoder(), {"MoveOriginatorMessageID": 7}, padded)
-    assert sender.send(one, channel.user_contexts[0], iter([memoryview(b"123"), memoryview(b"45")]))[0] == 0
+    assert sender.send(one, channel.user_contexts, iter([memoryview(b"123"), memoryview(b"45")]))[0] == 0
     assert channel.asked[0][2] == sent
     assert channel.asked[0][1]["MoveOriginatorMessageID"] == 7
 

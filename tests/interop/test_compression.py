@@ -1,0 +1,157 @@
+"""Compressed on request: the same pixels, sound headers, and what cannot be compressed fails alone or goes as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pydicom
+import pytest
+from pydicom.dataset import Dataset
+from pydicom.pixels.utils import pixel_array
+from pynetdicom import AE, evt
+
+from sphere.ingest.header import identify
+from sphere.ingest.part10 import file_meta
+from sphere.scp import client
+from sphere.scp.retrieve.transcode import CONVERTIBLE, DECODERS, ENCODERS, NAMED, NotConverted, convert
+from tests.support.dicom_tools import run_tool
+from tests.support.receiver import free_port, running_receiver
+from tests.support.samples import CT_STORAGE, dataset_of, make_instance, sendable_files
+
+pytestmark = pytest.mark.interop
+
+RLE, EXPLICIT = "1.2.840.10008.1.2.5", "1.2.840.10008.1.2.1"
+NAME = "RLELossless"
+KIND = (
+    "PhotometricInterpretation", "BitsAllocated", "BitsStored", "PixelRepresentation", "SamplesPerPixel",
+    "PlanarConfiguration",
+)  # fmt: skip
+MAX_SIZE = 400_000  # bytes of the samples: one of each kind is to be quick
+
+
+def kinds() -> dict[tuple[Any, ...], tuple[Path, str, Dataset]]:
+    """The smallest sample of each kind of pixels in each transfer syntax."""
+    found: dict[tuple[Any, ...], tuple[Path, str, Dataset]] = {}
+    for path in sorted(sendable_files(), key=lambda path: path.stat().st_size):
+        identity = identify(path.read_bytes(), size=path.stat().st_size)
+        syntax = identity.TransferSyntaxUID
+        if path.stat().st_size > MAX_SIZE or syntax not in CONVERTIBLE or not identity.complete:
+            continue
+        read = pydicom.dcmread(path, force=True)
+        if "PixelData" not in read or not min(read.Rows, read.Columns) >= 32:
+            continue
+        kind = (syntax, *(read.get(keyword) for keyword in KIND), "NumberOfFrames" in read)
+        found.setdefault(kind, (path, syntax, read))
+    return found
+
+
+def as_file(data: bytes, syntax: str, read: Dataset) -> bytes:
+    meta = file_meta(sop_class_uid=read.SOPClassUID, sop_instance_uid=read.SOPInstanceUID, transfer_syntax_uid=syntax)
+    return meta + data  # fmt: skip
+
+
+def problems(path: Path) -> set[str]:
+    """The errors that dciodvfy finds."""
+    return {line for line in run_tool("dciodvfy", path).stdout.splitlines() if line.startswith("Error")}
+
+
+@pytest.mark.parametrize("target", ENCODERS)
+def test_the_same_pixels_and_no_new_error(tmp_path: Path, target: str) -> None:
+    """Against what the same instance is uncompressed, as that is what the peer would get otherwise."""
+    chosen = kinds()
+    compressed = 0
+    for path, syntax, read in chosen.values():
+        try:
+            result = as_file(convert(dataset_of(path), syntax, target), target, read)
+        except NotConverted:
+            continue
+        plain = as_file(convert(dataset_of(path), syntax, EXPLICIT), EXPLICIT, read)
+        before, after = (pydicom.dcmread(BytesIO(data), force=True) for data in (plain, result))
+        np.testing.assert_array_equal(
+            pixel_array(after, raw=True, decoding_plugin=DECODERS[target][0]), pixel_array(before, raw=True)
+        )
+        assert after.get("LossyImageCompression") == before.get("LossyImageCompression"), path
+        changed = {element.keyword for element in after if before.get(element.tag) != element}
+        assert changed <= {"PixelData", "PlanarConfiguration", "PhotometricInterpretation"}, (path, changed)
+        files = (tmp_path / "before.dcm", tmp_path / "after.dcm")
+        for file, data in zip(files, (plain, result), strict=True):
+            file.write_bytes(data)
+        assert not problems(files[1]) - problems(files[0]), path
+        compressed += 1
+    assert compressed >= 0.8 * len(chosen) and compressed >= 8
+
+
+@contextmanager
+def peer_that_takes(port: int, *syntaxes: str) -> Iterator[list[tuple[str, str, bytes]]]:
+    """A peer by pynetdicom; gives instance, transfer syntax and data set of what it was sent."""
+    seen: list[tuple[str, str, bytes]] = []
+
+    def handle(event: Any) -> int:
+        seen.append(
+            (event.request.AffectedSOPInstanceUID, event.context.transfer_syntax, event.request.DataSet.getvalue())
+        )
+        return 0x0000
+
+    ae = AE(ae_title="DEST")
+    ae.add_supported_context(CT_STORAGE, list(syntaxes))
+    server = ae.start_server(("127.0.0.1", port), block=False, evt_handlers=[(evt.EVT_C_STORE, handle)])
+    assert server is not None
+    try:
+        yield seen
+    finally:
+        server.shutdown()
+
+
+def image(path: Path, uid: str) -> Path:
+    rows = np.arange(64 * 64, dtype="<u2").reshape(64, 64)
+    return make_instance(
+        path, SOPInstanceUID=uid, StudyInstanceUID="1.2.3", Rows=64, Columns=64, BitsAllocated=16, BitsStored=12,
+        HighBit=11, SamplesPerPixel=1, PixelRepresentation=0, PhotometricInterpretation="MONOCHROME2",
+        PixelData=rows.tobytes(),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["RLELossless", "JPEGLSLossless", "JPEG2000Lossless"])
+def test_by_c_move_to_a_peer_that_takes_nothing_else(tmp_path: Path, name: str) -> None:
+    """An instance without pixels fails alone, with its reason."""
+    port = free_port()
+    files = [image(tmp_path / "image.dcm", "1.2.3.1"), make_instance(
+        tmp_path / "none.dcm", SOPInstanceUID="1.2.3.2", StudyInstanceUID="1.2.3"
+    )]  # fmt: skip
+    peer = {"name": "dest", "ae_title": "DEST", "host": "127.0.0.1", "port": port, "transfer_syntaxes": [name]}
+    with (
+        running_receiver(tmp_path / "archive", {"peers": [peer]}) as receiver,
+        peer_that_takes(port, NAMED[name]) as seen,
+    ):
+        settings = receiver.settings
+        assert all(result.stored for result in client.store(receiver.peer, files, settings=settings))
+        *_, last = client.move(receiver.peer, {"StudyInstanceUID": "1.2.3"}, settings=settings, destination="DEST")
+        assert (last.status, last.completed, last.failed_uids) == (0xB000, 1, ("1.2.3.2",))
+        assert "no pixel data to be compressed" in last.comment
+        [(uid, syntax, data)] = seen
+        assert (uid, syntax) == ("1.2.3.1", NAMED[name])
+        sent = pydicom.dcmread(BytesIO(as_file(data, syntax, pydicom.dcmread(files[0]))))
+        np.testing.assert_array_equal(sent.pixel_array, pydicom.dcmread(files[0]).pixel_array)
+
+
+def test_what_cannot_be_compressed_goes_as_it_lies(tmp_path: Path) -> None:
+    port = free_port()
+    files = [image(tmp_path / "image.dcm", "1.2.3.1"), make_instance(
+        tmp_path / "none.dcm", SOPInstanceUID="1.2.3.2", StudyInstanceUID="1.2.3"
+    )]  # fmt: skip
+    peer = {"name": "dest", "ae_title": "DEST", "host": "127.0.0.1", "port": port, "transfer_syntaxes": [NAME]}
+    with (
+        running_receiver(tmp_path / "archive", {"peers": [peer]}) as receiver,
+        peer_that_takes(port, EXPLICIT, RLE) as seen,
+    ):
+        settings = receiver.settings
+        assert all(result.stored for result in client.store(receiver.peer, files, settings=settings))
+        *_, last = client.move(receiver.peer, {"StudyInstanceUID": "1.2.3"}, settings=settings, destination="DEST")
+        assert (last.status, last.completed) == (0x0000, 2)
+        assert {uid: syntax for uid, syntax, _ in seen} == {"1.2.3.1": RLE, "1.2.3.2": EXPLICIT}
+        assert seen[1][2] == dataset_of(files[1])
