@@ -12,6 +12,7 @@ from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 
+from sphere.catalog.match_parse import TWO_QUOTES
 from sphere.catalog.schema import Level
 from sphere.conf.errors import QueryError
 
@@ -64,6 +65,10 @@ def _add(dataset: Dataset, path: list[str], value: str) -> None:
 
 def _element(name: str, tag: int, vr: str, value: str) -> DataElement:
     """A key; wild cards and ranges are no values of their VR, and are sent all the same."""
+    if value == TWO_QUOTES and vr in ("IS", "DS"):  # empty value matching; pydicom would refuse it
+        element = DataElement(tag, vr, None)
+        element._value = value
+        return element
     try:
         if vr in _BINARY_INTEGERS:
             converted: object = int(value) if value else None

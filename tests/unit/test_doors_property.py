@@ -1,0 +1,389 @@
+"""Every door gives one answer: the index (with recent arrivals), C-FIND, QIDO-RS, the mode without a catalog, and an
+evaluation written plainly from the standard, over generated archives and generated queries."""
+
+from __future__ import annotations
+
+import io
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from pydicom import dcmread, dcmwrite
+from pydicom.config import IGNORE
+from pydicom.datadict import tag_for_keyword
+from pydicom.dataelem import DataElement
+from pydicom.dataset import Dataset
+from pydicom.sequence import Sequence
+from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
+from pynetdicom.dsutils import encode
+
+from sphere.catalog.queries import Queries, open_queries
+from sphere.catalog.query import Features, Query
+from sphere.catalog.schema import Level
+from sphere.conf.errors import QueryError
+from sphere.conf.settings import Settings
+from sphere.scp import client
+from sphere.scp.find import PENDING, FindAnswer, FindRequest, FindService
+from sphere.scp.web.search_request import parse_search
+from tests.support.extracted import extract
+from tests.support.landing import archive, land, new_member, slices
+from tests.support.receiver import running_receiver
+from tests.support.reference import LEVEL, LEVELS, MULTIPLE, PAIRS, VR, Asked, answer
+
+pytestmark = pytest.mark.unit
+
+GROUP = 0x0029
+CREATORS = ("ACME", "OTHER")
+CODES = "ProcedureCodeSequence"
+VALUES: dict[str, list[Any]] = {
+    "PatientName": [
+        "Doe^John",
+        "DOE^JANE",
+        "Müller^Ännchen",
+        "Yamada^Tarou=山田^太郎=やまだ^たろう",
+        "O'Neil^A.B",
+        "Doe",
+        "",
+    ],
+    "PatientSex": ["M", "F", ""],
+    "PatientComments": ["a", "A", "", "two words"],
+    "StudyDate": ["20240101", "20240102", "20231231", ""],
+    "StudyTime": ["0030", "235959.5", "10", "101530", "noon", ""],
+    "AccessionNumber": ["A_B1", "AxB1", "100%", " padded ", ""],
+    "StudyDescription": ["CHEST", "chest", "CHEST PA", "[abc]", ""],
+    "PhysiciansOfRecord": [["House^G", "Müller^Ä"], ["House^G"], None],
+    "ReferringPhysicianName": ["House^Gregory", "Meier^Eva", ""],
+    "SeriesDate": ["20240101", "20240229", ""],
+    "SeriesTime": ["2330", "000000", "1200", ""],
+    "SeriesNumber": [1, 2, None],
+    "InstanceNumber": [1, 2, 30, None],
+    "ImageType": [["ORIGINAL", "PRIMARY"], ["DERIVED", "PRIMARY", "AXIAL"], ["ORIGINAL"], None],
+    "ContentDate": ["20240101", "20240102", ""],
+    "ContentTime": ["1015", "101530.25", "235960", ""],
+    "AcquisitionDateTime": ["20240101003000", "2024", "20240101233000-0500", "20231231+0100", "rubbish", ""],
+    "SliceThickness": ["1.5", "1.50", "2", None],
+    "ImageComments": ["two\r\nlines", " indented", "x", ""],
+}
+OFFSETS = ["+0100", "-0500", "+0530", None]
+MODALITIES = ["CT", "MR", "SR"]
+
+
+def generated(seed: int) -> list[bytes]:
+    """Instances of studies that agree on little: attributes differ within a study, and come and go."""
+    chance = random.Random(seed)
+    made = []
+    for study in range(12):
+        patient = chance.choice(["P1", "P1", "P2", "p1", None])
+        for series in range(chance.choice([1, 1, 2])):
+            for data in slices(chance.choice([1, 2]), seed=1000 * seed + 10 * study + series, study=study):
+                made.append(_changed(data, chance, patient, f"9.{study}", f"9.{study}.{series}"))
+    chance.shuffle(made)
+    return made
+
+
+def _changed(data: bytes, chance: random.Random, patient: str | None, study: str, series: str) -> bytes:
+    dataset = dcmread(io.BytesIO(data))
+    dataset.SpecificCharacterSet = "ISO_IR 192"
+    dataset.StudyInstanceUID, dataset.SeriesInstanceUID = study, series
+    dataset.PatientID = patient or ""
+    dataset.Modality = chance.choice(MODALITIES)
+    for keyword, values in VALUES.items():
+        if keyword in dataset:
+            del dataset[keyword]
+        if chance.random() < 0.8:
+            setattr(dataset, keyword, chance.choice(values))
+    if offset := chance.choice(OFFSETS):
+        dataset.TimezoneOffsetFromUTC = offset
+    if chance.random() < 0.7:
+        codes = [chance.choice(["C1", "C2", "C3"]) for _ in range(chance.choice([0, 1, 2]))]
+        dataset.ProcedureCodeSequence = Sequence([_code(one, chance.choice(["S", "T", ""])) for one in codes])
+    for creator in CREATORS:
+        if chance.random() < 0.6:
+            dataset.add_new(
+                GROUP << 16 | chance.choice([0x10, 0x11, 0x20]), "LO", creator
+            )  # may take the other's block
+            block = dataset.private_block(GROUP, creator) if _has(dataset, creator) else None
+            if block is not None:
+                block.add_new(0x01, "LO", chance.choice(["one", "two"]))
+    buffer = io.BytesIO()
+    dcmwrite(buffer, dataset)
+    return buffer.getvalue()
+
+
+def _has(dataset: Dataset, creator: str) -> bool:
+    try:
+        dataset.private_block(GROUP, creator)
+    except KeyError:
+        return False
+    return True
+
+
+def _code(value: str, scheme: str) -> Dataset:
+    item = Dataset()
+    item.CodeValue, item.CodingSchemeDesignator = value, scheme
+    return item
+
+
+class Doors:
+    """An archive, and the ways to ask it; no dataclass, as every failure would then show it whole."""
+
+    def __init__(self, settings: Settings, datasets: list[Dataset], tables: Queries, bundles: Queries) -> None:
+        self.settings = settings
+        self.datasets = datasets  # in the order of arrival
+        self.tables = tables
+        self.bundles = bundles
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def doors(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Doors]:
+    """Two thirds are catalogued, the rest are recent arrivals."""
+    files = generated(request.param)
+    base = archive(tmp_path_factory.mktemp("doors"), archive={"ae_title": "DOORS"})
+    members = [new_member(data, second=number) for number, data in enumerate(files)]
+    cut = len(members) * 2 // 3
+    land(base, members[:cut])
+    extract(base)
+    land(base, members[cut:])
+    catalog = base.catalog.model_copy(update={"mode": "files", "scan_workers": 0})
+    with open_queries(base) as tables, open_queries(base.model_copy(update={"catalog": catalog})) as bundles:
+        yield Doors(base, [dcmread(io.BytesIO(data)) for data in files], tables, bundles)
+
+
+def asked_text(keyword: str) -> st.SearchStrategy[str]:
+    """Keys that have something to do with what is stored."""
+    stored = [one for value in VALUES[keyword] for one in (value if isinstance(value, list) else [value]) if one]
+    plain = st.sampled_from([str(one) for one in stored])
+    vr = VR.get(keyword, "LO")
+    if vr == "DA":
+        return _ranges(st.sampled_from(["20240101", "20240102", "20231231", "20240229"])) | st.just('""')
+    if vr == "TM":
+        return _ranges(st.sampled_from(["00", "0030", "1015", "101530.2", "2330", "235960", "10:15:30"])) | st.just(
+            '""'
+        )
+    if vr == "DT":
+        return _ranges(
+            st.sampled_from(["2024", "202401", "20240101", "2024010100", "20240102043000", "2023"])
+        ) | st.just("20240101003000+0100")
+    if vr in ("IS", "DS"):
+        return plain | st.sampled_from(["2", "01", '""'])
+    wild = st.builds(_wilder, plain, st.integers(0, 6), st.sampled_from(["*", "?", "**", "?*"]))
+    several = [plain, wild, plain.map(str.upper), st.sampled_from(['""', "*", "", "?*", "nothing"])]
+    if keyword in MULTIPLE:
+        several.append(st.lists(plain, min_size=2, max_size=3).map("\\".join))
+    return st.one_of(several)
+
+
+def _wilder(text: str, at: int, sign: str) -> str:
+    return text[:at] + sign + text[at + 1 :] if sign != "**" else f"*{text[at : at + 2]}*"
+
+
+def _ranges(ends: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
+    pairs = st.tuples(ends, ends).map(sorted).map("-".join)
+    return st.one_of(ends, ends.map(lambda one: f"{one}-"), ends.map(lambda one: f"-{one}"), pairs)
+
+
+@st.composite
+def queries(draw: st.DrawFn) -> Asked:
+    """A few keys that the level has, and what is negotiated."""
+    level = draw(st.sampled_from(LEVELS))
+    depth = LEVELS.index(level)
+    names = [name for name in VALUES if LEVEL[name] <= depth]
+    chosen = draw(st.lists(st.sampled_from(names), max_size=2, unique=True))
+    keys: dict[Any, Any] = {name: draw(asked_text(name)) for name in chosen}
+    combined = draw(st.booleans())
+    if combined and depth > 0 and draw(st.booleans()):
+        for keyword in draw(st.sampled_from([pair for pair in PAIRS.items() if LEVEL[pair[0]] <= depth])):
+            keys[keyword] = draw(asked_text(keyword))
+    extra = draw(st.integers(0, 5))
+    if extra == 1:
+        keys[GROUP, 0x01, draw(st.sampled_from(CREATORS))] = draw(st.sampled_from(["one", "t*", '""', ""]))
+    elif extra == 2:
+        schemes = st.sampled_from(["S", "T", '""', "*"])
+        keys[CODES] = {"CodeValue": draw(st.sampled_from(["C1", "C?", "C3"])), "CodingSchemeDesignator": draw(schemes)}
+    elif extra == 3:
+        keys["PatientID"] = draw(st.sampled_from(["P1", "p?", '""', "P*"]))
+    zone = draw(st.none() | st.sampled_from([0, 60, -210]))
+    return Asked(level, keys, draw(st.booleans()), True, combined, zone)
+
+
+def by_name(asked: Asked) -> dict[str, Any]:
+    return {_name(name): value for name, value in asked.keys.items()}
+
+
+def _name(name: Any) -> str:
+    return name if isinstance(name, str) else f"{name[0]:04X}10{name[1]:02X},{name[2]}"
+
+
+def zone_text(zone: int | None) -> str:
+    return "" if zone is None else f"{'-' if zone < 0 else '+'}{abs(zone) // 60:02}{abs(zone) % 60:02}"
+
+
+def identifier(asked: Asked) -> Dataset:
+    """The C-FIND identifier of a query."""
+    dataset = Dataset()
+    dataset.SpecificCharacterSet = "ISO_IR 192"
+    dataset.QueryRetrieveLevel = asked.level
+    if asked.zone is not None:
+        dataset.TimezoneOffsetFromUTC = zone_text(asked.zone)
+    for name, value in asked.keys.items():
+        if isinstance(value, dict):
+            item = Dataset()
+            for keyword, text in value.items():
+                setattr(item, keyword, text)
+            setattr(dataset, name, Sequence([item]))
+        elif isinstance(name, str):
+            dataset[name] = _element(name, value)
+        else:
+            dataset.private_block(name[0], name[2], create=True).add_new(name[1], "LO", value)
+    for keyword in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "PatientID")[
+        : LEVELS.index(asked.level)
+    ]:
+        dataset.setdefault(keyword, None)
+    return dataset
+
+
+def _element(keyword: str, text: str) -> Any:
+    vr = VR.get(keyword, "LO")
+    number = vr in ("IS", "DS")
+    element = DataElement(tag_for_keyword(keyword) or 0, vr, None if number else text, validation_mode=IGNORE)
+    if number:
+        element._value = text  # two quotes are none, pydicom says
+    return element
+
+
+def features(asked: Asked) -> Features:
+    return Features(
+        relational=True,
+        combined_datetime=asked.combined_datetime,
+        timezone_adjustment=asked.zone is not None,
+        empty_values=asked.empty_values,
+        multiple_values=asked.multiple_values,
+    )
+
+
+def find_answers(doors: Doors, asked: Asked) -> list[FindAnswer]:
+    """C-FIND, from the bytes of the identifier on."""
+    syntax = ImplicitVRLittleEndian if asked.combined_datetime else ExplicitVRLittleEndian
+    data = encode(identifier(asked), syntax.is_implicit_VR, True) or b""
+    request = FindRequest(
+        model="PATIENT_ROOT", identifier=data, transfer_syntax=syntax, features=features(asked)
+    )  # fmt: skip
+    return list(FindService(doors.tables).answers(request, cancelled=lambda: False))
+
+
+def by_find(doors: Doors, asked: Asked) -> list[Dataset]:
+    """The matches of C-FIND."""
+    answers = find_answers(doors, asked)
+    assert all(one.status == PENDING for one in answers), (answers[-1].status, answers[-1].comment)
+    return [one.identifier for one in answers if one.identifier is not None]
+
+
+def built(asked: Asked) -> Query:
+    level: Any = asked.level
+    return Query.build(
+        level, by_name(asked), return_keys=("StudyInstanceUID",) if level == "PATIENT" else (), model="PATIENT_ROOT",
+        combined_datetime=asked.combined_datetime, timezone=zone_text(asked.zone), empty_values=asked.empty_values,
+        multiple_values=asked.multiple_values,
+    )  # fmt: skip
+
+
+def told(queries: Queries, query: Query) -> list[Any]:
+    return [match.identifier().to_json_dict() for match in queries.find(query)]
+
+
+UNIQUE = {"STUDY": ("0020000D",), "SERIES": ("0020000D", "0020000E"), "IMAGE": ("0020000D", "0020000E", "00080018")}
+
+
+def identities(asked: Asked, answers: list[Any]) -> list[tuple[str, ...]]:
+    """The unique keys of answers."""
+    if asked.level == "PATIENT":
+        return sorted((one["00100020"].get("Value") or [""])[:1] for one in answers)
+    return sorted(tuple(one[tag]["Value"][0] for tag in UNIQUE[asked.level]) for one in answers)
+
+
+def by_qido(doors: Doors, asked: Asked) -> list[tuple[str, ...]] | None:
+    """The query that the URL of a QIDO-RS search is; None for what QIDO-RS cannot ask."""
+    private = any(not isinstance(name, str) for name in asked.keys)
+    if private or asked.level == "PATIENT" or asked.zone is not None or asked.combined_datetime:
+        return None
+    parameters = [("emptyvaluematching", str(asked.empty_values).lower()), ("multiplevaluematching", "true")]
+    for name, value in asked.keys.items():
+        nested = value.items() if isinstance(value, dict) else ()
+        parameters += [(f"{name}.{inner}", text) for inner, text in nested] or [(name, value)]
+    level: Level = asked.level  # type: ignore[assignment]
+    return identities(asked, told(doors.tables, parse_search(parameters, level, {}).query))
+
+
+PROFILE = settings(
+    max_examples=50, derandomize=True, database=None, deadline=None, phases=[Phase.generate, Phase.shrink],
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)  # fmt: skip
+
+
+@PROFILE
+@given(asked=queries())
+def test_every_door_gives_the_answer_of_the_reference(doors: Doors, asked: Asked) -> None:
+    try:
+        query = built(asked)
+    except QueryError:  # two quotes where empty values were not agreed on, a list with wild cards
+        assert [one.status for one in find_answers(doors, asked)] == [QueryError.dimse]
+        return
+    by_sql = told(doors.tables, query)
+    assert told(doors.bundles, query) == by_sql, "without a catalog"
+    found = [one.to_json_dict() for one in by_find(doors, asked)]
+    assert identities(asked, found) == identities(asked, by_sql), "C-FIND"
+    expected = answer(doors.datasets, asked)
+    if asked.level == "PATIENT":
+        patients = sorted([key[1]] if key[0] == "id" else [""] for key in expected)
+        assert identities(asked, by_sql) == patients, "reference"
+    else:
+        assert identities(asked, by_sql) == expected, "reference"
+    by_url = by_qido(doors, asked)
+    assert by_url is None or by_url == expected, "QIDO-RS"
+
+
+@settings(parent=PROFILE, max_examples=15)
+@given(
+    words=st.lists(
+        st.sampled_from(["doe", "jo", "muller", "mueller", "an", "山田", "yam*", "neal", "onei"]), max_size=2
+    )
+)
+def test_fuzzy_names_at_every_door(doors: Doors, words: list[str]) -> None:
+    query = Query.build("STUDY", {"PatientName": " ".join(words)}, fuzzy_names=True)
+    assert told(doors.bundles, query) == told(doors.tables, query)
+
+
+@pytest.mark.parametrize("doors", [1], indirect=True)
+def test_a_sample_over_associations(doors: Doors) -> None:
+    """The same answers from a receiver, what is asked for negotiated with it."""
+    place = doors.settings.archive.state_dir.parent
+    chance = random.Random(5)
+    with running_receiver(place, {"archive": {"ae_title": "DOORS"}, "extract": {"every_s": 0}}) as receiver:
+        for number in range(12):
+            asked = _sample(chance, number)
+            found = client.find(
+                receiver.peer, _texts(asked), settings=receiver.settings, level=asked.level, model="PATIENT_ROOT",  # type: ignore[arg-type]
+                features=features(asked),
+            )  # fmt: skip
+            answers = [one.to_json_dict() for one in found]
+            assert identities(asked, answers) == answer(doors.datasets, asked), asked
+
+
+def _sample(chance: random.Random, number: int) -> Asked:
+    level = ("STUDY", "SERIES", "IMAGE")[number % 3]
+    keys = [
+        {"StudyDate": "20240101-", "StudyTime": "0030-2330"},
+        {"PatientName": "d*", "AccessionNumber": '""'},
+        {"PatientSex": chance.choice("MF"), "StudyDate": "20231231-20240101"},
+        {"PhysiciansOfRecord": "House^G\\Müller^Ä"},
+    ][number // 3]
+    return Asked(level, keys, True, True, number < 3, (None, 60)[number % 2])
+
+
+def _texts(asked: Asked) -> dict[str, str]:
+    zone = {"TimezoneOffsetFromUTC": zone_text(asked.zone)} if asked.zone is not None else {}
+    unique = dict.fromkeys(("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID")[: LEVELS.index(asked.level)], "")
+    return {**unique, **asked.keys, **zone}
