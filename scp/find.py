@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import logging
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from typing import TYPE_CHECKING, Protocol
 
 from pydicom.dataset import Dataset
 from pydicom.uid import UID
-from pynetdicom.dsutils import decode
 
 from sphere.catalog.query import NO_FEATURES, Features, Model, Query, parse_identifier
 from sphere.conf.errors import QueryError, SphereError
 from sphere.conf.settings import Snapshot
+from sphere.scp.decode import decode_identifier
 
 if TYPE_CHECKING:
     from sphere.catalog.asof import AsOf
@@ -26,7 +24,6 @@ log = logging.getLogger(__name__)
 PENDING, PENDING_WARNING = 0xFF00, 0xFF01  # PS3.4 Table C.4-1
 CANCELLED = 0xFE00
 UNABLE = 0xC000
-MAX_IDENTIFIER = 1 << 22  # bytes, inflated where deflated; room for 60,000 UIDs
 MAX_COMMENT = 64  # characters of an Error Comment, LO (PS3.7 Table E.2-1)
 
 
@@ -88,25 +85,16 @@ class FindService:
 
 def _query(request: FindRequest) -> Query:
     """The query that the identifier's bytes are; raises QueryError where they are none."""
-    syntax = request.transfer_syntax
     try:
-        plain = _inflated(request.identifier) if syntax.is_deflated else request.identifier
-        if len(plain) > MAX_IDENTIFIER:
-            raise QueryError(f"identifier is longer than {MAX_IDENTIFIER} bytes")
         return parse_identifier(
-            decode(BytesIO(plain), syntax.is_implicit_VR, syntax.is_little_endian),
+            decode_identifier(request.identifier, request.transfer_syntax),
             model=request.model,
             features=request.features,
         )
     except QueryError:
         raise
-    except Exception as error:  # noqa: BLE001  pydicom raises whatever the bytes make of it
+    except Exception as error:  # noqa: BLE001  pydicom converts values late, and raises whatever they make of it
         raise QueryError(f"identifier cannot be decoded ({type(error).__name__})") from None
-
-
-def _inflated(deflated: bytes) -> bytes:
-    """At most one byte more than an identifier may have, however much the bytes would give (PS3.5 A.5)."""
-    return zlib.decompressobj(-zlib.MAX_WBITS).decompress(deflated, MAX_IDENTIFIER + 1)
 
 
 def _failure(status: int, reason: str, offending: tuple[int, ...] = ()) -> FindAnswer:

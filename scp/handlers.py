@@ -14,7 +14,8 @@ from sphere.conf.logs import hashed
 from sphere.conf.settings import NOT_AUTHORIZED, Right
 from sphere.scp import contexts
 from sphere.scp.callers import Caller, Callers
-from sphere.scp.find import MAX_IDENTIFIER, UNABLE, FindRequest, FindService
+from sphere.scp.decode import MAX_IDENTIFIER
+from sphere.scp.find import UNABLE, FindRequest, FindService
 from sphere.scp.store import MISMATCH, OUT_OF_RESOURCES, SUCCESS, StoreRequest, StoreService
 from sphere.scp.upper.association import Association, Response, Service
 from sphere.scp.upper.command import C_ECHO_RQ, C_FIND_RQ, C_GET_RQ, C_MOVE_RQ, C_STORE_RQ

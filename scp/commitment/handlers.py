@@ -11,11 +11,12 @@ from sphere.conf.errors import QueryError, SphereError
 from sphere.scp.commitment.report import GRACE_S, SUCCESS, WELL_KNOWN, Reporter
 from sphere.scp.commitment.transactions import Reference, Transaction, Transactions
 from sphere.scp.contexts import STORAGE_COMMITMENT
-from sphere.scp.retrieve.identifier import MAX_IDENTIFIER, decode_identifier
+from sphere.scp.decode import MAX_IDENTIFIER, decode_identifier
 from sphere.scp.upper.association import Association, Response, Service
 from sphere.scp.upper.command import N_ACTION_RQ
 from sphere.scp.upper.messages import Message
 
+MAX_REFERENCES = 50_000  # of one request; 4 MiB have room for some 40,000
 REQUEST = 1  # action type: Request Storage Commitment
 CLASS_NOT_SUPPORTED = 0x0122  # PS3.7 C.5.6
 NO_SUCH_INSTANCE = 0x0112  # PS3.7 C.5.13
@@ -68,7 +69,9 @@ def _refused(message: Message) -> Response | None:
 def _transaction(message: Message, association: Association) -> Transaction:
     """What is asked for; raises QueryError where the data set does not say."""
     assert message.dataset is not None
-    information = decode_identifier(message.dataset.tobytes(), message.context.transfer_syntax)
+    information = decode_identifier(
+        message.dataset.tobytes(), message.context.transfer_syntax, max_items=MAX_REFERENCES
+    )
     now = time.time()
     try:
         uid = str(information.get("TransactionUID") or "")

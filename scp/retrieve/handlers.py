@@ -13,7 +13,7 @@ from pynetdicom.dsutils import encode
 
 from sphere.scp import contexts
 from sphere.scp.contexts import RetrieveModel
-from sphere.scp.retrieve.identifier import MAX_IDENTIFIER
+from sphere.scp.decode import MAX_IDENTIFIER
 from sphere.scp.retrieve.outbound import Counts
 from sphere.scp.retrieve.service import (
     CANCELLED,

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from io import BytesIO
 
 from pydicom.dataset import Dataset
-from pydicom.uid import UID
-from pynetdicom.dsutils import decode
 
 from sphere.catalog.identifier import Element, elements
 from sphere.catalog.schema import Level
 from sphere.conf.errors import QueryError
 from sphere.scp.contexts import RetrieveModel
 
-MAX_IDENTIFIER = 1 << 22  # bytes, inflated where deflated; room for 60,000 UIDs
 LEVEL = 0x00080052
 UNIQUE: Mapping[Level, int] = {
     "PATIENT": 0x00100020,
@@ -45,20 +40,6 @@ class Selection:
     study: tuple[str, ...] = ()
     series: tuple[str, ...] = ()
     sop: tuple[str, ...] = ()
-
-
-def decode_identifier(data: bytes, syntax: UID) -> Dataset:
-    """The data set that the bytes are; raises QueryError where they are none, or too long."""
-    try:
-        if syntax.is_deflated:  # at most one byte too many, however much the bytes would give (PS3.5 A.5)
-            data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, MAX_IDENTIFIER + 1)
-        if len(data) > MAX_IDENTIFIER:
-            raise QueryError(f"identifier is longer than {MAX_IDENTIFIER} bytes")
-        return decode(BytesIO(data), syntax.is_implicit_VR, syntax.is_little_endian)
-    except QueryError:
-        raise
-    except Exception as error:  # noqa: BLE001  pydicom raises whatever the bytes make of it
-        raise QueryError(f"identifier cannot be decoded ({type(error).__name__})") from None
 
 
 def parse_selection(identifier: Dataset, *, model: RetrieveModel, relational: bool = False) -> Selection:

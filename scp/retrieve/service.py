@@ -15,8 +15,9 @@ from sphere.conf.errors import QueryError, SphereError
 from sphere.conf.settings import Settings
 from sphere.ingest.storage.base import Readable
 from sphere.scp.contexts import RetrieveModel
+from sphere.scp.decode import decode_identifier
 from sphere.scp.retrieve.deliver import Connect, Delivery, Outcomes
-from sphere.scp.retrieve.identifier import Selection, decode_identifier, parse_selection
+from sphere.scp.retrieve.identifier import Selection, parse_selection
 from sphere.scp.retrieve.outbound import Channel, Converter, Counts, Sender, groups, preferred_by, range_of
 from sphere.scp.retrieve.read_ahead import ReadAhead
 from sphere.scp.upper.requestor import connect

@@ -27,6 +27,7 @@ UNRECOGNIZED_OPERATION = 0x0211  # PS3.7 C.5.18
 PROCESSING_FAILURE = 0x0110  # PS3.7 C.5.9
 PAUSE_S = 0.25  # seconds between looks at whether to stop
 MAX_CANCELS = 16  # remembered at once; they name operations that may already be over
+MAX_WAITING = 8  # requests that come before the one being served is answered; asynchronous operations are not offered
 _numbers = count(1)
 
 
@@ -217,8 +218,11 @@ class Association:
         """A message that came while a request is being served."""
         if message.command["CommandField"] == dimse.C_CANCEL_RQ:
             self._cancelled.append(message.command.get("MessageIDBeingRespondedTo", -1))
-        else:
+        elif len(self._waiting) < MAX_WAITING:
             self._waiting.append(message)
+        else:
+            self._inbox.finish(message)
+            raise Violation("more requests at once than are answered", reason=protocol.UNSPECIFIED)
 
     def _handle(self, message: Message) -> None:
         kind = message.command["CommandField"]

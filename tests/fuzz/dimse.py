@@ -13,8 +13,9 @@ from pydicom.uid import UID
 
 from sphere.catalog.query import Features, Query
 from sphere.conf.errors import QueryError
+from sphere.scp.decode import decode_identifier
 from sphere.scp.find import FindAnswer, FindRequest, FindService
-from sphere.scp.retrieve.identifier import decode_identifier, parse_selection
+from sphere.scp.retrieve.identifier import parse_selection
 from sphere.scp.upper import command, protocol
 from sphere.scp.upper.connection import Connection
 from sphere.scp.upper.dataset import Budget

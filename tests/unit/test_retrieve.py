@@ -20,8 +20,9 @@ from sphere.scp.client import pull
 from sphere.scp.client.pull import Target, find_targets, missing, read_targets, retrieve
 from sphere.scp.client.retrieve import Progress
 from sphere.scp.contexts import RetrieveModel
+from sphere.scp.decode import decode_identifier
 from sphere.scp.retrieve import read_ahead
-from sphere.scp.retrieve.identifier import Selection, decode_identifier, parse_selection
+from sphere.scp.retrieve.identifier import Selection, parse_selection
 from sphere.scp.retrieve.locate import Locator
 from sphere.scp.retrieve.outbound import Sender, groups
 from sphere.scp.retrieve.read_ahead import Range, ReadAhead, windows

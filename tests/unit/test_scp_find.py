@@ -18,7 +18,8 @@ from pynetdicom.dsutils import encode
 
 from sphere.catalog.query import Features, Query
 from sphere.conf.errors import CatalogError, QueryError
-from sphere.scp.find import CANCELLED, MAX_IDENTIFIER, PENDING, UNABLE, FindAnswer, FindRequest, FindService
+from sphere.scp.decode import MAX_IDENTIFIER
+from sphere.scp.find import CANCELLED, PENDING, UNABLE, FindAnswer, FindRequest, FindService
 from sphere.scp.identifier import DEFAULT_KEYS, build_identifier, tag_of
 
 pytestmark = pytest.mark.unit
@@ -110,6 +111,7 @@ def test_what_was_negotiated_reaches_the_query() -> None:
         (b"\xff" * 1000, 0xA900, "", None),
         (bytes(MAX_IDENTIFIER + 1), 0xA900, "identifier is longer", ()),
     ],
+    ids=lambda value: str(value)[:40],  # some are of 4 MiB
 )
 def test_identifiers_that_break_the_rules(
     identifier: bytes, status: int, comment: str, offending: tuple[int, ...] | None

@@ -17,7 +17,7 @@ from pynetdicom.pdu_primitives import AsynchronousOperationsWindowNegotiation, U
 from sphere.conf.settings import Settings, from_dict
 from sphere.ingest.members import FileRange
 from sphere.scp.upper import command, protocol
-from sphere.scp.upper.association import Acceptor, Association, Response
+from sphere.scp.upper.association import MAX_WAITING, Acceptor, Association, Response
 from sphere.scp.upper.messages import MAX_COMMAND, Limits, Message
 from sphere.scp.upper.negotiation import Proposal
 from sphere.scp.upper.protocol import CALLING_AE_NOT_RECOGNIZED, Rejection
@@ -32,6 +32,7 @@ UNEXPECTED = (protocol.PROVIDER, protocol.UNEXPECTED_PDU)
 OUT_OF_ORDER = (protocol.PROVIDER, protocol.UNEXPECTED_PARAMETER)
 SILENT = (protocol.PROVIDER, protocol.UNSPECIFIED)
 MANY = 0x0020  # a request that is answered a thousand times
+ASKS = 0x0FE1  # a service that asks the peer
 
 
 class Bench:
@@ -49,7 +50,7 @@ class Bench:
             message_s=self.settings.dimse.dimse_timeout_s,
         )
         acceptor = Acceptor(
-            services={0x30: self.echo, 0x01: self.store, MANY: self.many},
+            services={0x30: self.echo, 0x01: self.store, MANY: self.many, ASKS: self.asks},
             admit=self.admit,
             places=self.places,
             max_pdu=self.settings.dimse.max_pdu,
@@ -82,6 +83,10 @@ class Bench:
                 return
             self.answered = number + 1
             yield Response(0xFF00, dataset=b"\0" * 64)
+        yield Response(0)
+
+    def asks(self, message: Message, association: Association) -> Iterator[Response]:
+        association.ask(message.context, {"CommandField": 0x30, "AffectedSOPClassUID": VERIFICATION}, None)
         yield Response(0)
 
     def peer(self) -> RawPeer:
@@ -237,6 +242,16 @@ def test_a_request_that_comes_while_another_is_answered_waits(bench: Bench) -> N
     peer.send(many_rq() + echo_rq(6) + echo_rq(7))
     assert statuses(peer, 1003) == [0xFF00] * 1000 + [0, 0, 0]
     peer.release()
+
+
+def test_requests_without_end_instead_of_a_response_are_not_collected(bench: Bench) -> None:
+    peer = bench.associated()
+    fields = {"CommandField": ASKS, "MessageID": 5, "CommandDataSetType": 0x0101}
+    peer.send(p_data(pdv(1, 3, command.encode(fields))))
+    assert peer.response()["CommandField"] == 0x30
+    peer.send(b"".join(echo_rq(number) for number in range(MAX_WAITING + 1)))
+    assert peer.abort() == (protocol.PROVIDER, protocol.UNSPECIFIED)
+    bench.associated().release()
 
 
 @pytest.mark.parametrize("end", [pdu(0x05, bytes(4)), pdu(0x07, bytes(4)), b"", pdu(0x42, b"")])
