@@ -127,6 +127,19 @@ class Web(Section):
     host: str = Field("127.0.0.1", description="Address that HTTP listens on.")
     port: Port = Field(8080, description="TCP port; 0 takes a free one.")
     read_only: bool = Field(False, description="Refuse to store over HTTP.")
+    auth: Literal["remote", "all"] = Field(
+        "remote",
+        description="Who must show a token: clients of other hosts, or all. A reverse proxy on this host is no client "
+        "of this host by its Host header.",
+    )
+    tls_certificate: str = Field("", description="PEM file of the server's certificate and those up to its CA.")
+    tls_key: str = Field("", description="PEM file of its private key; empty: it is in `tls_certificate`.")
+    oidc_issuer: str = Field("", description="Issuer (iss) of bearer tokens of an OpenID Connect provider.")
+    oidc_audience: str = Field("", description="Audience (aud) that they must be for.")
+    oidc_jwks: str = Field("", description="File or https:// URL of the provider's key set; empty: none is trusted.")
+    oidc_roles_claim: str = Field(
+        "roles", description="Claim that lists roles (reader, writer, admin); full stops lead into objects."
+    )
     idle_s: Annotated[float, Field(ge=1)] = Field(
         30.0, description="Seconds to wait for the head of a request, for more of its body, or for a client that reads."
     )
@@ -443,6 +456,7 @@ def _resolve(settings: Settings, base: Path) -> Settings:
             known = ", ".join(names) or "none"
             raise SettingsError(f"rules.{number}.peer: no peer is called {sorted(strange)[0]!r} (known: {known})")
     dimse = settings.dimse.model_copy(update=_files(settings.dimse, base))
+    web = settings.web.model_copy(update=_files(settings.web, base))
     peers = tuple(peer.model_copy(update=_files(peer, base)) for peer in settings.peers)
     archive = settings.archive.model_copy(update={"state_dir": base / settings.archive.state_dir})
     storage = settings.storage.model_copy(update={"root": _absolute(settings.storage.root, base)})
@@ -457,9 +471,12 @@ def _resolve(settings: Settings, base: Path) -> Settings:
             "catalog": catalog,
             "ingest": ingest,
             "dimse": dimse,
+            "web": web,
             "peers": peers,
         }
     )
+    if web.oidc_jwks and not (web.oidc_issuer and web.oidc_audience):
+        raise SettingsError("web.oidc_jwks needs web.oidc_issuer and web.oidc_audience too")
     if set("[]") & set(unquote(urlsplit(resolved.catalog_root).path)):
         raise SettingsError(
             f"{resolved.catalog_root}: Delta tables cannot be read below a folder with [ or ] in its name"
@@ -471,10 +488,10 @@ def _resolve(settings: Settings, base: Path) -> Settings:
     return resolved
 
 
-def _files(section: Dimse | Peer, base: Path) -> dict[str, str]:
-    """Its files of certificates, those that are given, seen from `base`."""
-    values = ((name, getattr(section, name, "")) for name in ("tls_certificate", "tls_key", "tls_ca"))
-    return {name: str(base / value) for name, value in values if value}
+def _files(section: Dimse | Web | Peer, base: Path) -> dict[str, str]:
+    """Its files of certificates and keys, those that are given, seen from `base`."""
+    values = ((name, getattr(section, name, "")) for name in ("tls_certificate", "tls_key", "tls_ca", "oidc_jwks"))
+    return {name: str(base / value) for name, value in values if value and "://" not in value}
 
 
 def _absolute(url: str, base: Path) -> str:

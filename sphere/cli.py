@@ -18,6 +18,7 @@ from sphere.peers_command import peers
 from sphere.progress import import_progress
 from sphere.retrieve_commands import get, move
 from sphere.store_command import store
+from sphere.token_commands import token
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
@@ -236,7 +237,7 @@ def completion(shell: str) -> None:
     click.echo(factory(main, {}, "sphere", "_SPHERE_COMPLETE").source())
 
 
-for command in (peers, echo, store, find, move, get):
+for command in (peers, echo, store, find, move, get, token):
     main.add_command(command)
 
 

@@ -24,7 +24,7 @@ from sphere.conf.errors import SettingsError, SphereError
 from sphere.conf.settings import Settings
 from sphere.ingest.spool import in_use
 from sphere.scp.policy import Policy
-from sphere.scp.upper.tls import acceptor_context
+from sphere.scp.upper.tls import acceptor_context, web_context
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +88,7 @@ class Supervisor:
         """
         Policy(self.settings)  # a rule that cannot be matched ends this here, not one receiver after the other
         acceptor_context(self.settings.dimse)  # and so do files of TLS that cannot be used
+        web_context(self.settings.web)
         self.settings = settings = with_ports(self.settings)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self._stop.set())
@@ -325,7 +326,8 @@ def banner(settings: Settings) -> str:
     if settings.dimse.tls_port:
         same = settings.dimse.tls_port == settings.dimse.port
         address += " with TLS" if same else f", with TLS on {settings.dimse.tls_port}"
-    web = f"DICOMweb on http://{settings.web.host}:{settings.web.port}/dicom-web; " if settings.web.enabled else ""
+    scheme = "https" if settings.web.tls_certificate else "http"
+    web = f"DICOMweb on {scheme}://{settings.web.host}:{settings.web.port}/dicom-web; " if settings.web.enabled else ""
     return (
         f"{settings.archive.ae_title} serves DICOM on {address} ({settings.dimse.workers} receivers, {every}); {web}"
         f"storage {settings.storage.root}; Ctrl-C stops."

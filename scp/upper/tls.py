@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Final, NoReturn
 
 from sphere.conf.errors import SettingsError
-from sphere.conf.settings import Dimse, Peer, Settings
+from sphere.conf.settings import Dimse, Peer, Settings, Web
 
 CIPHERS: Final = (  # of TLS 1.2 (RFC 9325 4.2); those of 1.3 are all of that kind. SECLEVEL: keys as of 2048 bits RSA
     "ECDHE-ECDSA-AES256-GCM-SHA384:ECDHE-ECDSA-AES128-GCM-SHA256:"
@@ -30,6 +30,16 @@ def acceptor_context(dimse: Dimse) -> ssl.SSLContext | None:
         if not dimse.tls_ca:
             raise SettingsError(f'dimse.tls_ca: tls_client = "{dimse.tls_client}" needs the CAs of the peers')
         _trust(context, "dimse.tls_ca", dimse.tls_ca)
+    return context
+
+
+def web_context(web: Web) -> ssl.SSLContext | None:
+    """How the HTTP port speaks, None without TLS. Raises SettingsError when a file cannot be used."""
+    if not web.tls_certificate:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    _profile(context)
+    _present(context, web, "web")
     return context
 
 
@@ -64,16 +74,16 @@ def _profile(context: ssl.SSLContext) -> None:
     context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_COMPRESSION | ssl.OP_CIPHER_SERVER_PREFERENCE
 
 
-def _present(context: ssl.SSLContext, dimse: Dimse) -> None:
+def _present(context: ssl.SSLContext, files: Dimse | Web, section: str = "dimse") -> None:
     """Have our certificate shown."""
-    certificate, key = dimse.tls_certificate, dimse.tls_key or dimse.tls_certificate
-    for name, path in (("dimse.tls_certificate", certificate), ("dimse.tls_key", key)):
+    certificate, key = files.tls_certificate, files.tls_key or files.tls_certificate
+    for name, path in ((f"{section}.tls_certificate", certificate), (f"{section}.tls_key", key)):
         _readable(name, path)
     try:
         context.load_cert_chain(certificate, key, password=_no_password)
     except OSError as error:
         raise SettingsError(
-            f"dimse.tls_certificate, dimse.tls_key: not a certificate in PEM and its key ({why(error)})"
+            f"{section}.tls_certificate, {section}.tls_key: not a certificate in PEM and its key ({why(error)})"
         ) from None
 
 
@@ -93,4 +103,4 @@ def _readable(name: str, path: str) -> None:
 
 
 def _no_password() -> NoReturn:
-    raise SettingsError("dimse.tls_key: the key has a password; keep it without one, readable by the service alone")
+    raise SettingsError("tls_key: the key has a password; keep it without one, readable by the service alone")

@@ -17,10 +17,14 @@ from sphere.conf.errors import SphereError
 from sphere.conf.settings import Settings
 from sphere.scp.upper.dataset import Budget
 from sphere.scp.web import bulk, frames, health, metadata, operations, rendered, retrieve, search, stow, wado_uri
+from sphere.scp.web.access import Access
 from sphere.scp.web.archive import Archive
+from sphere.scp.web.audit import Audited, AuditJournal
+from sphere.scp.web.oidc import Oidc
 from sphere.scp.web.pixels import PixelReader
 from sphere.scp.web.problem import problem
 from sphere.scp.web.stow import Store
+from sphere.scp.web.tokens import Tokens
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +36,8 @@ class Services:
     finder: search.Finder
     archive: Archive
     store: Store
+    tokens: Tokens
+    journal: AuditJournal
 
 
 def make_app(settings: Settings, services: Services) -> Starlette:
@@ -52,9 +58,15 @@ def make_app(settings: Settings, services: Services) -> Starlette:
     )
     offered += stow.offered(landing)
     offered.append(operations.openapi(offered))
+    oidc = Oidc(settings.web) if settings.web.oidc_jwks else None
     app = Starlette(
         routes=operations.routes(offered),
-        middleware=[Middleware(health.Measured, metrics=metrics), Middleware(Answered)],
+        middleware=[
+            Middleware(health.Measured, metrics=metrics),
+            Middleware(Audited, journal=services.journal),
+            Middleware(Answered),
+            Middleware(Access, settings=settings.web, tokens=services.tokens, oidc=oidc),
+        ],
         exception_handlers={SphereError: _of_sphere, HTTPException: _of_http},
     )
     app.router.redirect_slashes = False

@@ -15,13 +15,18 @@ from sphere.catalog.queries import open_queries
 from sphere.conf.errors import SettingsError
 from sphere.conf.settings import Settings
 from sphere.ingest.spool import open_readable, open_writer
+from sphere.ingest.storage import open_storage
 from sphere.scp.libraries import prepare_libraries
 from sphere.scp.policy import Policy
 from sphere.scp.retrieve.transcoder import Transcoder
 from sphere.scp.store import StoreService
+from sphere.scp.upper.tls import web_context
+from sphere.scp.web.access import LOCAL_NAMES
 from sphere.scp.web.app import Services, make_app
 from sphere.scp.web.archive import Archive
+from sphere.scp.web.audit import AuditJournal
 from sphere.scp.web.protocol import BoundedHttp
+from sphere.scp.web.tokens import Tokens
 
 log = logging.getLogger(__name__)
 
@@ -65,20 +70,31 @@ def run_web(settings: Settings, *, ready: Callable[[int], None]) -> None:
     prepare_libraries()
     listener = listen(settings)
     port = int(listener.getsockname()[1])
-    with (
-        closing(open_queries(settings)) as finder,
-        closing(Transcoder()) as transcoder,
-        closing(open_writer(settings)) as writer,
-    ):
-        store = StoreService(writer, Policy(settings))
-        services = Services(finder, Archive(finder, open_readable(settings), transcoder), store)
+    with services_of(settings) as services:
         log.info("HTTP listens port=%d", port)
         make_server(settings, services, lambda: ready(port)).run(sockets=[listener])
     log.info("HTTP stopped")
 
 
+@contextmanager
+def services_of(settings: Settings) -> Iterator[Services]:
+    """What the routes ask, closed at the end; raises StorageError where the storage cannot be had."""
+    storage = open_storage(settings.storage.root, user=settings.storage.user)
+    with (
+        closing(open_queries(settings)) as finder,
+        closing(Transcoder()) as transcoder,
+        closing(open_writer(settings)) as writer,
+        closing(AuditJournal(storage, settings.archive.state_dir / "audit.jsonl")) as journal,
+    ):
+        archive = Archive(finder, open_readable(settings), transcoder)
+        yield Services(finder, archive, StoreService(writer, Policy(settings)), Tokens(storage), journal)
+
+
 def make_server(settings: Settings, services: Services, ready: Callable[[], None]) -> uvicorn.Server:
-    """A server that `run` has serve; `ready` is called when it does."""
+    """A server that `run` has serve; `ready` is called when it does. Raises SettingsError for files of TLS."""
+    tls = web_context(settings.web)
+    if tls is None and settings.web.host not in LOCAL_NAMES:
+        log.warning("HTTP without TLS beyond this host: tokens and images can be read on the way (web.tls_certificate)")
     config = uvicorn.Config(
         make_app(settings, services),
         http=BoundedHttp,
@@ -93,6 +109,7 @@ def make_server(settings: Settings, services: Services, ready: Callable[[], None
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_notify=max(1, round(settings.web.idle_s)),
         timeout_graceful_shutdown=DRAIN_S,
+        ssl_context_factory=(lambda *_: tls) if tls else None,
     )
     return _Server(config, ready)
 

@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import httpx
 
-from sphere.catalog.service import QueryService
 from sphere.conf.settings import Settings
-from sphere.ingest.spool import open_readable, open_writer
-from sphere.scp.policy import Policy
-from sphere.scp.retrieve.transcoder import Transcoder
-from sphere.scp.store import StoreService
 from sphere.scp.web.app import Services
-from sphere.scp.web.archive import Archive
-from sphere.scp.web.server import listen, make_server
+from sphere.scp.web.server import listen, make_server, services_of
 
 
 @dataclass
@@ -27,7 +21,7 @@ class Web:
     settings: Settings
     port: int
     client: httpx.Client
-    finder: QueryService
+    services: Services
 
     @property
     def url(self) -> str:
@@ -46,19 +40,14 @@ def serving_web(settings: Settings, change: Callable[[Services], Services] = lam
     listener = listen(settings)
     port = int(listener.getsockname()[1])
     ready = threading.Event()
-    with (
-        QueryService(settings) as finder,
-        closing(Transcoder()) as transcoder,
-        closing(open_writer(settings)) as writer,
-    ):
-        store = StoreService(writer, Policy(settings))
-        services = Services(finder, Archive(finder, open_readable(settings), transcoder), store)
-        server = make_server(settings, change(services), ready.set)
+    with services_of(settings) as services:
+        services = change(services)
+        server = make_server(settings, services, ready.set)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         assert ready.wait(30)
         with httpx.Client(timeout=60) as client:
-            yield Web(settings, port, client, finder)
+            yield Web(settings, port, client, services)
         server.should_exit = True
         thread.join(30)
         assert not thread.is_alive()

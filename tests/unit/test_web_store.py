@@ -268,7 +268,7 @@ def test_a_body_that_stops_is_408_and_leaves_nothing(web: Web) -> None:
     before = landed(web)
     content = files(*new())
     with socket.create_connection(("127.0.0.1", web.port)) as client:
-        head = f'POST /dicom-web/studies HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n' \
+        head = f'POST /dicom-web/studies HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(content)}\r\n' \
             f'Content-Type: multipart/related; type="{DICOM}"; boundary=B\r\n\r\n'  # fmt: skip
         client.sendall(head.encode() + content[:-100])
         answer = _all(client)
@@ -280,7 +280,7 @@ def test_a_client_that_goes_away_leaves_nothing(web: Web) -> None:
     before = landed(web)
     with socket.create_connection(("127.0.0.1", web.port)) as client:
         client.sendall(
-            f'POST /dicom-web/studies HTTP/1.1\r\nHost: x\r\nContent-Length: 999999\r\nContent-Type: '
+            f'POST /dicom-web/studies HTTP/1.1\r\nHost: localhost\r\nContent-Length: 999999\r\nContent-Type: '
             f'multipart/related; type="{DICOM}"; boundary=B\r\n\r\n'.encode() + files(*new())[:-50]
         )  # fmt: skip
         client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

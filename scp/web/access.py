@@ -1,0 +1,97 @@
+"""Who asks, and what they may: loopback, API tokens, bearer tokens of a provider; in front of every route."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass
+from typing import Final
+
+from anyio import to_thread
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from sphere.conf.errors import SphereError
+from sphere.conf.settings import Web
+from sphere.scp.web.oidc import Oidc
+from sphere.scp.web.problem import problem
+from sphere.scp.web.tokens import PREFIX, ROLES, Role, Tokens
+
+OPEN: Final = frozenset(("/healthz", "/readyz", "/openapi.json"))  # nothing in them is of patients
+NEEDED: Final[dict[str, Role]] = {"GET": "reader", "HEAD": "reader", "OPTIONS": "reader", "POST": "writer"}
+"""The least role for a method; any other needs an admin."""
+LOCAL_NAMES: Final = frozenset(("localhost", "127.0.0.1", "::1"))
+MAX_TOKEN: Final = 16 << 10  # characters
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """Who asks; `role` None: known, and without a role here."""
+
+    who: str
+    role: Role | None
+
+    def may(self, method: str) -> bool:
+        """Whether the role suffices."""
+        return self.role is not None and ROLES.index(self.role) >= ROLES.index(NEEDED.get(method, "admin"))
+
+
+class Access:
+    """ASGI middleware: 401 for who is not known, 403 for who may not; the others go on with `state["who"]`."""
+
+    def __init__(self, app: ASGIApp, settings: Web, tokens: Tokens, oidc: Oidc | None) -> None:
+        self._app, self._settings = app, settings
+        self._tokens, self._oidc = tokens, oidc
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] in OPEN:
+            await self._app(scope, receive, send)
+            return
+        try:
+            found = await self._principal(scope)
+        except SphereError as error:
+            await problem(503, f"who asks cannot be checked now: {error}", close=True)(scope, receive, send)
+            return
+        if found is None:
+            text = "a token of this archive, or of its provider, is needed"
+            await problem(401, text, close=True)(scope, receive, send)
+            return
+        scope.setdefault("state", {}).update(who=found.who, role=found.role or "")
+        if not found.may(scope["method"]):
+            text = f"{scope['method']} needs the role {NEEDED.get(scope['method'], 'admin')}"
+            await problem(403, text, close=True)(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    async def _principal(self, scope: Scope) -> Principal | None:
+        headers = Headers(scope=scope)
+        kind, _, secret = headers.get("authorization", "").partition(" ")
+        if not kind:
+            return Principal("local", "admin") if self._is_local(scope, headers.get("host", "")) else None
+        secret = secret.strip()
+        if kind.lower() != "bearer" or not 0 < len(secret) <= MAX_TOKEN:
+            return None
+        return await to_thread.run_sync(self._shown, secret)
+
+    def _shown(self, secret: str) -> Principal | None:
+        """Whose token it is; raises StorageError."""
+        if secret.startswith(PREFIX):
+            token = self._tokens.check(secret)
+            return Principal(f"token:{token.id}:{token.name}", token.role) if token else None
+        checked = self._oidc.check(secret) if self._oidc else None
+        return Principal(f"oidc:{checked[0]}", checked[1]) if checked else None
+
+    def _is_local(self, scope: Scope, host: str) -> bool:
+        """Whether somebody of this host asks, under a name of this host.
+
+        The name keeps out web pages of elsewhere whose name was made to lead here (DNS rebinding), and what a reverse
+        proxy on this host passes on.
+        """
+        if self._settings.auth == "all" or not scope.get("client"):
+            return False
+        try:
+            if not ipaddress.ip_address(scope["client"][0]).is_loopback:
+                return False
+        except ValueError:
+            return False
+        name = host.rpartition("]")[0].lstrip("[") if host.startswith("[") else host.partition(":")[0]
+        return name.lower() in LOCAL_NAMES | {self._settings.host}

@@ -1,0 +1,81 @@
+"""Bearer tokens of an OpenID Connect provider: JWTs, checked against its key set."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import jwt
+
+from sphere.conf.settings import Web
+from sphere.scp.web.tokens import ROLES, Role
+
+log = logging.getLogger(__name__)
+
+ALGORITHMS: Final = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "EdDSA")
+LEEWAY_S: Final = 30  # between the clocks of the provider and of this host
+FETCH_S: Final = 10  # seconds that a key set may take to come
+MAX_KEYS: Final = 1 << 20  # bytes of a key set
+FRESH_S: Final = 600.0  # seconds that a key set is used
+AGAIN_S: Final = 30.0  # seconds between looks for a key that is not in it: keys were rotated, or somebody guesses
+
+
+class Oidc:
+    """One provider. Safe to share between threads."""
+
+    def __init__(self, settings: Web, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._settings, self._clock = settings, clock
+        self._lock = threading.Lock()
+        self._keys: dict[str, Any] = {}
+        self._read_at = float("-inf")
+
+    def check(self, token: str) -> tuple[str, Role | None] | None:
+        """(subject, highest role) of a valid token; None where it is not. A valid one may have no role."""
+        try:
+            key = self._key(str(jwt.get_unverified_header(token).get("kid", "")))
+            claims: dict[str, Any] = jwt.decode(
+                token,
+                key,
+                algorithms=list(ALGORITHMS),
+                audience=self._settings.oidc_audience,
+                issuer=self._settings.oidc_issuer,
+                leeway=LEEWAY_S,
+                options={"require": ["exp", "iss", "aud", "sub"]},
+            )
+        except (jwt.PyJWTError, LookupError, ValueError, OSError) as error:
+            log.warning("bearer token refused: %s", type(error).__name__)
+            return None
+        return str(claims["sub"]), self._role(claims)
+
+    def _role(self, claims: dict[str, Any]) -> Role | None:
+        found: Any = claims
+        for name in self._settings.oidc_roles_claim.split("."):
+            found = found.get(name) if isinstance(found, dict) else None
+        named = [found] if isinstance(found, str) else found if isinstance(found, list) else []
+        return next((role for role in reversed(ROLES) if role in named), None)
+
+    def _key(self, kid: str) -> Any:
+        """The key of this id; raises LookupError. The set is read again where it is old, or has no such key."""
+        with self._lock:
+            age = self._clock() - self._read_at
+            if age > FRESH_S or (kid not in self._keys and age > AGAIN_S):
+                self._read_at = self._clock()
+                keys = jwt.PyJWKSet.from_dict(json.loads(self._fetch())).keys
+                self._keys = {one.key_id or "": one.key for one in keys}
+            return self._keys[kid]
+
+    def _fetch(self) -> bytes:
+        where = self._settings.oidc_jwks
+        if not where.startswith(("https://", "http://")):
+            return Path(where).read_bytes()
+        with urllib.request.urlopen(where, timeout=FETCH_S) as answer:  # only these two schemes come here
+            data: bytes = answer.read(MAX_KEYS + 1)
+        if len(data) > MAX_KEYS:
+            raise ValueError("the key set is too large")
+        return data

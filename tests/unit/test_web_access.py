@@ -1,0 +1,251 @@
+"""Who may ask what over HTTP, and what is recorded of it."""
+
+from __future__ import annotations
+
+import json
+import ssl
+from collections.abc import Iterator
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
+
+import httpx
+import jwt
+import orjson
+import pytest
+from click.testing import CliRunner
+from cryptography.hazmat.primitives.asymmetric import rsa
+from starlette.testclient import TestClient
+
+from sphere.cli import main
+from sphere.conf.errors import SettingsError, StorageError
+from sphere.conf.settings import Settings, from_dict
+from sphere.ingest.storage import open_storage
+from sphere.scp.web.app import make_app
+from sphere.scp.web.audit import FOLDER, AuditJournal
+from sphere.scp.web.oidc import Oidc
+from sphere.scp.web.server import services_of
+from sphere.scp.web.tokens import PATH, Role, Tokens
+from tests.support.certificates import Authority
+from tests.support.web import serving_web
+
+pytestmark = pytest.mark.unit
+
+KEY = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+OTHER = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+NOW = datetime.now(timezone.utc)
+STORE = {"content-type": 'multipart/related; type="application/dicom"; boundary=B'}
+
+
+def jwks(path: Path, **keys: rsa.RSAPrivateKey) -> Path:
+    entries = [
+        {**json.loads(jwt.algorithms.RSAAlgorithm.to_jwk(key.public_key())), "kid": kid} for kid, key in keys.items()
+    ]
+    path.write_text(json.dumps({"keys": entries}))
+    return path
+
+
+def bearer(key: Any = KEY, kid: str = "one", algorithm: str = "RS256", **changes: Any) -> dict[str, str]:
+    claims = {
+        "iss": "https://issuer",
+        "aud": "sphere",
+        "sub": "anna",
+        "exp": NOW + timedelta(hours=1),
+        "roles": ["reader"],
+    }
+    claims = {name: value for name, value in {**claims, **changes}.items() if value is not None}
+    return {"authorization": f"Bearer {jwt.encode(claims, key, algorithm, headers={'kid': kid})}"}
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    folder = tmp_path_factory.mktemp("access")
+    jwks(folder / "keys.json", one=KEY)
+    web = {"oidc_issuer": "https://issuer", "oidc_audience": "sphere", "oidc_jwks": "keys.json"}
+    return from_dict({"web": web}, base=folder)
+
+
+@pytest.fixture(scope="module")
+def far(settings: Settings) -> Iterator[TestClient]:
+    """A client of another host."""
+    with services_of(settings) as services:
+        yield TestClient(make_app(settings, services), client=("10.0.0.5", 40000), base_url="http://pacs.example")
+
+
+def tokens(settings: Settings) -> Tokens:
+    return Tokens(open_storage(settings.storage.root))
+
+
+def asked(client: TestClient, headers: dict[str, str] | None = None, method: str = "GET") -> int:
+    return client.request(method, "/dicom-web/studies", headers=headers or {}).status_code
+
+
+def test_from_elsewhere_nothing_without_a_token(far: TestClient) -> None:
+    response = far.get("/dicom-web/studies")
+    assert response.status_code == 401
+    assert response.headers["www-authenticate"].startswith("Bearer")
+    assert response.headers["content-type"] == "application/problem+json"
+    assert far.get("/metrics").status_code == far.get("/wado").status_code == 401
+    assert far.get("/healthz").status_code == far.get("/openapi.json").status_code == 200
+
+
+@pytest.mark.parametrize(
+    "value", ["Basic YTpi", "Bearer", "Bearer x", "Bearer sphere_x", "Bearer " + "a" * 20_000, "x"]
+)
+def test_what_is_no_token(far: TestClient, value: str) -> None:
+    assert asked(far, {"authorization": value}) == 401
+
+
+def test_roles_of_tokens(settings: Settings) -> None:
+    known = tokens(settings)
+    roles: tuple[Role, ...] = ("reader", "writer", "admin")
+    secrets = {role: known.create(f"a {role}", role, None) for role in roles}
+    shown = {role: {"authorization": f"Bearer {secret}"} for role, secret in secrets.items()}
+    with services_of(settings) as services:
+        far = TestClient(make_app(settings, services), client=("10.0.0.5", 40000))
+        assert [asked(far, headers) for headers in shown.values()] == [204, 204, 204]
+        posts = [asked(far, {**headers, **STORE}, "POST") for headers in shown.values()]
+        assert posts == [403, 400, 400]  # the body is empty
+        assert [asked(far, headers, "DELETE") for headers in shown.values()] == [403, 403, 405]
+    assert not any(secret in open_storage(settings.storage.root).read(PATH).decode() for secret in secrets.values())
+
+
+def test_a_token_expires_and_is_taken_back(settings: Settings) -> None:
+    known = tokens(settings)
+    secret = known.create("short", "reader", NOW + timedelta(hours=1))
+    assert Tokens(open_storage(settings.storage.root)).check(secret) is not None
+    later = Tokens(open_storage(settings.storage.root), clock=lambda: NOW + timedelta(hours=2))
+    assert later.check(secret) is None
+    [one] = [one for one in known.all() if one.name == "short"]
+    known.revoke(one.id)
+    assert Tokens(open_storage(settings.storage.root)).check(secret) is None
+    with pytest.raises(SettingsError, match="no token"):
+        known.revoke(one.id)
+
+
+def test_the_command(tmp_path: Path) -> None:
+    config = tmp_path / "sphere.toml"
+    config.write_text('[storage]\nroot = "file:storage"\n')
+
+    def call(*arguments: str) -> Any:
+        return CliRunner().invoke(main, ["--config", str(config), "token", *arguments])
+
+    made = call("create", "--role", "reader", "--name", "notebook", "--expires", "2h")
+    assert made.exit_code == 0 and made.output.startswith("sphere_")
+    listed = call("list").output
+    assert "reader  notebook  made " in listed and "until " in listed and made.output.strip() not in listed
+    assert call("revoke", listed.split()[0]).exit_code == 0
+    assert call("list").output == ""
+    assert call("create", "--role", "reader", "--name", "x", "--expires", "soon").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        (bearer(), 204),
+        (bearer(roles=["writer", "unknown"]), 204),
+        (bearer(roles="reader"), 204),
+        (bearer(roles=[]), 403),
+        (bearer(roles=None), 403),
+        (bearer(exp=NOW - timedelta(minutes=5)), 401),
+        (bearer(exp=None), 401),
+        (bearer(iss="https://elsewhere"), 401),
+        (bearer(aud="another"), 401),
+        (bearer(sub=None), 401),
+        (bearer(nbf=NOW + timedelta(hours=1)), 401),
+        (bearer(OTHER), 401),
+        (bearer(kid="two"), 401),
+        (bearer("a secret of enough characters, all in all", algorithm="HS256"), 401),
+        (bearer("", algorithm="none"), 401),
+    ],
+)
+def test_bearer_tokens_of_a_provider(far: TestClient, headers: dict[str, str], status: int) -> None:
+    assert asked(far, headers) == status
+
+
+def test_keys_are_rotated(settings: Settings, tmp_path: Path) -> None:
+    path, now = jwks(tmp_path / "keys.json", one=KEY), [0.0]
+    oidc = Oidc(settings.web.model_copy(update={"oidc_jwks": str(path)}), clock=lambda: now[0])
+    first, second = (bearer(key, kid)["authorization"][7:] for key, kid in ((KEY, "one"), (OTHER, "two")))
+    assert oidc.check(first) == ("anna", "reader")
+    jwks(path, two=OTHER)
+    assert oidc.check(second) is None  # looked a moment ago
+    now[0] = 31
+    assert oidc.check(second) == ("anna", "reader")
+    assert oidc.check(first) is None
+
+
+def test_roles_inside_an_object(settings: Settings) -> None:
+    oidc = Oidc(settings.web.model_copy(update={"oidc_roles_claim": "realm_access.roles"}))
+    token = bearer(realm_access={"roles": ["admin"]})["authorization"][7:]
+    assert oidc.check(token) == ("anna", "admin")
+
+
+def test_who_is_of_this_host(settings: Settings) -> None:
+    def status(**changes: Any) -> int:
+        host, auth = changes.get("host", "localhost:8080"), changes.get("auth", "remote")
+        changed = settings.model_copy(update={"web": settings.web.model_copy(update={"auth": auth})})
+        client = TestClient(make_app(changed, services), client=(changes.get("address", "127.0.0.1"), 1))
+        return asked(client, {"host": host})
+
+    with services_of(settings) as services:
+        assert status() == status(host="127.0.0.1") == status(address="::1", host="[::1]:80") == 204
+        assert status(host="rebound.example") == 401
+        assert status(address="10.0.0.5") == 401
+        assert status(auth="all") == 401
+
+
+def test_every_request_that_touches_data_is_recorded(tmp_path: Path) -> None:
+    settings = from_dict({}, base=tmp_path)
+    with services_of(settings) as services:
+        client = TestClient(make_app(settings, services), client=("127.0.0.1", 1), base_url="http://localhost")
+        client.get("/dicom-web/studies?PatientID=AUDIT-1")
+        client.get("/dicom-web/studies?Nonsense=1")
+        client.get("/healthz")
+        client.get("/dicom-web/studies/1.2.3/metadata", headers={"authorization": "Bearer x"})
+        client.get("/wado")
+    storage = open_storage(settings.storage.root)
+    lines = [line for entry in storage.walk(FOLDER) for line in storage.read(entry.path).splitlines()]
+    records = [orjson.loads(line) for line in lines]
+    assert [one["path"].split("/")[1] for one in records] == ["dicom-web"] * 3 + ["wado"]
+    done, _, refused, failed = records
+    assert "AUDIT-1" in done["query"]
+    assert (done["who"], done["role"], done["address"], done["entities"]) == ("local", "admin", "127.0.0.1", 0)
+    assert (done["method"], done["path"], done["status"]) == ("GET", "/dicom-web/studies", 204)
+    assert (refused["who"], refused["status"]) == ("", 401)
+    assert failed["status"] == 400
+    assert [one["outcome"] for one in records] == ["done", "failed", "refused", "failed"]
+
+
+def test_records_outlive_a_storage_that_is_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = open_storage(f"file:{tmp_path}/root")
+
+    def away(path: str) -> Any:
+        raise StorageError("away")
+
+    monkeypatch.setattr(storage, "create", away)
+    journal = AuditJournal(storage, tmp_path / "state" / "audit.jsonl")
+    journal.add(who="anna")
+    journal.close()
+    [line] = (tmp_path / "state" / "audit.jsonl").read_bytes().splitlines()
+    assert orjson.loads(line)["who"] == "anna"
+
+
+def test_a_provider_needs_all_its_settings(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"oidc_issuer and web\.oidc_audience"):
+        from_dict({"web": {"oidc_jwks": "keys.json"}}, base=tmp_path)
+
+
+def test_https_with_a_token(tmp_path: Path) -> None:
+    authority = Authority.make(tmp_path / "ca")
+    pair = authority.issue("pacs")
+    web = {"tls_certificate": str(pair.path), "tls_key": str(pair.key), "auth": "all"}
+    settings = from_dict({"web": web}, base=tmp_path)
+    secret = tokens(settings).create("far", "reader", None)
+    with serving_web(settings) as running:
+        url = f"https://127.0.0.1:{running.port}/dicom-web/studies"
+        with httpx.Client(verify=ssl.create_default_context(cafile=str(authority.path))) as client:
+            assert client.get(url).status_code == 401
+            assert client.get(url, headers={"authorization": f"Bearer {secret}"}).status_code == 204
+        with pytest.raises(httpx.TransportError):
+            httpx.get(url.replace("https", "http"))
