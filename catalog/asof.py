@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 
 from sphere.catalog.tables import CatalogTables, Snapshot
 from sphere.conf.errors import CatalogError, QueryError
+
+SETTLED = timedelta(minutes=1)
+"""How long ago a time must be for every commit before it to be there: what clocks of hosts may differ by."""
 
 AsOf = int | datetime
 """A version of table `bundles`, which extraction commits last in each batch; or a time (UTC where it has no zone): the
@@ -22,6 +25,14 @@ def parse_as_of(text: str) -> AsOf:
         return datetime.fromisoformat(re.sub(r"[zZ]$", "+00:00", text))
     except ValueError:
         raise QueryError(f"as of {text!r}: neither a version (a number) nor a time (2026-01-31T12:00:00Z)") from None
+
+
+def is_settled(as_of: AsOf) -> bool:
+    """Whether later commits cannot change what it means: a version, or a time a while ago."""
+    if not isinstance(as_of, datetime):
+        return True
+    aware = as_of if as_of.tzinfo else as_of.replace(tzinfo=timezone.utc)
+    return aware < datetime.now(timezone.utc) - SETTLED
 
 
 def snapshots_as_of(tables: CatalogTables, names: Sequence[str], as_of: AsOf) -> Mapping[str, Snapshot | None]:

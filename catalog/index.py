@@ -27,7 +27,7 @@ import orjson
 
 from sphere.catalog import overlay
 from sphere.catalog.arrivals import HeadersOfMembers
-from sphere.catalog.asof import AsOf, snapshots_as_of
+from sphere.catalog.asof import AsOf, is_settled, snapshots_as_of
 from sphere.catalog.conflicts import Conflicts
 from sphere.catalog.index_build import RebuildNeeded, Snapshots, build_base, build_refresh, selected
 from sphere.catalog.index_files import FileMap
@@ -63,6 +63,8 @@ SETTLE_S = 5.0
 OPEN_ATTEMPTS = 5
 PAST = 4
 """Indexes of earlier versions that are kept."""
+RESOLVED_S = 60.0
+"""Seconds for which an earlier version is not looked up again in the tables' logs, which takes longer the more commits they keep."""
 
 _DAMAGE = (duckdb.IOException, duckdb.SerializationException, duckdb.InternalException, duckdb.FatalException)
 
@@ -88,6 +90,7 @@ class IndexCache:
         self._suspected = False
         self._past: dict[Path, Index] = {}
         self._past_lock = threading.Lock()
+        self._resolved: dict[AsOf, tuple[Path, float]] = {}
         self._builder = ThreadPoolExecutor(1, thread_name_prefix="index")
         self._refresh: Future[Index] | None = None
         self._wait_until = 0.0
@@ -133,9 +136,17 @@ class IndexCache:
 
         Raises CatalogError where there is no such version, or its files are gone.
         """
+        known, until = self._resolved.get(as_of, (None, 0.0))
+        with self._past_lock:
+            if known is not None and known in self._past and time.monotonic() < until:
+                self._past[known] = self._past.pop(known)
+                return self._past[known]
         snapshots = snapshots_as_of(self._tables, WATCHED, as_of)
         path = self._path(snapshots, past=True)
         with self._past_lock:
+            if is_settled(as_of):
+                self._resolved = dict(list(self._resolved.items())[-PAST:])
+                self._resolved[as_of] = path, time.monotonic() + RESOLVED_S
             index = self._past.pop(path, None) or self._opened(lambda: snapshots, past=True)
             self._past[path] = index
             while len(self._past) > PAST:

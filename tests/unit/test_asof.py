@@ -104,6 +104,17 @@ def test_few_earlier_indexes_are_kept(grown: Settings, monkeypatch: pytest.Monke
         assert service.count(Query.build("IMAGE"), as_of=0) == 2
 
 
+def test_an_earlier_version_is_looked_up_once_a_while(grown: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[Any] = []
+    plain = index_module.snapshots_as_of
+    monkeypatch.setattr(index_module, "snapshots_as_of", lambda *a: looks.append(a[2]) or plain(*a))
+    soon = datetime.now(timezone.utc)
+    with QueryService(grown) as service:
+        for as_of in (0, 1, 0, soon, soon):
+            service.count(Query.build("STUDY"), as_of=as_of)
+    assert looks == [0, 1, soon, soon]  # what is committed now may belong to a time of now
+
+
 def test_python_api(grown: Settings) -> None:
     opened: Archive = sphere.Archive(grown)
     asked = {"as_of": 1, "return_keys": ["NumberOfSeriesRelatedInstances"]}
