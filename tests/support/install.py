@@ -1,4 +1,4 @@
-"""Install, where it may, what some tests need from Debian: `python -m tests.support.install`.
+"""Install, where it may, what some tests need from Debian and npm: `python -m tests.support.install`.
 
 As root on Debian or Ubuntu by apt-get; elsewhere it names what is missing and the tests that need it are skipped (or
 fail with SPHERE_REQUIRE_ALL=1).
@@ -10,8 +10,11 @@ import os
 import shutil
 import subprocess
 
+from tests.support import npm
+
 PACKAGES = {  # program: Debian package
-    "storescu": "dcmtk", "Orthanc": "orthanc", "dciodvfy": "dicom3tools", "openssl": "openssl"
+    "storescu": "dcmtk", "Orthanc": "orthanc", "dciodvfy": "dicom3tools", "openssl": "openssl",
+    "node": "nodejs", "npm": "npm",
 }  # fmt: skip
 SBIN = "/usr/sbin:/sbin"  # where Debian puts Orthanc
 
@@ -28,6 +31,12 @@ def missing() -> dict[str, str]:
 
 def main() -> None:
     """Install what is missing, or say what it was."""
+    _install_packages()
+    if line := npm.install():
+        print(f"tests with dcmjs-dimse will be skipped: {line}")
+
+
+def _install_packages() -> None:
     packages = sorted(set(missing().values()))
     if not packages:
         return
