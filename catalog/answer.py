@@ -122,13 +122,13 @@ def _wire(value: Any, vr: str) -> Any:
     if isinstance(value, date):
         return f"{value.year:04}{value:%m%d}"
     if vr == "DS":
-        return _decimal(value)
+        return decimal_text(value)
     if vr == "AT" and isinstance(value, str):
         return int(value, 16)
     return value
 
 
-def _decimal(value: float) -> str:
+def decimal_text(value: float) -> str:
     """The shortest text of a number that DS can hold (16 characters)."""
     text = repr(float(value)).removesuffix(".0")
     return text if len(text) <= 16 else format_number_as_ds(value)

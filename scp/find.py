@@ -43,9 +43,14 @@ class FindAnswer:
     """One C-FIND-RSP; the final Success is not among them."""
 
     status: int
-    identifier: Dataset | None = None
+    match: Match | None = None
     comment: str = ""
     offending: tuple[int, ...] = ()
+
+    @property
+    def identifier(self) -> Dataset | None:
+        """The identifier of the response."""
+        return self.match.identifier() if self.match is not None else None
 
 
 class Finder(Protocol):
@@ -70,7 +75,7 @@ class FindService:
                 if cancelled():
                     yield FindAnswer(CANCELLED)
                     return
-                yield FindAnswer(PENDING, match.identifier())
+                yield FindAnswer(PENDING, match)
         except QueryError as error:
             yield _failure(error.dimse, str(error), error.offending)
         except SphereError as error:

@@ -7,12 +7,10 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from pydicom.uid import UID
-from pynetdicom.dsutils import encode
-
 from sphere.conf.logs import hashed
 from sphere.conf.settings import NOT_AUTHORIZED, Right
 from sphere.scp import contexts
+from sphere.scp.answers import AnswerEncoder
 from sphere.scp.callers import Caller, Callers
 from sphere.scp.decode import MAX_IDENTIFIER
 from sphere.scp.find import UNABLE, FindRequest, FindService
@@ -102,11 +100,12 @@ class Handlers:
     def _answers(self, message: Message, association: Association) -> Iterator[Response]:
         started, matches, final = time.monotonic(), 0, SUCCESS
         request = _find_request(message, association)
+        encoder = AnswerEncoder(request.transfer_syntax)
         try:
             for answer in self._find.answers(request, cancelled=lambda: association.cancelled(message)):
-                matches += answer.identifier is not None
-                final = SUCCESS if answer.identifier is not None else answer.status
-                identifier = _encoded(answer.identifier, request.transfer_syntax)
+                matches += answer.match is not None
+                final = SUCCESS if answer.match is not None else answer.status
+                identifier = b"" if answer.match is None else encoder.encode(answer.match)
                 yield Response(answer.status, _told(answer.comment, answer.offending), identifier)
             if final == SUCCESS:
                 yield Response(SUCCESS)
@@ -166,15 +165,6 @@ def _find_request(message: Message, association: Association) -> FindRequest:
         features=contexts.find_features(association.extension(sop_class)),
         called_ae=association.called,
     )
-
-
-def _encoded(identifier: Any, syntax: UID) -> bytes:
-    if identifier is None:
-        return b""
-    encoded: bytes | None = encode(identifier, syntax.is_implicit_VR, syntax.is_little_endian, syntax.is_deflated)
-    if encoded is None:
-        raise ValueError("an identifier that cannot be encoded")
-    return encoded
 
 
 def _told(comment: str, offending: tuple[int, ...] = ()) -> dict[str, Any]:

@@ -1,0 +1,134 @@
+"""Encoding the identifiers of C-FIND responses (PS3.5 7.1): what columns gave directly, all else through pydicom.
+
+pydicom takes about 0.5 ms to build and to write an identifier of ten elements; most of them are text that the query
+service has as it goes onto the wire. A test holds the bytes against pydicom's.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from typing import Any, Final
+
+from pydicom.uid import UID
+from pynetdicom.dsutils import encode
+
+from sphere.catalog.answer import RETRIEVE_AE_TITLE, UTF_8, Match, decimal_text
+from sphere.catalog.query import QUERY_RETRIEVE_LEVEL, SPECIFIC_CHARACTER_SET, Key
+
+_UTF_8_VRS: Final = frozenset(("LO", "LT", "PN", "SH", "ST", "UC", "UT"))
+_ASCII_VRS: Final = frozenset(("AE", "AS", "CS", "DT", "TM", "UR"))
+_LONG_VRS: Final = frozenset(("UC", "UR", "UT"))  # of those here, with 32 bits of length (PS3.5 7.1.2)
+_SHORT_MAX = 0xFFFE
+
+Encode = Callable[[Any], bytes]
+
+
+def _text(codec: str, pad: bytes) -> Encode:
+    def encoded(value: Any) -> bytes:
+        text = value if isinstance(value, str) else "\\".join("" if one is None else one for one in value)
+        data = text.encode(codec)
+        return data + pad if len(data) % 2 else data
+
+    return encoded
+
+
+def _converted(convert: Callable[[Any], str], pad: bytes = b" ") -> Encode:
+    def encoded(value: Any) -> bytes:
+        values = value if isinstance(value, list) else [value]
+        data = "\\".join("" if one is None else convert(one) for one in values).encode("ascii")
+        return data + pad if len(data) % 2 else data
+
+    return encoded
+
+
+def _packed(form: str) -> Encode:
+    pack = struct.Struct("<" + form).pack
+    return lambda value: b"".join(map(pack, value)) if isinstance(value, list) else pack(value)
+
+
+_ENCODE: dict[str, Encode] = {
+    **{vr: _text("utf-8", b" ") for vr in _UTF_8_VRS},
+    **{vr: _text("ascii", b" ") for vr in _ASCII_VRS},
+    "UI": _text("ascii", b"\0"),
+    "DA": _converted(lambda day: f"{day.year:04}{day:%m%d}"),
+    "DS": _converted(decimal_text),
+    "IS": _converted(str),
+    **{
+        vr: _packed(form) for vr, form in (("US", "H"), ("SS", "h"), ("UL", "I"), ("SL", "i"), ("FL", "f"), ("FD", "d"))
+    },
+}
+
+
+_Slot = tuple[int, bytes, "bytes | None", Encode]
+"""An element of every answer: its tag, how it begins, and its value where that is always the same, else its encoder."""
+
+
+class AnswerEncoder:
+    """Encodes the matches of one query in one transfer syntax."""
+
+    def __init__(self, syntax: UID) -> None:
+        self._syntax = syntax
+        self._lean = syntax.is_little_endian and not syntax.is_deflated
+        self._keys: tuple[Key, ...] | None = None
+        self._layout: list[_Slot] = []
+
+    def encode(self, match: Match) -> bytes:
+        """The identifier of a match. Raises ValueError where it cannot be encoded."""
+        if self._lean and match.timezone is None:
+            if match.keys is not self._keys:
+                self._lay_out(match)
+            if (data := self._direct(match)) is not None:
+                return data
+        identifier = match.identifier()
+        syntax = self._syntax
+        found: bytes | None = encode(identifier, syntax.is_implicit_VR, syntax.is_little_endian, syntax.is_deflated)
+        if found is None:
+            raise ValueError("an identifier that cannot be encoded")
+        return found
+
+    def _lay_out(self, match: Match) -> None:
+        """Remember, in the order of tags, how each element begins; those that every answer has alike are whole."""
+        said = ((SPECIFIC_CHARACTER_SET, "CS", UTF_8), (QUERY_RETRIEVE_LEVEL, "CS", match.level))
+        fixed = {tag: (vr, text) for tag, vr, text in (*said, (RETRIEVE_AE_TITLE, "AE", match.retrieve_ae_title))}
+        layout: list[_Slot] = []
+        for key in match.keys:
+            fixed.pop(key.tag, None)
+            encoded = _unknown if key.is_creator else _ENCODE.get(key.vr, _unknown)
+            layout.append((key.tag, self._head(key.tag, key.vr), None, encoded))
+        layout += [(tag, self._head(tag, vr), _ENCODE[vr](text), _unknown) for tag, (vr, text) in fixed.items()]
+        self._layout = sorted(layout, key=lambda element: element[0])
+        self._keys = match.keys
+
+    def _head(self, tag: int, vr: str) -> bytes:
+        """Tag and, where it is explicit, VR."""
+        head = struct.pack("<HH", tag >> 16, tag & 0xFFFF)
+        if self._syntax.is_implicit_VR:
+            return head
+        return head + vr.encode()[:2] + (b"\0\0" if vr in _LONG_VRS else b"")
+
+    def _direct(self, match: Match) -> bytes | None:
+        """The identifier; None where something in it takes pydicom."""
+        if match.header:
+            return None
+        parts: list[bytes] = []
+        columns = match.columns
+        for tag, head, whole, encoded in self._layout:
+            value = whole
+            if value is None:
+                found = columns.get(tag)
+                try:
+                    value = b"" if found is None and encoded is not _unknown else encoded(found)
+                except (ValueError, TypeError, AttributeError, struct.error):
+                    return None
+            if len(head) in (4, 8):
+                parts += (head, len(value).to_bytes(4, "little"), value)
+            elif len(value) <= _SHORT_MAX:
+                parts += (head, len(value).to_bytes(2, "little"), value)
+            else:
+                return None
+        return b"".join(parts)
+
+
+def _unknown(value: Any) -> bytes:
+    raise ValueError("a VR that takes pydicom")
