@@ -8,7 +8,7 @@ PORT ?= 0
 LANES := -n 2 --dist loadgroup --no-loadscope-reorder  # two workers; who runs what: tests/support/lanes.py
 export PYTHONDONTWRITEBYTECODE ?= 1
 
-.PHONY: bench-files help demo test lint unit bench bench-landing bench-policy bench-retrieve fuzz hdfs setup clean
+.PHONY: bench-files help demo test lint unit bench bench-landing bench-policy bench-retrieve bench-query fuzz hdfs setup clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 16
@@ -40,6 +40,8 @@ bench-files: $(VENV)/.ready-test ## queries without a catalog: headers/s, first 
 
 bench-policy: $(VENV)/.ready-test ## what rules and the search for copies cost an instance on its way in
 	$(BIN)/python -m tests.bench.bench_policy $(POLICY)
+bench-query: $(VENV)/.ready-test ## C-FIND over generated catalogs, and Orthanc with SQLite and PostgreSQL; QUERY="--full" for 1,000,000 studies
+	$(BIN)/python -m tests.bench.bench_query $(QUERY)
 
 bench-retrieve: $(VENV)/.ready-test ## C-MOVE and C-GET against Orthanc and dcmqrscp; needs DCMTK and Orthanc
 	$(BIN)/python -m tests.bench.bench_retrieve $(RETRIEVE)

@@ -55,8 +55,9 @@ catalogued is in the others; what these have beyond it counts as a recent arriva
 
 BUILD_MEMORY, SERVE_MEMORY = "1GB", "512MB"
 THREADS = 2
-REFRESH_WAIT_S = 2.0
-"""Seconds from the start of a refresh for which queries wait for it; later ones answer from the index at hand."""
+REFRESH_WAIT_S = 0.1
+"""Seconds from the start of a refresh for which queries wait for it; later ones answer from the index at hand, which
+has as recent arrivals what was catalogued meanwhile."""
 SETTLE_S = 5.0
 """Seconds between looks at the tables other than `bundles`: a change that no batch completes is taken up after two."""
 

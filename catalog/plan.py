@@ -8,6 +8,7 @@ from typing import Any
 from pydicom.datadict import dictionary_VR, tag_for_keyword
 
 from sphere.catalog.index_build import KEYS, NAME_SUFFIX, trimmed_sql
+from sphere.catalog.match import Exact
 from sphere.catalog.predicate import ColumnSql, Compiled, Predicate, compile_sql
 from sphere.catalog.query import ANSWERED, MODEL_LEVELS, Key, Query
 from sphere.catalog.schema import BY_KEYWORD, COMPUTED, LEVELS, TABLES, UNIQUE_KEY, Level, level_of
@@ -156,7 +157,7 @@ class Plan:
 
     @property
     def _by_key(self) -> bool:
-        return any(key.test is not None and key.keyword in KEYWORDS_INDEXED for key in self.query.keys)
+        return any(isinstance(key.test, Exact) and key.keyword in KEYWORDS_INDEXED for key in self.query.keys)
 
     def count(self, *, where: tuple[str, ...] = ()) -> str:
         """The SQL that counts them."""

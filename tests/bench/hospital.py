@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import itertools
 import shutil
 import sys
 import time
@@ -126,7 +125,7 @@ class Hospital:
     """The entities of `studies` studies, as arrays: one element a study, a series or (by batch) an instance."""
 
     def __init__(self, studies: int, seed: int = 1) -> None:
-        self.studies = studies
+        self.studies, self.seed = studies, seed
         rng = np.random.default_rng(seed)
         self.kind: Ints = rng.choice(len(KINDS), studies, p=[kind.share for kind in KINDS])
         mean_series = np.array([kind.series for kind in KINDS])[self.kind]
@@ -343,7 +342,7 @@ class Batch:
     def bundles(h: Hospital) -> list[str]:
         """Names of all bundles."""
         return [
-            f"bundles/2024/01/{1 + number * 28 * PER_BUNDLE // (h.instances + PER_BUNDLE):02}/{number:07}.tar"
+            f"bundles/2024/01/{1 + number * 28 * PER_BUNDLE // (h.instances + PER_BUNDLE):02}/{h.seed}-{number:07}.tar"
             for number in range(-(-h.instances // PER_BUNDLE))
         ]
 
@@ -505,18 +504,32 @@ def _patients(settings: Settings, h: Hospital) -> None:
     _write(settings, "patients", {name: rows[name].combine_chunks() for name in rows.column_names})
 
 
-def generate(settings: Settings, studies: int, *, seed: int = 1, threads: int = 2, first: int = 0) -> Hospital:
-    """Write the tables in the order of extraction: those of studies [first, studies), the others only imagined.
-
-    `first` leaves out what an earlier call wrote, for batches that come after.
-    """
+def generate(settings: Settings, studies: int, *, seed: int = 1, threads: int = 2) -> Hospital:
+    """Write all tables, in the order of extraction."""
     hospital = Hospital(studies, seed)
-    ends = [*range(first, studies, BATCH_STUDIES), studies]
-    batches = [Batch(hospital, start, stop) for start, stop in itertools.pairwise(ends)]
-    _write_instances(settings, hospital, batches, threads)
+    _write_batches(settings, hospital, threads)
     for start, stop in _slices(studies, 250_000):
         _roll_ups(settings, hospital, start, stop)
     _patients(settings, hospital)
+    _write_bundles(settings, hospital)
+    return hospital
+
+
+def nightly(settings: Settings, studies: int, *, seed: int) -> Hospital:
+    """One more batch of extraction, of patients who are there already; without the roll-ups, which an index does not
+    read for it."""
+    hospital = Hospital(studies, seed)
+    _write_batches(settings, hospital, 1)
+    _write_bundles(settings, hospital)
+    return hospital
+
+
+def _write_batches(settings: Settings, hospital: Hospital, threads: int) -> None:
+    batches = [Batch(hospital, start, stop) for start, stop in _slices(hospital.studies, BATCH_STUDIES)]
+    _write_instances(settings, hospital, batches, threads)
+
+
+def _write_bundles(settings: Settings, hospital: Hospital) -> None:
     names = Batch.bundles(hospital)
     members = np.minimum(PER_BUNDLE, hospital.instances - np.arange(len(names)) * PER_BUNDLE)
     _write(settings, "bundles", {
@@ -525,7 +538,6 @@ def generate(settings: Settings, studies: int, *, seed: int = 1, threads: int = 
         "members": pa.array(members),
         "sealed": pa.array(np.full(len(names), True)),
     })  # fmt: skip
-    return hospital
 
 
 def _slices(count: int, size: int) -> Iterator[tuple[int, int]]:

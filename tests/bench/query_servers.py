@@ -1,0 +1,123 @@
+"""What `bench_query` asks: SPHERE's receivers over a generated catalog, and Orthanc with either of its databases."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import orjson
+import psutil  # type: ignore[import-untyped]
+import pyarrow as pa
+import pyarrow.parquet as pq
+from deltalake import DeltaTable
+from pydicom.dataset import Dataset
+from pydicom.uid import ExplicitVRLittleEndian
+from pynetdicom.dsutils import encode
+
+from sphere.conf.settings import Peer, Settings, from_dict
+from sphere.scp.upper.command import C_STORE_RQ
+from sphere.scp.upper.outgoing import Outgoing
+from sphere.scp.upper.requestor import MAX_CONTEXTS, Proposed, connect
+from tests.bench.hospital import KINDS
+from tests.support.dicom_tools import require_tool, running, wait_for_port
+from tests.support.receiver import free_port
+
+PLUGIN = Path("/usr/share/orthanc/plugins/libOrthancPostgreSQLIndex.so")
+POSTGRES = Path("/usr/lib/postgresql/15/bin")
+
+
+@contextmanager
+def orthanc(folder: Path, *, postgresql: int = 0) -> Iterator[int]:
+    """Orthanc's DICOM port; its index is SQLite, or the PostgreSQL that listens on port `postgresql`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    dicom, http = free_port(), free_port()
+    configuration = {
+        "StorageDirectory": str(folder / "db"), "IndexDirectory": str(folder / "db"), "HttpPort": http,
+        "DicomPort": dicom, "DicomAet": "ORTHANC", "DicomCheckCalledAet": False, "DicomAlwaysAllowStore": True,
+        "DicomAlwaysAllowFind": True, "LimitFindResults": 0, "LimitFindInstances": 0, "SyncStorageArea": False,
+        "SaveJobs": False, "DefaultEncoding": "Utf8", "Plugins": [str(PLUGIN)] if postgresql else [],
+        "DicomThreadsCount": 16,
+    }  # fmt: skip
+    if postgresql:
+        configuration["PostgreSQL"] = {
+            "EnableIndex": True, "EnableStorage": False, "Host": "127.0.0.1", "Port": postgresql,
+            "Database": "postgres", "Username": "postgres", "Password": "",
+        }  # fmt: skip
+    path = folder / "orthanc.json"
+    path.write_text(json.dumps(configuration))
+    with running([require_tool("Orthanc"), path], http, folder / "orthanc.log") as process:
+        wait_for_port(dicom, process)
+        yield dicom
+
+
+@contextmanager
+def postgres(folder: Path) -> Iterator[int]:
+    """The port of a PostgreSQL with Debian's defaults; where we are root, it runs as its own user."""
+    folder.mkdir(parents=True)
+    as_user: list[str] = []
+    if os.geteuid() == 0:
+        shutil.chown(folder, "postgres")
+        for parent in folder.parents:
+            if not parent.stat().st_mode & 1:
+                parent.chmod(parent.stat().st_mode | 0o711)
+        as_user = ["runuser", "-u", "postgres", "--"]
+    port, data = free_port(), folder / "data"
+    subprocess.run(
+        [*as_user, str(POSTGRES / "initdb"), "-D", str(data), "-U", "postgres", "-A", "trust"],
+        check=True, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    command = [*as_user, str(POSTGRES / "postgres"), "-D", str(data), "-p", str(port), "-k", "", "-h", "127.0.0.1"]
+    with running(command, port, folder / "postgres.log"):
+        yield port
+
+
+def load(port: int, settings: Settings, *, seconds: float) -> tuple[set[str], int]:
+    """C-STORE instances of the catalog without their pixels, study by study, for so long; the studies, and how many
+    instances were sent."""
+    peer = Peer(name="bench", ae_title="ORTHANC", host="127.0.0.1", port=port)
+    proposed = [Proposed(kind.sop_class, (str(ExplicitVRLittleEndian),)) for kind in KINDS][:MAX_CONTEXTS]
+    until, sent, study = time.monotonic() + seconds, 0, ""
+    studies: set[str] = set()
+    with connect(peer, from_dict({}, base=Path.cwd()), proposed) as requested:
+        contexts = {str(context.abstract_syntax): context for context in requested.user_contexts}
+        for header in _headers(settings):
+            uid = header["0020000D"]["Value"][0]
+            if uid != study and time.monotonic() > until:
+                break
+            study = uid
+            studies.add(uid)
+            dataset = Dataset.from_json(header)
+            data = encode(dataset, is_implicit_vr=False, is_little_endian=True)
+            assert data is not None
+            command = {
+                "CommandField": C_STORE_RQ, "Priority": 0, "AffectedSOPClassUID": dataset.SOPClassUID,
+                "AffectedSOPInstanceUID": dataset.SOPInstanceUID,
+            }  # fmt: skip
+            status = requested.ask(contexts[dataset.SOPClassUID], command, Outgoing.of(data))["Status"]
+            assert status == 0, f"0x{status:04X}"
+            sent += 1
+    return studies, sent
+
+
+def _headers(settings: Settings) -> Iterator[dict[str, dict[str, list[str]]]]:
+    """The headers of the catalog in the order of its first files, which are sorted by study."""
+    actions = pa.table(DeltaTable(f"{settings.catalog_root}/instances").get_add_actions(flatten=True))
+    order = sorted(zip(actions["min.received_at"].to_pylist(), actions["path"].to_pylist(), strict=True))
+    folder = Path(settings.catalog_root.removeprefix("file://")) / "instances"
+    for _, path in order:
+        for batch in pq.ParquetFile(folder / path).iter_batches(2048, columns=["dataset"]):
+            yield from map(orjson.loads, batch["dataset"].to_pylist())
+
+
+def memory_mib(pids: list[int]) -> float:
+    """MiB that processes have in memory, what they share counted once (PSS)."""
+    every = {
+        pid for top in pids for pid in (top, *(child.pid for child in psutil.Process(top).children(recursive=True)))
+    }
+    return sum(psutil.Process(pid).memory_full_info().pss for pid in every) / (1 << 20)
