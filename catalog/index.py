@@ -292,7 +292,9 @@ class IndexCache:
     def _open(self, path: Path, snapshots: Snapshots, *, past: bool) -> Index:
         paths = _parts(path)
         db = self._tables.connect(None, memory_limit=SERVE_MEMORY, threads=THREADS)
-        db.execute("SET temp_directory = ?", [str(self._folder / "spill")])
+        quoted = str(self._folder / "spill").replace("'", "''")
+        db.execute(f"SET temp_directory = '{quoted}'")
+        db.execute("SET parquet_metadata_cache = true")  # footers of 837 columns; within the memory limit
         for name, part in zip(("base", "newer"), paths, strict=False):
             _attach(db, part, name)
         db.execute("SELECT count(*) FROM base.study_files").fetchall()

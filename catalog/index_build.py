@@ -33,6 +33,9 @@ NAME_SUFFIX = "$name"
 SHARE, LEAST = 0.03, 1000
 """A refresh covers at most this share of a base's studies (or so many): then a new base is made."""
 
+FILES_AT_ONCE = 200
+"""Files of `instances` whose rows are in memory together while a base is built."""
+
 Snapshots = Mapping[str, Snapshot | None]
 
 
@@ -76,7 +79,8 @@ def build_refresh(db: duckdb.DuckDBPyConnection, snapshots: Snapshots, *, since:
         touched = overlay.copy(db, f"{since}.{overlay.SCHEMA}")
         for name in ("files", "gone_files", "study_files", "sop_files"):
             db.execute(f"INSERT INTO {name} SELECT * FROM {since}.{name}")
-    affected = _add_files(db, added) | _studies_in(db, sources, gone)
+    _add_files(db, added)
+    affected = _studies_since(db, added) | _studies_in(db, sources, gone)
     _remove_files(db, gone)
     (studies,) = db.execute("SELECT count(*) FROM base.studies").fetchall()[0]
     if len(affected | touched.studies) > max(LEAST, SHARE * studies):
@@ -152,25 +156,31 @@ def _create_map(db: duckdb.DuckDBPyConnection) -> None:
     db.execute("CREATE TABLE sop_files (hash UBIGINT, id INTEGER)")
 
 
-def _add_files(db: duckdb.DuckDBPyConnection, files: Sequence[tuple[int, str]]) -> set[str]:
-    """Say what is in some files of `instances`, by number and name; returns their studies (of a refresh: few)."""
+def _add_files(db: duckdb.DuckDBPyConnection, files: Sequence[tuple[int, str]]) -> None:
+    """Say what is in some files of `instances`, by number and name."""
+    db.execute("CREATE TEMP TABLE studies_of (StudyInstanceUID VARCHAR, id INTEGER)")
+    db.execute("CREATE TEMP TABLE sops_of (hash UBIGINT, id INTEGER)")
+    for start in range(0, len(files), FILES_AT_ONCE):
+        some = files[start : start + FILES_AT_ONCE]
+        names = [name for _, name in some]
+        db.execute("INSERT INTO files SELECT unnest(?::INTEGER[]), unnest(?::VARCHAR[])", [[n for n, _ in some], names])
+        db.execute(
+            "CREATE TEMP TABLE added_rows AS SELECT i.StudyInstanceUID, hash(i.SOPInstanceUID) AS hash, f.id "
+            "FROM read_parquet(?, filename = true) i JOIN files f ON f.file = i.filename",
+            [names],
+        )
+        db.execute("INSERT INTO studies_of SELECT DISTINCT StudyInstanceUID, id FROM added_rows")
+        db.execute("INSERT INTO sops_of SELECT hash, id FROM added_rows")
+        db.execute("DROP TABLE added_rows")
+    db.execute("INSERT INTO study_files SELECT * FROM studies_of ORDER BY ALL")
+    db.execute("INSERT INTO sop_files SELECT * FROM sops_of ORDER BY hash")
+
+
+def _studies_since(db: duckdb.DuckDBPyConnection, files: Sequence[tuple[int, str]]) -> set[str]:
     if not files:
         return set()
-    numbers, names = [number for number, _ in files], [name for _, name in files]
-    db.execute("INSERT INTO files SELECT unnest(?::INTEGER[]), unnest(?::VARCHAR[])", [numbers, names])
-    db.execute(
-        "CREATE TEMP TABLE added_rows AS SELECT i.StudyInstanceUID, hash(i.SOPInstanceUID) AS hash, f.id "
-        "FROM read_parquet(?, filename = true) i JOIN files f ON f.file = i.filename",
-        [names],
-    )
-    db.execute("INSERT INTO study_files SELECT DISTINCT StudyInstanceUID, id FROM added_rows ORDER BY ALL")
-    db.execute("INSERT INTO sop_files SELECT hash, id FROM added_rows ORDER BY hash")
-    db.execute("DROP TABLE added_rows")
-    if db.execute("SELECT count(*) FROM duckdb_databases() WHERE database_name = 'base'").fetchall()[0][0] == 0:
-        return set()
-    return {
-        row[0] for row in db.execute("SELECT StudyInstanceUID FROM study_files WHERE id >= ?", [numbers[0]]).fetchall()
-    }
+    found = db.execute("SELECT StudyInstanceUID FROM study_files WHERE id >= ?", [files[0][0]]).fetchall()
+    return {row[0] for row in found}
 
 
 def _studies_in(db: duckdb.DuckDBPyConnection, sources: Sequence[str], gone: Sequence[int]) -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -100,6 +101,7 @@ class Columns:
         return text
 
 
+@functools.cache
 def column_sql(alias: str, keyword: str) -> ColumnSql:
     """The column of a keyword in one table; in the files of instances, text is trimmed as the index does."""
     sql = f'{alias}."{keyword}"'

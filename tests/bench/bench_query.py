@@ -252,9 +252,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=100, help="times that each question is put")
     parser.add_argument("--seconds", type=float, default=5.0, help="how long 16 clients ask")
     parser.add_argument("--load", type=float, default=60.0, help="seconds for loading each Orthanc; 0 leaves them out")
-    parser.add_argument(
-        "--full", action="store_true", help="10,000, 100,000 and 1,000,000 studies; load for 20 minutes"
-    )
+    parser.add_argument("--full", action="store_true", help="up to 1,000,000 studies; load for 20 minutes")
     options = parser.parse_args()
     if options.full:
         options.sizes, options.load = "10000,100000,1000000", 1200.0

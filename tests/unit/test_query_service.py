@@ -12,8 +12,9 @@ import pytest
 from pydicom.dataset import Dataset
 
 from sphere.catalog.answer import Match
+from sphere.catalog.plan import make_plan
 from sphere.catalog.query import Key, Model, Query, parse_identifier
-from sphere.catalog.schema import Level
+from sphere.catalog.schema import TABLES, Level
 from sphere.catalog.service import PAGE, QueryService
 from tests.support.catalog import Row, archive, instance, write_catalog
 
@@ -409,3 +410,15 @@ def test_more_answers_than_a_page(tmp_path: Path) -> None:
     with QueryService(settings) as service:
         assert len(set(found(service, "STUDY", {}))) == count
         assert len(set(found(service, "IMAGE", {"00091001": ""}))) == count
+
+
+def test_broad_queries_are_given_as_they_are_found(service: QueryService) -> None:
+    """The base is in the order of the keys: nothing is sorted first."""
+    columns = frozenset(TABLES["instances"].schema.names)
+    broad = make_plan(Query.build("STUDY", {"StudyDate": "20000101-"}), columns)
+    assert "ORDER BY" not in broad.select(in_order=True)
+    assert "ORDER BY" in broad.select()  # of the rows beside it
+    by_key = make_plan(Query.build("STUDY", {"PatientID": "P1"}), columns)
+    assert "ORDER BY" in by_key.select(in_order=True), "rows come in the order of the index of PatientID"
+    joined = make_plan(Query.build("SERIES", {"PatientID": "P*"}), columns)
+    assert "ORDER BY" in joined.select(in_order=True)
