@@ -65,7 +65,8 @@ OPEN_ATTEMPTS = 5
 PAST = 4
 """Indexes of earlier versions that are kept."""
 RESOLVED_S = 60.0
-"""Seconds for which an earlier version is not looked up again in the tables' logs, which takes longer the more commits they keep."""
+"""Seconds for which an earlier version is not looked up again in the tables' logs, as that takes longer the more they
+keep."""
 
 _DAMAGE = (duckdb.IOException, duckdb.SerializationException, duckdb.InternalException, duckdb.FatalException)
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from pydicom import dcmread, dcmwrite
 
 from sphere.archive import Archive
 from sphere.catalog import files
@@ -22,6 +25,7 @@ from sphere.conf.settings import Settings, from_dict
 from sphere.ingest.storage.local import LocalStorage
 from tests.support.extracted import extract
 from tests.support.landing import archive, changed, land, mixture, new_member, slices
+from tests.support.web import serving_web
 
 pytestmark = pytest.mark.unit
 
@@ -98,6 +102,45 @@ def test_places_are_those_of_the_tables(both: tuple[Queries, Queries]) -> None:
     for wanted in ({"study": [one.StudyInstanceUID]}, {"series": [one.SeriesInstanceUID]},
                    {"sop": [one.SOPInstanceUID, every[0].SOPInstanceUID]}, {"sop": ["1.9"]}):  # fmt: skip
         assert list(bundles.lookup_instances(**wanted)) == list(tables.lookup_instances(**wanted))
+
+
+@pytest.mark.parametrize("mixed", ["keep-first"], indirect=True)
+def test_over_http_as_well(mixed: Settings) -> None:
+    answers = []
+    for settings in (mixed, without_catalog(mixed)):
+        with serving_web(settings) as web:
+            studies = web.get("/studies?includefield=PatientComments").json()
+            uid = studies[0]["0020000D"]["Value"][0]
+            for one in studies:
+                del one["00081190"]  # RetrieveURL: another port
+            found = web.get(f"/studies/{uid}/metadata").json()
+            answers.append((studies, sorted(one["00080018"]["Value"][0] for one in found)))
+    assert answers[0] == answers[1]
+    assert all(answers[0])
+
+
+def test_private_keys_on_the_command_line(tmp_path: Path) -> None:
+    settings = archive(tmp_path)
+    for number, block in enumerate((0x10, 0x1F)):
+        dataset = dcmread(BytesIO(slices(2, seed=number, study=number)[number]))
+        dataset.add_new(0x00290000 | block, "LO", "ACME")
+        dataset.add_new(0x00290001 | block << 8, "LO", f"value {number}")
+        buffer = BytesIO()
+        dcmwrite(buffer, dataset)
+        land(settings, [new_member(buffer.getvalue())])
+    config = tmp_path / "sphere.toml"
+    config.write_text('[catalog]\nmode = "files"\nscan_workers = 0\n')
+
+    def rows(*keys: str) -> list[dict[str, str]]:
+        options = [part for key in keys for part in ("-k", key)]
+        run = CliRunner().invoke(main, ["--config", str(config), "find", "--format", "json", *options])
+        assert run.exit_code == 0, run.output
+        return json.loads(run.stdout)  # type: ignore[no-any-return]
+
+    assert len(rows("0029,0010=ACME", "0029,1001=value*")) == 2
+    [one] = rows("0029,0010=ACME", "0029,1001=value 1", "PatientName")
+    assert list(one.values()).count("value 1") == 1
+    assert rows("0029,0010=OTHER", "0029,1001=value*") == []
 
 
 def test_what_lands_is_found_at_once_and_uids_narrow_what_is_read(
