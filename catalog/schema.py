@@ -318,6 +318,23 @@ _BUNDLES = pa.schema(
     ]
 )
 
+_FORWARDS = pa.schema(
+    [
+        ("forward", pa.string()),  # the name of one of [[forwards]]
+        ("StudyInstanceUID", pa.string()),
+        ("version", pa.int64()),  # of `instances`, up to which the entry reaches
+        ("destination", pa.string()),  # the name of a peer
+        ("state", pa.string()),  # "waiting" or "sent"
+        ("instances", TEXTS),  # SOP Instance UIDs that are still to be sent, in the order of arrival
+        ("sent", pa.int64()),
+        ("attempts", pa.int64()),  # since something went through
+        ("next_at", TIMESTAMP),
+        ("last_error", pa.string()),
+        ("queued_at", TIMESTAMP),
+        ("updated_at", TIMESTAMP),
+    ]
+)
+
 TABLES: Mapping[str, Table] = {
     table.name: table
     for table in (
@@ -333,6 +350,7 @@ TABLES: Mapping[str, Table] = {
         Table("patients", _rolled(_PATIENTS, _PATIENT_FIRST), _PATIENTS.keys, _PATIENTS),
         Table("quarantine", _QUARANTINE, ("bundle", "offset")),
         Table("conflicts", _CONFLICTS, ("bundle", "offset", "kind")),
+        Table("forwards", _FORWARDS, ("forward", "StudyInstanceUID", "version")),
         Table("bundles", _BUNDLES, ("bundle",)),
     )
 }

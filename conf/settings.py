@@ -278,15 +278,13 @@ class Peer(Rights):
 Way = Literal["dimse", "web", "import"]
 
 
-class Rule(Section):
-    """What is to be done with instances of which everything holds that is given; several values: any of them."""
+class Condition(Section):
+    """What an instance is like: everything that is given must hold; several values: any of them."""
 
-    name: str = Field("", description="What the log and the sender are told of a refusal; empty: its place, rules.0.")
     via: Annotated[tuple[Way, ...], BeforeValidator(_several)] = Field(
         (), description="How it comes: dimse (C-STORE, C-GET), web (STOW-RS), import; a list means any of them."
     )
     calling_ae: Texts = Field((), description="AE title of the sender; * and ? are wild cards. A list: any of them.")
-    called_ae: Texts = Field((), description="AE title that the sender called; wild cards as above.")
     peer: Texts = Field((), description="Name of the sender in [[peers]], by its AE title and address.")
     address: Networks = Field((), description="IP address or network of the sender: 10.0.0.5, 10.0.0.0/8.")
     modality: Texts = Field((), description="Modality (0008,0060); the same as that key in `keys`.")
@@ -298,6 +296,13 @@ class Rule(Section):
         '{PatientID="TRIAL*", StudyDate="20240101-"}; a list of values: any of them; a table: the item of a '
         "sequence. All must match.",
     )
+
+
+class Rule(Condition):
+    """What is to be done with instances that are so."""
+
+    name: str = Field("", description="What the log and the sender are told of a refusal; empty: its place, rules.0.")
+    called_ae: Texts = Field((), description="AE title that the sender called; wild cards as in calling_ae.")
     action: Literal["tag", "accept", "reject"] = Field(
         description="tag: add the collections and look at the next rule; accept: add them and look at no further rule; "
         "reject: refuse the instance. Without a rule that rejects it, an instance is accepted."
@@ -328,7 +333,25 @@ class Snapshot(Section):
     )
 
 
-LISTS: Mapping[str, type[Section]] = {"peers": Peer, "rules": Rule, "snapshots": Snapshot}
+class Forwarding(Section):
+    every_s: Annotated[float, Field(gt=0)] = Field(5.0, description="Seconds between looks for what is to be sent.")
+    retry_s: Annotated[float, Field(gt=0)] = Field(
+        10.0, description="Seconds until what did not arrive is sent again; doubled each time that nothing did."
+    )
+    retry_max_s: Annotated[float, Field(gt=0)] = Field(3600.0, description="Seconds between attempts at most.")
+
+
+class Forward(Condition):
+    """Instances that are so are sent to a peer once they are catalogued."""
+
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9_.-]+$", description="Name of the forward, under which its queue is kept; only once."
+    )
+    to: str = Field(min_length=1, description="Name in [[peers]] of the peer that they are sent to.")
+    collection: Collections = Field((), description="Collections that rules tagged them with; a list: any of them.")
+
+
+LISTS: Mapping[str, type[Section]] = {"peers": Peer, "rules": Rule, "forwards": Forward, "snapshots": Snapshot}
 """Sections that are lists of tables."""
 
 
@@ -346,6 +369,8 @@ class Settings(Section):
     strangers: Strangers = Strangers()
     peers: tuple[Peer, ...] = ()
     rules: tuple[Rule, ...] = ()
+    forwarding: Forwarding = Forwarding()
+    forwards: tuple[Forward, ...] = ()
     snapshots: tuple[Snapshot, ...] = ()
 
     @property
@@ -451,10 +476,7 @@ def _resolve(settings: Settings, base: Path) -> Settings:
     names = [peer.name for peer in settings.peers]
     if len(set(names)) != len(names):
         raise SettingsError("peers: each name may stand once only")
-    for number, rule in enumerate(settings.rules):
-        if strange := set(rule.peer) - set(names):
-            known = ", ".join(names) or "none"
-            raise SettingsError(f"rules.{number}.peer: no peer is called {sorted(strange)[0]!r} (known: {known})")
+    _check_peer_names(settings, names)
     dimse = settings.dimse.model_copy(update=_files(settings.dimse, base))
     web = settings.web.model_copy(update=_files(settings.web, base))
     peers = tuple(peer.model_copy(update=_files(peer, base)) for peer in settings.peers)
@@ -492,6 +514,20 @@ def _files(section: Dimse | Web | Peer, base: Path) -> dict[str, str]:
     """Its files of certificates and keys, those that are given, seen from `base`."""
     values = ((name, getattr(section, name, "")) for name in ("tls_certificate", "tls_key", "tls_ca", "oidc_jwks"))
     return {name: str(base / value) for name, value in values if value and "://" not in value}
+
+
+def _check_peer_names(settings: Settings, names: list[str]) -> None:
+    """Raise SettingsError where a rule or a forward names a peer that there is not."""
+    named = [(f"rules.{number}.peer", name) for number, rule in enumerate(settings.rules) for name in rule.peer]
+    for number, forward in enumerate(settings.forwards):
+        named += [(f"forwards.{number}.to", forward.to), *((f"forwards.{number}.peer", name) for name in forward.peer)]
+    for key, name in named:
+        if name not in names:
+            known = ", ".join(names) or "none"
+            raise SettingsError(f"{key}: no peer is called {name!r} (known: {known})")
+    forwards = [forward.name for forward in settings.forwards]
+    if len(set(forwards)) != len(forwards):
+        raise SettingsError("forwards: each name may stand once only")
 
 
 def _absolute(url: str, base: Path) -> str:

@@ -177,7 +177,8 @@ class Tables:
         onto: DeltaTable,
         mark: tuple[str, int] | None = None,
     ) -> None:
-        """Make `files` part of the table, those at the paths `removed` (with their sizes) no longer, in one commit.
+        """Make `files` part of the table, those at the paths `removed` (with their sizes) no longer, in one commit,
+        which carries `mark` as that of `merge` does.
 
         Raises JobFailed where the table is no longer as in `onto`.
         """

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import orjson
 from pydicom._uid_dict import UID_dictionary
@@ -23,7 +23,7 @@ from sphere.catalog.predicate import Predicate
 from sphere.catalog.query import Query
 from sphere.catalog.schema import COMPUTED
 from sphere.conf.errors import QueryError, Refused, SettingsError
-from sphere.conf.settings import Peer, Rule, Settings
+from sphere.conf.settings import Condition, Peer, Rule, Settings
 from sphere.ingest.header import Header as ReadHeader
 from sphere.ingest.header import HeaderReader
 from sphere.ingest.members import NewMember
@@ -43,6 +43,18 @@ class _Arrival:
     called_ae: str
     address: str  # of the sender
     reader: Callable[[], HeaderReader]
+
+    @property
+    def calling_ae(self) -> str:
+        return self.member.source_aet
+
+    @property
+    def sop_class(self) -> str:
+        return self.member.SOPClassUID
+
+    @property
+    def transfer_syntax(self) -> str:
+        return self.member.TransferSyntaxUID
 
     @cached_property
     def header(self) -> Header:
@@ -95,44 +107,83 @@ class Policy:
 
 
 class _Compiled:
-    """One rule: everything that it asks must hold, cheapest first."""
+    """One rule."""
 
     def __init__(self, number: int, rule: Rule, callers: CallingPolicy) -> None:
         self.rule = rule
         self.name = rule.name or f"rules.{number}"
-        self._tests: list[Callable[[_Arrival], bool]] = list(_plain_tests(rule, callers))
-        alternatives = _predicates(f"rules.{number}", rule)
-        if alternatives:
-            self._tests.append(lambda arrival: all(_any_holds(one, arrival.header) for one in alternatives))
+        self._conditions = Conditions(f"rules.{number}", rule, callers)
+        self._called_ae = _wild(rule.called_ae) if rule.called_ae else None
 
     def matches(self, arrival: _Arrival) -> bool:
-        return all(test(arrival) for test in self._tests)
+        if self._called_ae is not None and not self._called_ae(arrival.called_ae):
+            return False
+        return self._conditions.hold(arrival)
 
 
-def _plain_tests(rule: Rule, callers: CallingPolicy) -> Iterator[Callable[[_Arrival], bool]]:
+def check_forwards(settings: Settings) -> None:
+    """Raise SettingsError for one of `[[forwards]]` that cannot be matched, or that nothing can be forwarded from."""
+    if settings.forwards and settings.catalog.mode != "delta":
+        raise SettingsError('forwards: the queue is a table of the catalog; it needs catalog.mode = "delta"')
+    for number, forward in enumerate(settings.forwards):
+        Conditions(f"forwards.{number}", forward, CallingPolicy(settings.peers))
+
+
+class Incoming(Protocol):
+    """What conditions look at; `header` last, as it may have to be read."""
+
+    @property
+    def via(self) -> str: ...
+    @property
+    def calling_ae(self) -> str: ...
+    @property
+    def address(self) -> str: ...
+    @property
+    def sop_class(self) -> str: ...
+    @property
+    def transfer_syntax(self) -> str: ...
+    @property
+    def header(self) -> Header: ...
+
+
+class Conditions:
+    """What one table of the settings asks of an instance: everything must hold, and the cheapest is looked at first."""
+
+    def __init__(self, where: str, condition: Condition, callers: CallingPolicy) -> None:
+        """Raises SettingsError for a key that cannot be matched; `where` names the table."""
+        self._tests: list[Callable[[Incoming], bool]] = list(_plain_tests(condition, callers))
+        alternatives = _predicates(where, condition)
+        if alternatives:
+            self._tests.append(lambda one: all(_any_holds(found, one.header) for found in alternatives))
+
+    def hold(self, one: Incoming) -> bool:
+        """Whether they all do. Raises what reading the header raises."""
+        return all(test(one) for test in self._tests)
+
+
+def _plain_tests(condition: Condition, callers: CallingPolicy) -> Iterator[Callable[[Incoming], bool]]:
     """Tests of what is known without the header."""
-    if rule.via:
-        yield lambda arrival: arrival.via in rule.via
-    uids = tuple(map(_uid, rule.sop_class)), tuple(map(_uid, rule.transfer_syntax))
-    tested: tuple[tuple[tuple[str, ...], Callable[[_Arrival], str]], ...] = (
-        (rule.calling_ae, lambda arrival: arrival.member.source_aet),
-        (rule.called_ae, lambda arrival: arrival.called_ae),
-        (uids[0], lambda arrival: arrival.member.SOPClassUID),
-        (uids[1], lambda arrival: arrival.member.TransferSyntaxUID),
-    )
-    for patterns, value in tested:
-        if patterns:
-            yield _wild(patterns, value)
-    if rule.address:
-        networks = [ipaddress.ip_network(text, strict=False) for text in rule.address]
-        yield lambda arrival: _is_within(arrival.address, networks)
-    if rule.peer:
-        yield lambda arrival: _name(callers.peer(arrival.member.source_aet, arrival.address)) in rule.peer
+    if condition.via:
+        yield lambda one: one.via in condition.via
+    if condition.calling_ae:
+        calling = _wild(condition.calling_ae)
+        yield lambda one: calling(one.calling_ae)
+    if condition.sop_class:
+        sop_class = _wild(tuple(map(_uid, condition.sop_class)))
+        yield lambda one: sop_class(one.sop_class)
+    if condition.transfer_syntax:
+        transfer_syntax = _wild(tuple(map(_uid, condition.transfer_syntax)))
+        yield lambda one: transfer_syntax(one.transfer_syntax)
+    if condition.address:
+        networks = [ipaddress.ip_network(text, strict=False) for text in condition.address]
+        yield lambda one: _is_within(one.address, networks)
+    if condition.peer:
+        yield lambda one: _name(callers.peer(one.calling_ae, one.address)) in condition.peer
 
 
-def _wild(patterns: Sequence[str], value: Callable[[_Arrival], str]) -> Callable[[_Arrival], bool]:
+def _wild(patterns: Sequence[str]) -> Callable[[str], bool]:
     regex = re.compile("|".join(fnmatch.translate(pattern.replace("[", "[[]")) for pattern in patterns))
-    return lambda arrival: regex.match(value(arrival)) is not None
+    return lambda value: regex.match(value) is not None
 
 
 def _name(peer: Peer | None) -> str:
@@ -155,7 +206,7 @@ def _is_within(address: str, networks: Sequence[Any]) -> bool:
     return any(parsed in network for network in networks)
 
 
-def _predicates(where: str, rule: Rule) -> list[list[Predicate]]:
+def _predicates(where: str, rule: Condition) -> list[list[Predicate]]:
     """For each key of the header the predicates of which one must hold; raises SettingsError."""
     keys = {**({"Modality": rule.modality} if rule.modality else {}), **rule.keys}
     found = []

@@ -23,7 +23,7 @@ from sphere.conf import logs, serving
 from sphere.conf.errors import SettingsError, SphereError
 from sphere.conf.settings import Settings
 from sphere.ingest.spool import in_use
-from sphere.scp.policy import Policy
+from sphere.scp.policy import Policy, check_forwards
 from sphere.scp.upper.tls import acceptor_context, web_context
 
 log = logging.getLogger(__name__)
@@ -86,6 +86,7 @@ class Supervisor:
         Raises SettingsError when a port is taken, a rule asks for what cannot be matched, or TLS files cannot
         be used.
         """
+        check_forwards(self.settings)
         Policy(self.settings)  # a rule that cannot be matched ends this here, not one receiver after the other
         acceptor_context(self.settings.dimse)  # and so do files of TLS that cannot be used
         web_context(self.settings.web)
@@ -97,6 +98,8 @@ class Supervisor:
             self.children.append(Child("web", serve_http))
         if settings.extract.every_s and settings.catalog.mode == "delta":
             self.children.append(Child("extract", extract_regularly, JOB_PATIENCE_S))
+        if settings.forwards:
+            self.children.append(Child("forwarder", forward_regularly, JOB_PATIENCE_S))
         if in_use(settings):
             self.children.append(Child("shipper", ship_regularly, JOB_PATIENCE_S))
         for child in self.children:
@@ -279,6 +282,16 @@ def extract_regularly(settings: Settings, ready: Callable[[int], None]) -> None:
         except SphereError as error:
             log.error("extraction: %s", error)
     archive.close()
+
+
+def forward_regularly(settings: Settings, ready: Callable[[int], None]) -> None:
+    """Send on to peers what `[[forwards]]` name."""
+    from sphere.jobs.forward import run_forwarder
+
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    ready(0)
+    run_forwarder(settings, stop)
 
 
 def ship_regularly(settings: Settings, ready: Callable[[int], None]) -> None:

@@ -16,6 +16,7 @@ from sphere.conf.settings import Settings
 from sphere.ingest.journal import BundleState, Landed
 from sphere.ingest.spool import backlog, in_use
 from sphere.ingest.storage import open_storage
+from sphere.jobs.forward_queue import ForwardState, states
 from sphere.jobs.tables import Tables, read
 
 COUNTED = ("patients", "studies", "series", "instances", "quarantine", "conflicts")
@@ -41,6 +42,7 @@ class Status:
     quarantine: dict[str, int]
     serving: ServeState | None
     spool: SpoolState | None  # what waits to be shipped, where instances are spooled
+    forwards: tuple[ForwardState, ...] = ()  # what is sent on to peers
     problem: str = ""  # why storage and catalog could not be read: what is said of them is then 0
 
     def to_json(self) -> str:
@@ -52,6 +54,7 @@ class Status:
         lines = [f"PROBLEM     {self.problem}"] if self.problem else self._stored()
         if self.spool is not None:
             lines.append(f"spool       {self.spool}")
+        lines += [f"forward     {forward}" for forward in self.forwards]
         return "\n".join([*lines, f"serving     {self.serving or 'no'}"])
 
     def _stored(self) -> list[str]:
@@ -100,6 +103,7 @@ def _stored(settings: Settings) -> Status:
         waiting=waiting if settings.catalog.mode == "delta" else 0,
         catalogued={name: _count(tables, name) for name in COUNTED},
         quarantine=dict(Counter(_column(tables, "quarantine", "reason"))),
+        forwards=tuple(states(tables)),
     )
 
 

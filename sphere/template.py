@@ -21,11 +21,13 @@ EXAMPLES: Mapping[str, Mapping[str, Any]] = {
         "action": "tag",
         "collection": "trial",
     },
+    "forwards": {"name": "trial-to-ward", "to": "ward", "collection": "trial"},
     "snapshots": {"ae_title": "SPHERE_2026", "as_of": "2026-01-01T00:00:00Z"},
 }
 _INTRODUCTIONS: Mapping[str, str] = {
     "peers": "# Who may talk to this archive, and whom it talks to: one such table a peer.",
     "rules": "# What is accepted, refused, or catalogued in collections: one such table a rule, in their order.",
+    "forwards": "# What is sent on to a peer once it is catalogued: one such table a destination.",
     "snapshots": "# AE titles that answer from an earlier state of the catalog: one such table a state.",
 }
 

@@ -108,10 +108,10 @@ def running(command: Sequence[str | Path], port: int, log_path: Path) -> Iterato
 
 
 @contextmanager
-def running_storescp(folder: Path, *options: str) -> Iterator[int]:
-    """DCMTK's storescp writing exactly what it receives into `folder`; gives its port."""
+def running_storescp(folder: Path, *options: str, port: int = 0) -> Iterator[int]:
+    """DCMTK's storescp writing exactly what it receives into `folder`; gives its port, a free one for 0."""
     folder.mkdir(parents=True, exist_ok=True)
-    port = free_port()
+    port = port or free_port()
     arguments: list[str | Path] = ["+xa", "+B", "-pm", "+uf", *options, "-od", folder, str(port)]
     with running([require_tool("storescp"), *arguments], port, folder.parent / f"storescp-{port}.log"):
         yield port

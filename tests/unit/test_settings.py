@@ -99,7 +99,9 @@ def test_the_template_uncommented_is_the_defaults(tmp_path: Path) -> None:
     text = "\n".join(line.removeprefix("# ") if line.startswith("# [[") else line for line in lines)
     settings = load(write(tmp_path, text), environ={})
     assert (settings.peers[0].name, settings.rules[0].name) == ("ward", "trial")
-    assert settings.model_copy(update={"peers": (), "rules": (), "snapshots": ()}) == from_dict({}, base=tmp_path)
+    assert settings.model_copy(update={"peers": (), "rules": (), "forwards": (), "snapshots": ()}) == from_dict(
+        {}, base=tmp_path
+    )
 
 
 @pytest.mark.parametrize("titles", ["SPHERE", "A A"])

@@ -1,0 +1,112 @@
+"""Forwarding: what came is pushed to peers, at least once, study by study, again and again until it is there."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Sequence
+from contextlib import closing
+from datetime import datetime, timezone
+
+from sphere.catalog.queries import Queries, open_queries
+from sphere.catalog.service import StoredInstance
+from sphere.conf.errors import SphereError
+from sphere.conf.settings import Peer, Settings
+from sphere.ingest.spool import open_readable
+from sphere.jobs.forward_queue import Entry, Queue
+from sphere.scp.retrieve.deliver import Delivery
+from sphere.scp.retrieve.outbound import SUCCESS, WARNINGS, groups, range_of
+from sphere.scp.retrieve.read_ahead import ReadAhead
+from sphere.scp.retrieve.transcoder import Transcoder
+from sphere.scp.upper.requestor import connect
+
+log = logging.getLogger(__name__)
+
+PIECE = 500  # instances looked up, sent and recorded at a time
+
+
+def run_forwarder(settings: Settings, stop: threading.Event) -> None:
+    """Take up what comes, and send what is due, until `stop`."""
+    queue = Queue(settings)
+    with open_queries(settings) as queries, closing(Transcoder()) as transcoder:
+        forwarder = Forwarder(settings, queue, queries, transcoder)
+        opened = False
+        while not stop.is_set():
+            try:
+                if not opened:
+                    queue.open()
+                    opened = True
+                queue.take_up()
+                forwarder.send_due(stop)
+            except SphereError as error:  # the catalog or the storage is away, or written by another: later
+                log.error("forwarding: %s", error)
+            stop.wait(settings.forwarding.every_s)
+
+
+class Forwarder:
+    """Sends the entries of a queue."""
+
+    def __init__(self, settings: Settings, queue: Queue, queries: Queries, transcoder: Transcoder) -> None:
+        self._settings = settings
+        self._queue = queue
+        self._queries = queries
+        storage = open_readable(settings)
+
+        def read(instances: Sequence[StoredInstance]) -> ReadAhead:
+            return ReadAhead(storage, [range_of(instance) for instance in instances])
+
+        self._delivery: Delivery[StoredInstance] = Delivery(
+            settings=settings, read=read, converter=transcoder, connect=connect, origin={}
+        )
+        self._peers = {peer.name: peer for peer in settings.peers}
+        self._forwards = {forward.name: forward for forward in settings.forwards}
+
+    def send_due(self, stop: threading.Event) -> None:
+        """Try every entry that is due, the oldest first; those behind one of their study that waits, wait with it."""
+        held: set[tuple[str, str]] = set()
+        for entry in list(self._queue.waiting):
+            if stop.is_set():
+                return
+            due = entry.next_at is None or entry.next_at <= datetime.now(timezone.utc)
+            if due and entry.line not in held and entry.forward in self._forwards:
+                self._send(entry, stop)
+                self._queue.record([entry])
+            if entry.state == "waiting":
+                held.add(entry.line)
+
+    def _send(self, entry: Entry, stop: threading.Event) -> None:
+        """One attempt; changes `entry`. What is left of it is due again later."""
+        forward = self._forwards[entry.forward]
+        peer = self._peers[forward.to]
+        left, error = deque(entry.instances), ""
+        unsent: list[str] = []
+        while left and not stop.is_set():
+            piece = [left.popleft() for _ in range(min(PIECE, len(left)))]
+            missing, error = self._send_piece(peer, piece, error)
+            unsent += missing
+            if len(missing) == len(piece):  # nothing goes through: no use in asking for the rest now
+                break
+        unsent += left
+        if unsent:
+            settings = self._settings.forwarding
+            entry.failed(unsent, error, retry_s=settings.retry_s, retry_max_s=settings.retry_max_s)
+            log.warning("forward %s to %s: %d left: %s", entry.forward, peer.name, len(unsent), error)
+        else:
+            entry.done()
+            log.info("forward %s to %s: %d sent", entry.forward, peer.name, entry.sent)
+
+    def _send_piece(self, peer: Peer, uids: list[str], error: str) -> tuple[list[str], str]:
+        """The SOP Instance UIDs that did not arrive, in their order, and the last reason why."""
+        stored = {one.SOPInstanceUID: one for one in self._queries.lookup_instances(sop=uids)}
+        arrived: set[str] = set()
+        for proposed, group in groups([stored[uid] for uid in uids if uid in stored]):
+            for outcome in self._delivery.to_peer(peer, proposed, group):
+                if outcome.status is not None and (outcome.status == SUCCESS or outcome.status in WARNINGS):
+                    arrived.add(outcome.instance.SOPInstanceUID)
+                else:
+                    error = outcome.reason
+        gone = [uid for uid in uids if uid not in stored]
+        if gone:  # removed since: there is nothing left to send
+            log.warning("forward to %s: %d instances are no longer here", peer.name, len(gone))
+        return [uid for uid in uids if uid in stored and uid not in arrived], error

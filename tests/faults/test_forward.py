@@ -1,0 +1,59 @@
+"""Forwarding reaches a destination that was down, after the forwarder was killed; nothing is lost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from pydicom import dcmread
+
+from sphere import status
+from sphere.conf.settings import from_dict
+from sphere.jobs.forward_queue import entries
+from sphere.jobs.tables import Tables
+from tests.support.dicom_tools import running_storescp
+from tests.support.forwarder import catalogue, running_forwarder
+from tests.support.landing import land, new_member, slices
+from tests.support.receiver import free_port
+
+pytestmark = pytest.mark.faults
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait, for as long as a loaded machine may need."""
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_destination_that_is_down_and_a_forwarder_that_is_killed(tmp_path: Path) -> None:
+    port = free_port()
+    sections = {
+        "peers": [{"name": "dest", "ae_title": "DEST", "host": "127.0.0.1", "port": port}],
+        "forwards": [{"name": "ct", "to": "dest", "modality": "CT"}],
+        "forwarding": {"every_s": 0.1, "retry_s": 0.2, "retry_max_s": 0.5},
+    }
+    settings = from_dict(sections, base=tmp_path / "archive")
+    tables = Tables(settings)
+    first, second = slices(3), slices(2, seed=5, study=5)
+
+    with running_forwarder(settings) as forwarder:
+        until(lambda: tables.open("forwards") is not None)
+        catalogue(settings, land(settings, [new_member(data, second=n) for n, data in enumerate(first)]))
+        until(lambda: any(entry.attempts for entry in entries(tables)))
+        forwarder.kill()  # SIGKILL
+    [state] = status.take(settings).forwards
+    assert (state.sent, state.waiting, state.studies_waiting) == (0, 3, 1)
+    assert "cannot connect" in state.last_error
+    catalogue(settings, land(settings, [new_member(data, second=10 + n) for n, data in enumerate(second)]))
+    received = tmp_path / "received"
+    with running_storescp(received, port=port), running_forwarder(settings):
+        until(lambda: [entry.state for entry in entries(tables)] == ["sent", "sent"])
+        arrived = {str(dcmread(path, stop_before_pixels=True).SOPInstanceUID) for path in received.iterdir()}
+    assert arrived == {new_member(data).SOPInstanceUID for data in (*first, *second)}
+    [state] = status.take(settings).forwards
+    assert (state.sent, state.waiting, state.last_error) == (5, 0, "")
+    assert "forward     ct to dest: 5 sent, 0 waiting" in str(status.take(settings))
