@@ -7,15 +7,17 @@ import logging
 import re
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from sphere.catalog.service import StoredInstance
 from sphere.conf.errors import StorageError, StorageMissing
 from sphere.conf.logs import hashed
 from sphere.ingest.storage.base import Readable
 from sphere.scp.commitment.transactions import Reference
 from sphere.scp.retrieve.outbound import range_of
 from sphere.scp.retrieve.read_ahead import ReadAhead
+
+if TYPE_CHECKING:
+    from sphere.catalog.service import StoredInstance
 
 log = logging.getLogger(__name__)
 

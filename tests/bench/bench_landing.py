@@ -1,23 +1,25 @@
-"""How fast instances land: ``make bench-landing`` (``LANDING="--small 500 --no-hdfs"`` for options).
+"""How fast instances land: ``make bench-landing`` (``LANDING="--rounds 1 --no-hdfs"`` for options).
 
 Sender: DCMTK's storescu, one process an association, (a) as shipped and (b) with TCP_NODELAY=1 in its environment.
 Every receiver ends a run with everything on disk: SPHERE, Orthanc and the pynetdicom server before each Success,
 storescp by one syncfs at the end, whose time is counted in. Times run from the start of the senders to the exit of the
-last.
+last. Receivers take turns, round by round, so that what else the machine does hits all of them; ratios are medians of
+the ratios within a round. CPU time is that of the processes, and does not depend on the load of the machine.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import resource
 import shutil
 import statistics
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -28,22 +30,28 @@ from rich.console import Console
 from rich.table import Table
 
 from sphere.ingest.storage import open_storage
+from tests.bench import landing_memory
 from tests.bench import landing_servers as servers
 from tests.support.dicom_tools import require_tool
 
 ASSOCIATIONS = (1, 4, 16)
-CLIENTS = {"as shipped": {}, "TCP_NODELAY=1": servers.NODELAY}
+SHIPPED, TUNED = "as shipped", "TCP_NODELAY=1"
+CLIENTS = {SHIPPED: {}, TUNED: servers.NODELAY}
 SIZES = {"39 kB": 128, "526 kB": 512}  # rows and columns of the CT
+OURS, NULL = "SPHERE", "SPHERE, keeping nothing"
 Target = Callable[[Path], AbstractContextManager[servers.Server]]
 TARGETS: dict[str, Target] = {
-    "SPHERE": servers.sphere,
+    OURS: servers.sphere,
+    NULL: lambda folder: servers.sphere(folder, kind="null"),
     "storescp": lambda folder: servers.storescp(folder, tuned=False),
     "storescp, TCP_NODELAY=1": lambda folder: servers.storescp(folder, tuned=True),
     "Orthanc": lambda folder: servers.orthanc(folder, tuned=False),
     "Orthanc, TCP_NODELAY=1": lambda folder: servers.orthanc(folder, tuned=True),
     "pynetdicom": servers.pynetdicom,
 }
-console = Console(width=140)
+STALLED = ("storescp", "Orthanc")  # they wait for delayed ACKs, whatever the sender does
+SLOW = ("Orthanc, TCP_NODELAY=1", "pynetdicom")
+console = Console(width=150)
 
 
 @dataclass(frozen=True)
@@ -56,7 +64,24 @@ class Load:
 
     @property
     def each(self) -> float:
+        """Bytes of one."""
         return self.size / self.count
+
+
+@dataclass
+class Runs:
+    """Runs of one receiver: instances/s round by round, and ms of CPU an instance, of senders and receiver."""
+
+    rates: list[float] = field(default_factory=list)
+    sender_ms: list[float] = field(default_factory=list)
+    server_ms: list[float] = field(default_factory=list)
+
+    @property
+    def rate(self) -> float:
+        return statistics.median(self.rates)
+
+
+Found = dict[tuple[str, str, str, int], Runs]  # by client, size, target, associations
 
 
 def make_load(folder: Path, rows: int, count: int) -> Load:
@@ -94,16 +119,20 @@ def send(load: Load, port: int, associations: int, environment: dict[str, str]) 
             raise AssertionError(output.decode(errors="replace")[-500:])
 
 
-def rate(load: Load, server: servers.Server, associations: int, environment: dict[str, str], repeat: int) -> float:
-    """Instances per second, the median of `repeat` runs."""
-    port, _, sync = server
-    seconds = []
-    for _ in range(repeat):
-        started = time.perf_counter()
-        send(load, port, associations, environment)
-        sync()
-        seconds.append(time.perf_counter() - started)
-    return load.count / statistics.median(seconds)
+def run(load: Load, server: servers.Server, associations: int, environment: dict[str, str], runs: Runs) -> None:
+    """One run."""
+    port, processes, sync = server
+    sending, serving, started = _children_s(), servers.cpu_s(processes), time.perf_counter()
+    send(load, port, associations, environment)
+    sync()
+    runs.rates.append(load.count / (time.perf_counter() - started))
+    runs.sender_ms.append(1000 * (_children_s() - sending) / load.count)
+    runs.server_ms.append(1000 * (servers.cpu_s(processes) - serving) / load.count)
+
+
+def _children_s() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 @contextmanager
@@ -114,90 +143,139 @@ def fresh(base: Path) -> Iterator[Path]:
     shutil.rmtree(folder.parent)
 
 
-def measure(base: Path, counts: dict[str, int], repeat: int) -> dict[tuple[str, str, str, int], float]:
-    """Instances per second by (client, size, target, associations).
+def measure(base: Path, size: str, count: int, rounds: int, found: Found) -> None:
+    """All receivers, clients and numbers of associations for one size of instance.
 
-    Pairs that wait for delayed ACKs get an eighth of the load, once: 45 ms an instance do not vary.
+    Receivers that wait for delayed ACKs get a sixteenth of the load, once: 45 ms an instance do not vary. Slow ones get
+    a quarter.
     """
-    found: dict[tuple[str, str, str, int], float] = {}
-    for size, rows in SIZES.items():
-        whole = make_load(base / size, rows, counts[size])
-        eighth = make_load(base / f"{size} eighth", rows, max(16, counts[size] // 8))
+    loads = {part: make_load(base / f"{size} {part}", SIZES[size], max(16, count // part)) for part in (1, 4, 16)}
+    with ExitStack() as stack:
+        running = {}
         for target, start in TARGETS.items():
-            with fresh(base) as folder, start(folder) as server:
-                for client, environment in CLIENTS.items():
-                    quick = target == "SPHERE" or (bool(environment) and target not in ("storescp", "Orthanc"))
-                    for n in ASSOCIATIONS:
-                        load, runs = (whole, repeat) if quick else (eighth, 1)
-                        found[client, size, target, n] = rate(load, server, n, environment, runs)
-                console.print(f"{target}, {size}: peak memory {servers.peak_mib(server[1]):.0f} MiB a process")
-    return found
+            running[target] = stack.enter_context(start(stack.enter_context(fresh(base))))
+        for client, environment in CLIENTS.items():
+            for number in range(rounds):
+                for n in ASSOCIATIONS:
+                    for target, server in running.items():
+                        stalled = target in STALLED or (client == SHIPPED and target not in (OURS, NULL))
+                        if stalled and number:
+                            continue
+                        load = loads[16 if stalled else 4 if target in SLOW else 1]
+                        run(load, server, n, environment, found.setdefault((client, size, target, n), Runs()))
+                    if not number:
+                        console.print(f"{size}, {client}, {n} associations: first round done")
+        for target, server in running.items():
+            console.print(f"{target}, {size}: peak memory {servers.peak_mib(server[1]):.0f} MiB a process")
 
 
-def report(found: dict[tuple[str, str, str, int], float]) -> None:
-    """A table for each client and size, and what the aims are measured by."""
+def report(found: Found, size: str) -> None:
+    """A table for each client."""
     for client in CLIENTS:
-        for size, rows in SIZES.items():
-            table = Table(title=f"instances/s, sender {client}, CT of {size}", title_justify="left")
-            for column in ("receiver", *(f"{n} association{'s' * (n > 1)}" for n in ASSOCIATIONS), "MB/s (best)"):
-                table.add_column(column, justify="left" if column == "receiver" else "right")
-            for target in TARGETS:
-                rates = [found[client, size, target, n] for n in ASSOCIATIONS]
-                best = max(rates) * (rows * rows * 2 + 6500) / 1e6
-                table.add_row(target, *(f"{each:,.0f}" for each in rates), f"{best:,.0f}")
-            console.print(table)
-    for size in SIZES:
-        tuned, shipped = "TCP_NODELAY=1", "as shipped"
-        ours = {client: found[client, size, "SPHERE", 1] for client in CLIENTS}
-        ratios = {
-            "storescp, both tuned, sender tuned": ours[tuned] / found[tuned, size, "storescp, TCP_NODELAY=1", 1],
-            "Orthanc, both tuned, sender tuned": ours[tuned] / found[tuned, size, "Orthanc, TCP_NODELAY=1", 1],
-            "storescp, all as shipped": ours[shipped] / found[shipped, size, "storescp", 1],
-            "Orthanc, all as shipped": ours[shipped] / found[shipped, size, "Orthanc", 1],
-            "itself, 16 associations to one": found[tuned, size, "SPHERE", 16] / ours[tuned],
-        }
-        for what, ratio in ratios.items():
-            console.print(f"SPHERE, {size}: {ratio:.2f} x {what}")
+        table = Table(title=f"instances/s, sender {client}, CT of {size}", title_justify="left")
+        last = ("MB/s (best)", "CPU ms an instance, 1 / 16: receiver", "and sender")
+        for column in ("receiver", *(f"{n} association{'s' * (n > 1)}" for n in ASSOCIATIONS), *last):
+            table.add_column(column, justify="left" if column == "receiver" else "right")
+        for target in TARGETS:
+            runs = [found[client, size, target, n] for n in ASSOCIATIONS]
+            best = max(each.rate for each in runs) * instance_bytes(size) / 1e6
+            cpu = [
+                " / ".join(f"{statistics.median(values):.2f}" for values in pair)
+                for pair in ((runs[0].server_ms, runs[-1].server_ms), (runs[0].sender_ms, runs[-1].sender_ms))
+            ]
+            table.add_row(target, *(f"{each.rate:,.0f}" for each in runs), f"{best:,.0f}", *cpu)
+        console.print(table)
 
 
-def disk(base: Path, size: float) -> None:
-    """What the disk itself gives: appends of one instance's size, each followed by fdatasync."""
-    data, path = os.urandom(int(size)), base / "disk.bin"
+def instance_bytes(size: str) -> int:
+    return SIZES[size] ** 2 * 2 + 6500
+
+
+def ratio(ours: Runs, theirs: Runs) -> float:
+    """The median of the ratios within a round; of the medians where the rival ran once."""
+    if len(ours.rates) != len(theirs.rates):
+        return ours.rate / theirs.rate
+    return statistics.median(a / b for a, b in zip(ours.rates, theirs.rates, strict=True))
+
+
+def aims(found: Found, size: str, disk_mb_s: float) -> None:
+    """What is wanted, what was reached, and where the machine ends."""
+
+    def of(client: str, target: str, n: int = 1) -> Runs:
+        return found[client, size, target, n]
+
+    one = of(TUNED, OURS)
+    wanted = {
+        "storescp, all as shipped": (ratio(of(SHIPPED, OURS), of(SHIPPED, "storescp")), 10.0),
+        "Orthanc, all as shipped": (ratio(of(SHIPPED, OURS), of(SHIPPED, "Orthanc")), 10.0),
+        "storescp, all TCP_NODELAY=1": (ratio(one, of(TUNED, "storescp, TCP_NODELAY=1")), 1.0),
+        "Orthanc, all TCP_NODELAY=1": (ratio(one, of(TUNED, "Orthanc, TCP_NODELAY=1")), 2.0),
+        "one association, 16 of them": (ratio(of(TUNED, OURS, 16), one), 2.0),
+    }
+    for what, (reached, aim) in wanted.items():
+        say(f"{size}: {reached:.2f} x {what}", reached >= aim, f"{aim:g} x")
+    sender_ms = statistics.median(of(TUNED, OURS, 16).sender_ms)
+    ceiling = 1000 * (os.cpu_count() or 1) / sender_ms
+    console.print(
+        f"  of which 16 senders allow: {ratio(of(TUNED, NULL, 16), one):.2f} x with a receiver that keeps nothing; "
+        f"{ceiling / one.rate:.2f} x if receiving cost nothing at all "
+        f"({os.cpu_count()} cores, {sender_ms:.2f} ms CPU of storescu an instance)"
+    )
+    if size == "526 kB":
+        best = max(of(client, OURS, n).rate for client in CLIENTS for n in ASSOCIATIONS) * instance_bytes(size) / 1e6
+        say(f"{size}: {best:,.0f} MB/s", best >= min(300.0, disk_mb_s), f"300 MB/s, or {disk_mb_s:,.0f} of the disk")
+
+
+def say(what: str, reached: bool, aim: str) -> None:
+    """One line an aim."""
+    console.print(f"{'reached    ' if reached else 'NOT REACHED'} {what} (aim: {aim})")
+
+
+def disk(base: Path, size: int) -> float:
+    """MB/s that the disk itself gives: 200 appends of one instance's size, each followed by fdatasync."""
+    data, path = os.urandom(size), base / "disk.bin"
+    seconds = []
     with path.open("wb", buffering=0) as file:
-        started = time.perf_counter()
         for _ in range(200):
+            started = time.perf_counter()
             file.write(data)
             os.fdatasync(file.fileno())
-        each = (time.perf_counter() - started) / 200
+            seconds.append(time.perf_counter() - started)
     path.unlink()
+    each = statistics.mean(seconds)
     console.print(
         f"disk: appends of {size / 1e3:.0f} kB with fdatasync: {1 / each:,.0f}/s, {size / each / 1e6:,.0f} MB/s"
     )
+    return size / each / 1e6
 
 
-def hdfs(base: Path, count: int, repeat: int) -> None:
-    """Landing on HDFS against one raw stream of hdfs-native with an hsync for each instance, and for each eighth."""
+def hdfs(base: Path, count: int, rounds: int) -> None:
+    """Landing on HDFS against one raw stream of hdfs-native that syncs after as many instances as we did at a time."""
     from tests.support.hdfs import HdfsCluster
 
     load = make_load(base / "hdfs load", SIZES["526 kB"], count)
-    with HdfsCluster(base / "hdfs") as cluster:
-        raw = {group: _raw_stream(cluster.hdfs_url, int(load.each), count, group) for group in (1, 8)}
-        with fresh(base) as folder, servers.sphere(folder, root=f"{cluster.hdfs_url}/sphere") as server:
+    with HdfsCluster(base / "hdfs") as cluster, fresh(base) as folder:
+        with servers.sphere(folder, root=f"{cluster.hdfs_url}/sphere") as server:
             for associations, group in ((1, 1), (16, 8)):
-                ours = rate(load, server, associations, servers.NODELAY, repeat)
-                console.print(
-                    f"HDFS, 526 kB, {associations} associations: {ours:,.0f}/s, {ours * load.each / 1e6:,.0f} MB/s; "
-                    f"raw stream, hsync per {group}: {raw[group]:,.0f}/s; {100 * ours / raw[group]:.0f} %"
-                )
+                ours, raw = Runs(), Runs()
+                for number in range(rounds):
+                    raw.rates.append(_raw_stream(cluster.hdfs_url, int(load.each), count, group, number))
+                    run(load, server, associations, servers.NODELAY, ours)
+                share = 100 * ratio(ours, raw)
+                say(
+                    f"HDFS, 526 kB, {associations} associations: {ours.rate:,.0f}/s, {ours.rate * load.each / 1e6:,.0f} "
+                    f"MB/s; raw stream, hsync per {group}: {raw.rate:,.0f}/s; {share:.0f} %",
+                    share >= 80, "80 %",
+                )  # fmt: skip
 
 
-def _raw_stream(url: str, size: int, count: int, group: int) -> float:
+def _raw_stream(url: str, size: int, count: int, group: int, number: int) -> float:
     data = os.urandom(size)
-    appender = open_storage(url).create(f"raw-{group}.bin")
+    appender = open_storage(url).create(f"raw-{group}-{number}.bin")
     started = time.perf_counter()
-    for number in range(1, count + 1):
+    for instance in range(1, count + 1):
         appender.write([data])
-        if number % group == 0:
+        if instance % group == 0:
             appender.sync()
     appender.close()
     return count / (time.perf_counter() - started)
@@ -206,20 +284,26 @@ def _raw_stream(url: str, size: int, count: int, group: int) -> float:
 def main() -> None:
     """Run all of it and print the tables."""
     parser = argparse.ArgumentParser(prog="make bench-landing LANDING=", description=__doc__)
-    parser.add_argument("--small", type=int, default=1200, help="instances of 39 kB a run")
-    parser.add_argument("--large", type=int, default=480, help="instances of 526 kB a run")
-    parser.add_argument("--repeat", type=int, default=3, help="runs of which the median counts")
+    parser.add_argument("--small", type=int, default=2400, help="instances of 39 kB a run")
+    parser.add_argument("--large", type=int, default=640, help="instances of 526 kB a run")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of which the median counts")
+    parser.add_argument("--huge-mib", type=int, default=4096, help="MiB of the one large instance; 0: no memory part")
+    parser.add_argument("--no-speed", action="store_true", help="leave the rivals out")
     parser.add_argument("--no-hdfs", action="store_true", help="leave HDFS out")
     parser.add_argument("--dir", type=Path, help="folder on the disk to be measured")
     options = parser.parse_args()
     keep = nullcontext(str(options.dir)) if options.dir else tempfile.TemporaryDirectory(prefix="sphere-landing-")
     with keep as name, tempfile.TemporaryDirectory(dir=name) as work:
-        base = Path(work)
-        for size in (39_206, 530_758):
-            disk(base, size)
-        report(measure(base, {"39 kB": options.small, "526 kB": options.large}, options.repeat))
+        base, found = Path(work), Found()
+        for size, count in () if options.no_speed else (("39 kB", options.small), ("526 kB", options.large)):
+            before = disk(base, instance_bytes(size))
+            measure(base, size, count, options.rounds, found)
+            report(found, size)
+            aims(found, size, statistics.mean([before, disk(base, instance_bytes(size))]))
+        if options.huge_mib:
+            landing_memory.measure(base, options.huge_mib, say)
         if not options.no_hdfs:
-            hdfs(base, options.large // 2, options.repeat)
+            hdfs(base, options.large, options.rounds)
 
 
 if __name__ == "__main__":

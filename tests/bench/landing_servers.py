@@ -19,8 +19,9 @@ from pynetdicom import AE, AllStoragePresentationContexts, evt
 
 from sphere.conf import logs
 from sphere.conf.settings import from_dict
+from sphere.ingest.bundle import NewMember
 from sphere.ingest.part10 import file_meta
-from sphere.scp.server import run_receiver
+from sphere.scp import server
 from tests.support.dicom_tools import require_tool, wait_for_port
 from tests.support.receiver import free_port
 
@@ -30,11 +31,13 @@ Server = tuple[int, list[psutil.Process], Callable[[], None]]  # port, processes
 
 
 @contextmanager
-def sphere(folder: Path, *, workers: int = 2, root: str = "file:storage") -> Iterator[Server]:
-    """SPHERE: Success means durable, so that nothing is left to be done."""
+def sphere(
+    folder: Path, *, workers: int = 2, root: str = "file:storage", kind: str = "sphere", durability: str = "storage"
+) -> Iterator[Server]:
+    """SPHERE: Success means durable, so that nothing is left to be done; of `kind` "null", nothing is kept."""
     port = free_port()
-    data = json.dumps({"dimse": {"port": port}, "storage": {"root": root}})
-    command = [sys.executable, "-m", "tests.bench.landing_servers", "sphere", data, str(folder)]
+    data = json.dumps({"dimse": {"port": port}, "storage": {"root": root}, "ingest": {"durability": durability}})
+    command = [sys.executable, "-m", "tests.bench.landing_servers", kind, data, str(folder)]
     with _processes([command] * workers, folder, port) as processes:
         yield port, processes, _nothing
 
@@ -72,6 +75,11 @@ def pynetdicom(folder: Path) -> Iterator[Server]:
     command = [sys.executable, "-m", "tests.bench.landing_servers", "pynetdicom", str(port), str(folder)]
     with _processes([command], folder, port) as processes:
         yield port, processes, _nothing
+
+
+def cpu_s(processes: list[psutil.Process]) -> float:
+    """Seconds of CPU that the processes and their ended children have used."""
+    return float(sum(sum(process.cpu_times()[:4]) for process in processes))
 
 
 def peak_mib(processes: list[psutil.Process]) -> float:
@@ -155,12 +163,24 @@ def _serve_pynetdicom(port: int, folder: Path) -> None:
     server.shutdown()
 
 
+class _Nothing:
+    """A bundle writer that writes nothing."""
+
+    def store(self, member: NewMember) -> None:
+        """As if it were durable."""
+
+    def close(self) -> None:
+        """Nothing to seal."""
+
+
 def main(arguments: list[str]) -> None:
-    """One server process: ``sphere SETTINGS FOLDER`` or ``pynetdicom PORT FOLDER``."""
+    """One server process: ``sphere SETTINGS FOLDER``, ``null SETTINGS FOLDER`` or ``pynetdicom PORT FOLDER``."""
     kind, what, folder = arguments
-    if kind == "sphere":
+    if kind in ("sphere", "null"):
         logs.configure("info")
-        run_receiver(from_dict(json.loads(what), base=Path(folder)), ready=lambda _: print("ready", flush=True))
+        if kind == "null":
+            server.open_writer = lambda _: _Nothing()  # type: ignore[assignment, return-value]
+        server.run_receiver(from_dict(json.loads(what), base=Path(folder)), ready=lambda _: print("ready", flush=True))
     else:
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
         _serve_pynetdicom(int(what), Path(folder))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -75,3 +77,11 @@ def test_every_error_has_its_codes(error: type[errors.SphereError]) -> None:
 
 def test_the_version_is_the_changelog_s() -> None:
     assert f"## {sphere.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_a_receiver_loads_the_libraries_of_queries_when_the_first_query_comes() -> None:
+    """They are 35 MB of the 150 that a receiver may have; import `sphere.catalog.service` for types only in scp/."""
+    names = ("duckdb", "deltalake", "hdfs_native")
+    code = f"import sys, sphere.scp.server; print([name for name in {names} if name in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert run.stdout.strip() == "[]"
