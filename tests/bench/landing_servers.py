@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,10 @@ from pynetdicom import AE, AllStoragePresentationContexts, evt
 from sphere.conf import logs
 from sphere.conf.settings import from_dict
 from sphere.ingest.bundle import NewMember
+from sphere.ingest.members import Prepared
+from sphere.ingest.open_bundle import OpenBundle
 from sphere.ingest.part10 import file_meta
+from sphere.ingest.records import MemberRecord
 from sphere.scp import server
 from tests.support.dicom_tools import require_tool, wait_for_port
 from tests.support.receiver import free_port
@@ -34,7 +37,8 @@ Server = tuple[int, list[psutil.Process], Callable[[], None]]  # port, processes
 def sphere(
     folder: Path, *, workers: int = 2, root: str = "file:storage", kind: str = "sphere", durability: str = "storage"
 ) -> Iterator[Server]:
-    """SPHERE: Success means durable, so that nothing is left to be done; of `kind` "null", nothing is kept."""
+    """SPHERE: Success means durable, so that nothing is left to be done; of `kind` "null", nothing is kept, of
+    `kind` "counted", groups are, for `counted`."""
     port = free_port()
     data = json.dumps({"dimse": {"port": port}, "storage": {"root": root}, "ingest": {"durability": durability}})
     command = [sys.executable, "-m", "tests.bench.landing_servers", kind, data, str(folder)]
@@ -163,6 +167,25 @@ def _serve_pynetdicom(port: int, folder: Path) -> None:
     server.shutdown()
 
 
+def _count_groups(folder: Path) -> None:
+    put, counts = OpenBundle.put, [0, 0]
+
+    def counting(bundle: OpenBundle, group: Sequence[Prepared], now: float) -> list[MemberRecord]:
+        records = put(bundle, group, now)
+        counts[0] += len(records)
+        counts[1] += 1
+        (folder / f"{os.getpid()}.groups").write_text(f"{counts[0]} {counts[1]}")
+        return records
+
+    OpenBundle.put = counting  # type: ignore[method-assign]
+
+
+def counted(folder: Path) -> tuple[int, int]:
+    """Members stored and syncs that they took, of all receivers of kind "counted" on this folder."""
+    counts = [tuple(map(int, path.read_text().split())) for path in folder.glob("*.groups")]
+    return sum(count[0] for count in counts), sum(count[1] for count in counts)
+
+
 class _Nothing:
     """A bundle writer that writes nothing."""
 
@@ -176,8 +199,10 @@ class _Nothing:
 def main(arguments: list[str]) -> None:
     """One server process: ``sphere SETTINGS FOLDER``, ``null SETTINGS FOLDER`` or ``pynetdicom PORT FOLDER``."""
     kind, what, folder = arguments
-    if kind in ("sphere", "null"):
+    if kind in ("sphere", "null", "counted"):
         logs.configure("info")
+        if kind == "counted":
+            _count_groups(Path(folder))
         if kind == "null":
             server.open_writer = lambda _: _Nothing()  # type: ignore[assignment, return-value]
         server.run_receiver(from_dict(json.loads(what), base=Path(folder)), ready=lambda _: print("ready", flush=True))
