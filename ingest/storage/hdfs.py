@@ -37,7 +37,7 @@ FRESH_S = 1.5  # seconds that a pipeline has for its first sync where the bytes 
 SLOWEST = 4 << 20  # bytes per second: a longer write has more time
 READER_S = 5.0  # seconds for which the block locations of a file are used again for ranges of it
 _READERS = 64
-_JOIN = 64 << 10  # buffers below this many bytes are joined before they cross into the client
+_JOIN = 1 << 20  # bytes up to which buffers are joined before they cross into the client
 _PERMISSION = 0o640
 log = logging.getLogger(__name__)
 # Connection attempts with 0.5 s doubling to 3 s between them: 15 s in all, where the client's default is 3 minutes.
@@ -291,22 +291,18 @@ def _write_all(writer: FileWriter, buffers: Sequence[Buffer]) -> None:
         writer.write(piece)
 
 
-def _joined(buffers: Sequence[Buffer]) -> Iterator[Buffer]:
-    """The buffers in order, neighbouring small ones as one."""
-    small: list[Buffer] = []
+def _joined(buffers: Sequence[Buffer]) -> Iterator[bytes]:
+    """The buffers in order, as bytes of about _JOIN: the client takes a memoryview byte by byte (7 ms for 512 kB)."""
+    waiting: list[Buffer] = []
     held = 0
     for buffer in buffers:
-        size = memoryview(buffer).nbytes
-        if size < _JOIN:
-            small.append(buffer)
-            held += size
-        if small and (size >= _JOIN or held >= _JOIN):
-            yield b"".join(small)
-            small, held = [], 0
-        if size >= _JOIN:
-            yield buffer
+        waiting.append(buffer)
+        held += memoryview(buffer).nbytes
+        if held >= _JOIN:
+            yield b"".join(waiting)
+            waiting, held = [], 0
     if held:
-        yield b"".join(small)
+        yield b"".join(waiting)
 
 
 @contextmanager
