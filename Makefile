@@ -8,7 +8,7 @@ PORT ?= 0
 LANES := -n 2 --dist loadgroup --no-loadscope-reorder  # two workers; who runs what: tests/support/lanes.py
 export PYTHONDONTWRITEBYTECODE ?= 1
 
-.PHONY: bench-files help demo test lint unit bench bench-landing bench-policy bench-retrieve bench-query fuzz hdfs setup clean
+.PHONY: bench-files bench-matching help demo test lint unit bench bench-landing bench-policy bench-retrieve bench-query fuzz hdfs setup clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 16
@@ -34,6 +34,9 @@ bench: $(VENV)/.ready-test ## extraction in instances/s against the naive way, 1
 
 bench-landing: $(VENV)/.ready-test ## C-STORE against storescp, Orthanc and pynetdicom; needs DCMTK and Orthanc
 	$(BIN)/python -m tests.bench.bench_landing $(LANDING)
+
+bench-matching: $(VENV)/.ready-test ## keys that no column holds, and fuzzy names, beside keys that have a column
+	$(BIN)/python -m tests.bench.bench_matching $(MATCHING)
 
 bench-files: $(VENV)/.ready-test ## queries without a catalog: headers/s, first and last answer, memory
 	$(BIN)/python -m tests.bench.bench_files $(FILES)

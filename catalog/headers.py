@@ -64,12 +64,25 @@ def read_headers(
             found = zip(names, row[len(identity) :], strict=True)
             headers[row[: len(identity)]] = {name: orjson.loads(one) for name, one in found if one is not None}
     if private:
-        text = f'SELECT {", ".join(identity)}, i."dataset" {where} ORDER BY i.received_at, i.bundle, i."offset"'
-        cursor.execute(text, values)
-        while rows := cursor.fetchmany(PRIVATE_PAGE):
-            for row in rows:
-                take_private(headers.setdefault(row[:-1], {}), orjson.loads(row[-1] or b"{}"), private)
+        _add_private(headers, cursor, private, (f'{", ".join(identity)}, i."dataset" {where}', values))
     return headers
+
+
+def _add_private(
+    headers: dict[Row, dict[str, Any]],
+    cursor: duckdb.DuckDBPyConnection,
+    private: Sequence[Attribute],
+    selected: tuple[str, list[Any]],
+) -> None:
+    """Add private attributes of named creators from whole headers: `selected` is what gives them, and its values."""
+    text, values = selected
+    creators = sorted({creator for _, creator in private})
+    named = " OR ".join(['contains(i."dataset", ?)'] * len(creators))  # the rest need not be parsed
+    values = [*values, *(orjson.dumps(creator).decode()[1:-1] for creator in creators)]
+    cursor.execute(f'SELECT {text} AND ({named}) ORDER BY i.received_at, i.bundle, i."offset"', values)
+    while rows := cursor.fetchmany(PRIVATE_PAGE):
+        for row in rows:
+            take_private(headers.setdefault(row[:-1], {}), orjson.loads(row[-1] or b"{}"), private)
 
 
 def take_private(found: dict[str, Any], header: Header, wanted: Iterable[Attribute]) -> None:

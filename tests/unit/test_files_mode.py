@@ -15,6 +15,7 @@ from pydicom import dcmread, dcmwrite
 from sphere.archive import Archive
 from sphere.catalog import files
 from sphere.catalog.answer import Match
+from sphere.catalog.arrivals import HeadersOfMembers
 from sphere.catalog.files import FileQueries
 from sphere.catalog.queries import Queries, open_queries
 from sphere.catalog.query import Query
@@ -165,6 +166,23 @@ def test_what_lands_is_found_at_once_and_uids_narrow_what_is_read(
         [found] = bundles.find(Query.build("STUDY", {"StudyInstanceUID": uid}, return_keys=["PatientName"]))
         assert str(found.identifier().StudyInstanceUID) == uid
         assert len([path for path in reads if path.endswith(".tar")]) == 3
+
+
+def test_the_first_answers_come_before_the_last_header_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "STEP", 2)
+    settings = without_catalog(archive(tmp_path))
+    land(settings, [new_member(data) for study in range(12) for data in slices(1, seed=study, study=study)])
+    read: list[str] = []
+    plain = HeadersOfMembers._header
+    monkeypatch.setattr(
+        HeadersOfMembers, "_header", lambda self, record: read.append(record.SOPInstanceUID) or plain(self, record)
+    )
+    with open_queries(settings) as bundles:
+        answers = bundles.find(Query.build("IMAGE", {"Modality": "CT"}))
+        for number in range(12):
+            next(answers)
+            assert len(read) == number // 2 * 2 + 2
+        assert next(answers, None) is None
 
 
 @pytest.mark.parametrize("mixed", ["keep-first"], indirect=True)
