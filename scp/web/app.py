@@ -16,7 +16,19 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from sphere.conf.errors import SphereError
 from sphere.conf.settings import Settings
 from sphere.scp.upper.dataset import Budget
-from sphere.scp.web import bulk, frames, health, metadata, operations, rendered, retrieve, search, stow, wado_uri
+from sphere.scp.web import (
+    bulk,
+    capabilities,
+    frames,
+    health,
+    metadata,
+    operations,
+    rendered,
+    retrieve,
+    search,
+    stow,
+    wado_uri,
+)
 from sphere.scp.web.access import Access
 from sphere.scp.web.archive import Archive
 from sphere.scp.web.audit import Audited, AuditJournal
@@ -57,6 +69,7 @@ def make_app(settings: Settings, services: Services) -> Starlette:
         read_only=settings.web.read_only,
     )
     offered += stow.offered(landing)
+    offered += capabilities.offered(offered)
     offered.append(operations.openapi(offered))
     oidc = Oidc(settings.web) if settings.web.oidc_jwks else None
     app = Starlette(

@@ -76,12 +76,17 @@ def openapi(operations: Iterable[Operation]) -> Operation:
         return JSONResponse(document)
 
     itself = Operation("GET", "/openapi.json", answer, "This document", "service")
+    document |= described((*operations, itself))
+    return itself
+
+
+def described(operations: Iterable[Operation]) -> dict[str, Any]:
+    """The OpenAPI document of some operations."""
     paths: dict[str, dict[str, Any]] = {}
-    for one in (*operations, itself):
+    for one in operations:
         paths.setdefault(one.path, {})[one.method.lower()] = _described(one)
     info = {"title": "SPHERE", "summary": "DICOMweb (PS3.18) of a research PACS", "version": version("sphere-pacs")}
-    document.update(openapi="3.1.0", info=info, paths=paths)
-    return itself
+    return {"openapi": "3.1.0", "info": info, "paths": paths}
 
 
 def _described(one: Operation) -> dict[str, Any]:

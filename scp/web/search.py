@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import datetime
 from itertools import chain, islice
 from typing import Protocol
 from urllib.parse import urlencode
@@ -110,7 +111,9 @@ def _more(request: Request, search: Search, total: int) -> list[tuple[str, str]]
     left = total - search.offset - search.limit
     if left <= 0:
         return []
-    rest = [pair for pair in request.query_params.multi_items() if pair[0] != "offset"]
+    rest = [pair for pair in request.query_params.multi_items() if pair[0] not in ("offset", "asOf")]
+    if search.as_of is not None:
+        rest.append(("asOf", search.as_of.isoformat() if isinstance(search.as_of, datetime) else str(search.as_of)))
     url = request.url.replace(query=urlencode([*rest, ("offset", str(search.offset + search.limit))]))
     text = f"There are {left} additional results that can be requested"
     return [("Warning", f'299 {AGENT} "{text}"'), ("Link", f'<{url}>; rel="next"')]
@@ -148,6 +151,6 @@ _PARAMETERS = (
     parameter("emptyvaluematching", {"type": "boolean"}, "A value of two quotes finds what has no value."),
     parameter("multiplevaluematching", {"type": "boolean"}, "Values separated by backslashes must all be there."),
     parameter("count", {"type": "boolean"}, "Tell the number of all matches in X-Total-Count."),
-    parameter("asOf", {"type": "string"}, "A version of the catalog, or a time, to ask as it was then."),
+    parameter("asOf", {"type": "string"}, "A version of the catalog, a time, or now: what is complete then."),
     parameter("PatientID", {"type": "string"}, "So with every attribute: keyword, tag, or path with full stops."),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from typing import Any
 
 from pydicom.datadict import dictionary_VR, keyword_for_tag
@@ -203,4 +204,6 @@ def _flag(options: Mapping[str, str], name: str) -> bool:
 
 
 def _as_of(text: str) -> AsOf | None:
+    if text == "now":  # what is complete now, and stays so: pages of it belong together
+        return datetime.now(timezone.utc)
     return parse_as_of(text) if text else None

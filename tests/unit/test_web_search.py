@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
@@ -144,6 +145,22 @@ def test_pages_and_counts(web: Web) -> None:
     assert (response.status_code, response.headers["x-total-count"]) == (204, str(len(found(web, "/studies"))))
 
 
+def test_pages_of_one_version(tmp_path: Path) -> None:
+    settings = archive(tmp_path)
+    write_catalog(settings, ROWS)
+    with serving_web(settings) as web:
+        first = web.get("/instances?limit=4&asOf=now")
+        everything = found(web, "/instances", INSTANCE)
+        write_catalog(settings, ROWS[:5])  # a later batch, with fewer of them
+        got, url = first.json(), first.headers["link"].partition(">")[0].lstrip("<")
+        while url:
+            page = web.client.get(url)
+            got += page.json()
+            url = page.headers.get("link", "").partition(">")[0].lstrip("<")
+        assert [one[INSTANCE]["Value"][0] for one in got] == everything
+        assert len(found(web, "/instances?asOf=now", INSTANCE)) == 5
+
+
 def test_fuzzy_matching(web: Web) -> None:
     assert found(web, "/studies?fuzzymatching=true&PatientName=Jon%20Doe&AccessionNumber=A_B1") == ["9.1"]
     assert found(web, "/studies?fuzzymatching=false&PatientName=Jon%20Doe") == []
@@ -196,6 +213,13 @@ def test_health_and_description(web: Web) -> None:
     assert {"/dicom-web/studies", "/dicom-web/studies/{study}/series", "/healthz", "/openapi.json"} <= set(
         document["paths"]
     )
+
+
+def test_capabilities(web: Web) -> None:
+    document = ElementTree.fromstring(web.client.options(web.url).content)
+    paths = {one.get("path") for one in document.iter("{http://wadl.dev.java.net/2009/02}resource")}
+    assert {"dicom-web/studies", "dicom-web/studies/{study}/metadata", "wado"} <= paths
+    assert web.get("/capabilities", headers={"accept": "application/json"}).json()["openapi"] == "3.1.0"
 
 
 @pytest.mark.parametrize(
