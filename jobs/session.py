@@ -51,6 +51,8 @@ def spark_session(settings: Settings, *, app_name: str) -> SparkSession:
     program = java()
     os.environ.setdefault("JAVA_HOME", str(program.resolve().parent.parent))
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)  # the only place where PySpark looks for it
+    if settings.spark.master.startswith("local"):  # a machine whose own name resolves to nothing would fail otherwise
+        os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
     become_hdfs_user(settings)
     logging.getLogger("SQLQueryContextLogger").disabled = True  # PySpark prints every error that it raises as well
     builder = SparkSession.builder.appName(app_name).master(settings.spark.master)

@@ -12,7 +12,7 @@ import pytest
 
 from sphere.ingest.spool import backlog
 from sphere.scp.store import OUT_OF_RESOURCES
-from tests.support.hdfs import HdfsCluster
+from tests.support.hdfs import HdfsCluster, hdfs_for_test
 from tests.support.ledger import RESUME_S, Ledger, Senders, audit
 from tests.support.serving import Serving, ready, running_supervisor, send_signal
 
@@ -20,9 +20,9 @@ pytestmark = [pytest.mark.faults, pytest.mark.hdfs]
 
 
 @pytest.fixture
-def forgetful_hdfs_cluster(hdfs_cluster: HdfsCluster, tmp_path: Path) -> Iterator[HdfsCluster]:
+def forgetful_hdfs_cluster(tmp_path: Path) -> Iterator[HdfsCluster]:
     """A cluster whose NameNode takes a DataNode for dead after 10 minutes, as by HDFS's own defaults."""
-    with HdfsCluster(tmp_path / "hdfs", recheck_s=300) as cluster:
+    with hdfs_for_test(tmp_path / "hdfs", recheck_s=300) as cluster:
         yield cluster
 
 

@@ -213,23 +213,27 @@ def _write_xml(path: Path, properties: Mapping[str, str]) -> None:
     path.write_text(f'<?xml version="1.0"?>\n<configuration>\n{items}</configuration>\n')
 
 
+def hdfs_for_test(folder: Path, **options: int) -> HdfsCluster:
+    """A cluster; where there can be none the test is skipped, or fails with SPHERE_REQUIRE_ALL=1."""
+    try:
+        return HdfsCluster(folder, **options)
+    except ExternalMissing as error:
+        if os.environ.get("SPHERE_REQUIRE_ALL") == "1":
+            raise
+        pytest.skip(str(error))
+
+
 @pytest.fixture
-def expendable_hdfs_cluster(hdfs_cluster: HdfsCluster, tmp_path: Path) -> Iterator[HdfsCluster]:
-    """A cluster of its own for a test that kills parts of it; the shared one says whether there can be any here."""
-    with HdfsCluster(tmp_path / "hdfs") as cluster:
+def expendable_hdfs_cluster(tmp_path: Path) -> Iterator[HdfsCluster]:
+    """A cluster of its own for a test that kills parts of it."""
+    with hdfs_for_test(tmp_path / "hdfs") as cluster:
         yield cluster
 
 
 @pytest.fixture(scope="session")
 def hdfs_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HdfsCluster]:
     """The cluster of this test run, with blocks of 4 MiB so that files have several."""
-    try:
-        cluster = HdfsCluster(tmp_path_factory.mktemp("hdfs"), block_mib=4)
-    except ExternalMissing as error:
-        if os.environ.get("SPHERE_REQUIRE_ALL") == "1":
-            raise
-        pytest.skip(str(error))
-    with cluster:
+    with hdfs_for_test(tmp_path_factory.mktemp("hdfs"), block_mib=4) as cluster:
         yield cluster
 
 
