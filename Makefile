@@ -66,8 +66,9 @@ $(VENV)/.ready: $(PINS)
 	@touch $@
 
 $(VENV)/.ready-test: $(VENV)/.ready
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
-	$(BIN)/python -m sphere.conf.jars hdfs
+	$(BIN)/python -m sphere.conf.jars hdfs & jars=$$!; \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'; pip=$$?; \
+	wait $$jars && exit $$pip
 	@touch $@
 
 clean: ## remove the virtual environment and what demos left
