@@ -284,8 +284,17 @@ _QUARANTINE = pa.schema(
     ]
 )
 
-ConflictKind = Literal["SOP_INSTANCE", "STUDY_PATIENT", "SERIES_STUDY"]
-"""Same SOPInstanceUID with other bytes; same StudyInstanceUID with another patient; same series in another study."""
+ConflictKind = Literal[
+    "SOP_INSTANCE",
+    "STUDY_PATIENT",
+    "STUDY_ISSUER",
+    "SERIES_STUDY",
+    "SERIES_MODALITY",
+    "PATIENT_BIRTH_DATE",
+    "PATIENT_SEX",
+]
+"""Same SOPInstanceUID with other bytes; same study with another PatientID or IssuerOfPatientID; same series in another
+study or with another Modality; same patient with another birth date or sex."""
 
 _CONFLICTS = pa.schema(
     [
@@ -306,6 +315,7 @@ _CONFLICTS = pa.schema(
         ("source_aet", pa.string()),
         ("origin", pa.string()),
         ("detail", pa.string()),
+        ("subject", pa.string()),  # the UID, or the patient_key, of which two things are said
     ]
 )
 

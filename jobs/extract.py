@@ -45,6 +45,7 @@ STEPS = (
     "conflicts",
     "replace",
     "roll up",
+    "contradictions",
     "patients",
     "studies",
     "series",

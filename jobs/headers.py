@@ -27,7 +27,7 @@ from sphere.ingest.records import MemberRecord
 from sphere.ingest.storage import open_storage
 from sphere.jobs.parquet import ROW_GROUP, FileWriter, NewFile
 from sphere.jobs.ranges import Fetch, prefixes
-from sphere.jobs.rolling import COLUMNS, Rolled, roll_up
+from sphere.jobs.rolling import COLUMNS, ROLLED, Rolled, roll_up
 from sphere.jobs.versions import Place, place
 
 STAGING = "_staging"
@@ -54,6 +54,7 @@ _RESULT = pa.schema(
         ("series", pa.binary()),  # rolled: what Rolled packs
         ("studies", pa.binary()),
         ("rows", pa.binary()),
+        ("said", pa.binary()),
     ]
 )
 _DDL = {pa.int64(): "bigint", pa.string(): "string", pa.binary(): "binary"}
@@ -148,7 +149,7 @@ def _collect(results: Iterable[dict[str, Any]]) -> HeadersRead:
         elif result["kind"] == "staged":
             read.staged.append(f"{STAGING}/{result['path']}")
         elif result["kind"] == "rolled":
-            read.rolled.append(Rolled.unpack(result["series"], result["studies"], result["rows"]))
+            read.rolled.append(Rolled.unpack(**{name: result[name] for name in ROLLED}))
         else:
             read.files.append(NewFile(result["path"], result["size"], result["modified_ms"], result["stats"]))
             read.rows += result["count"]

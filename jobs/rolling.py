@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import duckdb
 import pyarrow as pa
@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 
 from sphere.catalog.rollup import description, roll_up_sql, source_columns
 from sphere.catalog.schema import TABLES
+from sphere.jobs.contradictions import said
 
 COLUMNS = tuple(source_columns("series") | source_columns("studies"))
 """Columns of `instances` that its roll-ups need."""
@@ -29,20 +30,28 @@ _OPTIONAL = frozenset(name for roll_up in _ROLL_UPS for name in roll_up.attribut
 
 @dataclass(frozen=True, slots=True)
 class Rolled:
-    """Rows of `series` and `studies`, and rows of `instances` (some of COLUMNS) that are yet to be rolled up."""
+    """Rows of `series` and `studies`, and rows of `instances` (some of COLUMNS) that are yet to be rolled up.
+
+    `said` has what any of the instances says that could contradict another.
+    """
 
     series: pa.Table
     studies: pa.Table
     rows: pa.Table
+    said: pa.Table
 
     def pack(self) -> dict[str, bytes]:
         """Each table as an Arrow stream, by its name."""
-        return {"series": _packed(self.series), "studies": _packed(self.studies), "rows": _packed(self.rows)}
+        return {field.name: _packed(getattr(self, field.name)) for field in fields(self)}
 
     @classmethod
-    def unpack(cls, series: bytes, studies: bytes, rows: bytes) -> Rolled:
+    def unpack(cls, **packed: bytes) -> Rolled:
         """What `pack` packed."""
-        return cls(*(pa.ipc.open_stream(data).read_all() for data in (series, studies, rows)))
+        return cls(**{name: pa.ipc.open_stream(data).read_all() for name, data in packed.items()})
+
+
+ROLLED = tuple(field.name for field in fields(Rolled))
+"""Names of its tables."""
 
 
 def roll_up(rows: pa.Table, *, split: Collection[str] = ()) -> Rolled:
@@ -51,7 +60,7 @@ def roll_up(rows: pa.Table, *, split: Collection[str] = ()) -> Rolled:
     rows = rows.select(present)
     is_split = pc.is_in(rows["StudyInstanceUID"], pa.array(split, pa.string()))
     whole = rows.filter(pc.invert(is_split)) if split else rows
-    return Rolled(compute("series", whole), compute("studies", whole), rows.filter(is_split))
+    return Rolled(compute("series", whole), compute("studies", whole), rows.filter(is_split), said(rows))
 
 
 def join(pieces: Sequence[Rolled]) -> tuple[Rolled, set[str]]:
@@ -65,7 +74,8 @@ def join(pieces: Sequence[Rolled]) -> tuple[Rolled, set[str]]:
     studies = pa.concat_tables([part.studies for part in parts])
     counts = studies.group_by("StudyInstanceUID").aggregate([([], "count_all")])
     twice = set(counts.filter(pc.greater(counts["count_all"], 1))["StudyInstanceUID"].to_pylist())
-    return Rolled(pa.concat_tables([part.series for part in parts]), studies, rows.slice(0, 0)), twice
+    series, heard = (pa.concat_tables([getattr(part, name) for part in parts]) for name in ("series", "said"))
+    return Rolled(series, studies, rows.slice(0, 0), said(heard)), twice
 
 
 def compute(name: str, rows: pa.Table) -> pa.Table:

@@ -21,6 +21,7 @@ from deltalake.exceptions import DeltaError
 from sphere.catalog.rollup import MARK, roll_up_sql, source_columns
 from sphere.catalog.schema import TABLES
 from sphere.conf.settings import Settings
+from sphere.jobs import contradictions
 from sphere.jobs.rolling import COLUMNS, Rolled, compute, join
 from sphere.jobs.tables import Tables, changed, read
 
@@ -54,11 +55,15 @@ def refresh(tables: Tables, settings: Settings, *, on_step: Callable[[str], None
     touched, new = _touched(tables, instances, rolled, added)
     if not touched and not (new and len(new.studies)):
         return
-    rows, gone = _roll_up(tables, settings, instances, rolled, touched, new)
+    news = _roll_up(tables, settings, instances, rolled, touched, new)
+    on_step("contradictions")
+    contradictions.record(
+        tables, instances, heard=news.said, studies=news.of_patients, series=news.same_series, before=news.had["series"]
+    )
     mark = (MARK, instances.version())
     for name, table in rolled.items():
         on_step(name)
-        tables.merge(name, rows[name], gone=gone[name], onto=table, mark=mark)
+        tables.merge(name, news.rows[name], gone=_gone(news.had[name], news.rows[name]), onto=table, mark=mark)
 
 
 def _seen(table: DeltaTable) -> int:
@@ -79,7 +84,8 @@ def _touched(
     touched |= set(tables.find("studies", (_STUDY,), key=_STUDY, values=uids, at=rolled["studies"])[_STUDY].to_pylist())
     if instances.version() > added.onto + 1:
         touched |= set(_changed_studies(instances, rolled, added.onto + 1))
-    return touched, Rolled(_without(new.series, touched), _without(new.studies, touched), new.rows)
+    kept = {name: _without(getattr(new, name), touched) for name in ("series", "studies", "said")}
+    return touched, Rolled(**kept, rows=new.rows)
 
 
 def _show(instances: DeltaTable, rolled: Iterable[DeltaTable], version: int) -> bool:
@@ -104,6 +110,21 @@ def _changed_studies(instances: DeltaTable, rolled: Mapping[str, DeltaTable], si
     return uids
 
 
+@dataclass(frozen=True, slots=True)
+class _News:
+    """By table, the rows for the touched and the new studies, and the keys of what these had before.
+
+    `said` is what these studies say, `of_patients` all the studies of their patients, `same_series` their series and
+    the series of other studies that have the same UID.
+    """
+
+    rows: Mapping[str, pa.Table]
+    had: Mapping[str, pa.Table]
+    said: pa.Table
+    of_patients: pa.Table
+    same_series: pa.Table
+
+
 def _roll_up(
     tables: Tables,
     settings: Settings,
@@ -111,30 +132,34 @@ def _roll_up(
     rolled: Mapping[str, DeltaTable],
     touched: set[str],
     new: Rolled | None,
-) -> tuple[dict[str, pa.Table], dict[str, list[dict[str, Any]]]]:
-    """By table, the new rows for the touched and the new studies, and the keys of those that have nothing left."""
-    series, studies = ([getattr(new, name)] if new else [] for name in ("series", "studies"))
+) -> _News:
+    parts = [new] if new else []
     if touched:
-        source = tables.pieces("instances", COLUMNS, key=_STUDY, values=touched, at=instances)
-        for pieces, rows in zip((series, studies), _roll_up_again(source, settings), strict=True):
-            pieces.append(rows)
-    found = {"studies": pa.concat_tables(studies), "series": pa.concat_tables(series)}
-    # Patients of touched studies, as they were and as they are, and all the other studies of these patients.
+        parts.append(
+            _roll_up_again(tables.pieces("instances", COLUMNS, key=_STUDY, values=touched, at=instances), settings)
+        )
+    series, studies, heard = (
+        pa.concat_tables([getattr(part, name) for part in parts]) for name in ("series", "studies", "said")
+    )
     before = tables.find("studies", _OF_PATIENTS, key=_STUDY, values=touched, at=rolled["studies"])
-    affected = {*before["patient_key"].to_pylist(), *found["studies"]["patient_key"].to_pylist()}
+    affected = {*before["patient_key"].to_pylist(), *studies["patient_key"].to_pylist()}
     theirs = tables.find("studies", _OF_PATIENTS, key="patient_key", values=affected, at=rolled["studies"])
-    theirs = pa.concat_tables([found["studies"].select(_OF_PATIENTS), _without(theirs, touched)])
-    found["patients"] = compute("patients", theirs)
-    had = {
-        "patients": before.select(["patient_key"]),
-        "studies": before.select([_STUDY]),
-        "series": tables.find("series", TABLES["series"].key, key=_STUDY, values=touched, at=rolled["series"]),
-    }
-    return found, {name: _gone(had[name], found[name]) for name in found}
+    theirs = pa.concat_tables([studies.select(_OF_PATIENTS), _without(theirs, touched)])
+    keys = TABLES["series"].key
+    had = tables.find("series", keys, key=_STUDY, values=touched, at=rolled["series"])
+    uids = {uid for rows in (series, had) for uid in rows["SeriesInstanceUID"].to_pylist()}
+    elsewhere = tables.find("series", keys, key="SeriesInstanceUID", values=uids, at=rolled["series"])
+    return _News(
+        rows={"patients": compute("patients", theirs), "studies": studies, "series": series},
+        had={"patients": before.select(["patient_key"]), "studies": before.select([_STUDY]), "series": had},
+        said=heard,
+        of_patients=theirs,
+        same_series=pa.concat_tables([series.select(keys), _without(elsewhere, touched)]),
+    )
 
 
-def _roll_up_again(pieces: Iterator[pa.Table], settings: Settings) -> Iterator[pa.Table]:
-    """Rows of `series` and of `studies` from those of `instances`, of which there may be more than memory holds."""
+def _roll_up_again(pieces: Iterator[pa.Table], settings: Settings) -> Rolled:
+    """Rows of `instances` rolled up, of which there may be more than memory holds."""
     schema = pa.schema([TABLES["instances"].schema.field(column) for column in COLUMNS])
     batches = (batch for piece in pieces for batch in piece.to_batches())
     spill = settings.archive.state_dir / "rollup"
@@ -142,9 +167,13 @@ def _roll_up_again(pieces: Iterator[pa.Table], settings: Settings) -> Iterator[p
         db.execute("SET TimeZone = 'UTC'")
         db.register("stream", pa.RecordBatchReader.from_batches(schema, batches))
         db.execute("CREATE TEMP TABLE source AS SELECT * FROM stream")
+        found = {}
         for name in ("series", "studies"):
             wanted = TABLES[name].schema
-            yield db.sql(roll_up_sql(name, "source")).to_arrow_table().select(wanted.names).cast(wanted)
+            found[name] = db.sql(roll_up_sql(name, "source")).to_arrow_table().select(wanted.names).cast(wanted)
+        names = ", ".join(f'"{column}"' for column in contradictions.SAID)
+        heard = db.sql(f"SELECT DISTINCT {names} FROM source").to_arrow_table()
+    return Rolled(**found, rows=schema.empty_table(), said=contradictions.said(heard))
 
 
 def _without(rows: pa.Table, studies: Collection[str]) -> pa.Table:

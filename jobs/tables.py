@@ -29,7 +29,7 @@ from sphere.jobs.parquet import ROW_GROUP, FileWriter, NewFile
 _PROPERTIES = {"delta.dataSkippingNumIndexedCols": "32"}
 KEYS = {
     "instances": ("SOPInstanceUID", "StudyInstanceUID"),
-    "series": ("StudyInstanceUID",),
+    "series": ("StudyInstanceUID", "SeriesInstanceUID"),
     "studies": ("StudyInstanceUID", "patient_key"),
     "patients": ("patient_key",),
 }

@@ -58,4 +58,5 @@ def _row(uid: str, kept: MemberRecord, other: MemberRecord, later: MemberRecord,
         "source_aet": later.source_aet,
         "origin": later.origin,
         "detail": "same SOPInstanceUID, other bytes",
+        "subject": uid,
     }

@@ -1,10 +1,11 @@
 """Extraction in instances per second, and the naive way beside it in the same run: ``make bench``.
 
-``python -m tests.bench.bench_extract [--sizes 10000,100000] [--repeat 1] [--cores 2]``
+``python -m tests.bench.bench_extract [--sizes 10000,100000] [--repeat 3] [--cores 2]``
 
-Instances are landed in bundles first; what is timed is `sphere extract` from the lock to the last commit, in a session
-that did a few small extractions before (its start is printed apart). "per core" divides by the cores that Spark may
-use; "CPU" is what the processes of the job took, and is the figure to go by on a machine that does other work too.
+Instances are landed in bundles first; what is timed is `sphere extract` from the lock to the last commit into a new
+catalog, in a session that did extractions before (its start, and theirs, is printed apart). The sizes take turns, so
+that none is always the first; of each the median is compared. "per core" divides by the cores that Spark may use; "CPU"
+is what the processes of the job took, and is the figure to go by on a machine that does other work too.
 The naive way is Spark's ``binaryFile`` source, pydicom and its DICOM JSON, written as Parquet.
 """
 
@@ -17,10 +18,11 @@ import os
 import platform
 import random
 import shutil
+import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -44,7 +46,8 @@ from tests.conftest import CORPUS
 
 SLICES = 250  # of one series
 COPIES = 20  # of each real header, with SOP Instance UIDs of their own
-WARM_UPS = 3  # extractions before the first that counts, as in a service that runs one a minute
+WARM_UP = 20_000  # instances of each extraction before the first that counts
+WARM_UPS = 4  # as many of them as it takes for the JVM to have compiled the job, as in a service that runs one a minute
 SENDERS = 64  # threads that land members, so that many share one sync
 
 
@@ -70,12 +73,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="sphere-bench-", dir=options.folder) as folder:
         bench = Bench(Path(folder), options.cores)
         bench.warm_up()
-        print("\n## Extraction, whole job")
-        print(_Row.header())
         for kind, make in (("CT-like, 75 elements", ct_like), ("small, 14 elements", small)):
-            for size in options.sizes:
-                for _ in range(options.repeat):
-                    bench.extraction(kind, make(size), size)
+            print(f"\n## Extraction of {kind} headers, whole job, each into a new catalog")
+            print(_Row.header())
+            bench.sizes(make, options.sizes, options.repeat)
         print("\n## Beside the naive way, same files, same session")
         bench.beside_naive("CT-like, 75 elements", list(ct_like(2000)))
         if CORPUS.exists():
@@ -86,7 +87,7 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Extraction against the naive way.")
     parser.add_argument("--sizes", default="10000,100000", type=lambda text: [int(size) for size in text.split(",")])
-    parser.add_argument("--repeat", default=1, type=int, help="runs of each size")
+    parser.add_argument("--repeat", default=3, type=int, help="runs of each size; small ones have two more")
     parser.add_argument("--cores", default=os.cpu_count() or 1, type=int, help="cores that Spark may use")
     parser.add_argument("--folder", type=Path, help="where archives are made (about 700 MB); a temporary folder else")
     return parser.parse_args()
@@ -111,17 +112,26 @@ def _cpuinfo() -> list[str]:
 
 @dataclass(frozen=True)
 class _Row:
-    kind: str
     n: int
     cores: int
     timing: Timing
     steps: dict[str, float]
 
+    @property
+    def us(self) -> float:
+        """Microseconds by the clock, per instance."""
+        return self.timing.wall_s / self.n * 1e6
+
+    @property
+    def cpu_us(self) -> float:
+        """Microseconds of CPU, per instance."""
+        return self.timing.cpu_s / self.n * 1e6
+
     @staticmethod
     def header() -> str:
         return (
             f"{'instances':>9}  {'s':>6}  {'/s':>7}  {'/s/core':>7}  {'us/inst':>7}  "
-            f"{'CPU us/inst: workers':>20}  {'JVM':>5}  {'driver':>6}  {'/CPU s':>7}  what; steps in s"
+            f"{'CPU us/inst: workers':>20}  {'JVM':>5}  {'driver':>6}  {'/CPU s':>7}  steps in s"
         )
 
     def __str__(self) -> str:
@@ -130,8 +140,11 @@ class _Row:
         return (
             f"{n:>9}  {timing.wall_s:>6.2f}  {n / timing.wall_s:>7.0f}  {n / timing.wall_s / self.cores:>7.0f}  "
             f"{timing.wall_s / n * 1e6:>7.0f}  {timing.workers_s / n * 1e6:>20.0f}  {timing.jvm_s / n * 1e6:>5.0f}  "
-            f"{timing.driver_s / n * 1e6:>6.0f}  {n / timing.cpu_s:>7.0f}  {self.kind}; {steps}"
+            f"{timing.driver_s / n * 1e6:>6.0f}  {n / timing.cpu_s:>7.0f}  {steps}"
         )
+
+
+_STATE = {"state_dir": "state-of-one-run"}
 
 
 class Bench:
@@ -151,23 +164,48 @@ class Bench:
         folder.mkdir()
         return from_dict({"spark": {"master": f"local[{self.cores}]"}}, base=folder)
 
+    def _extract(self, settings: Settings, n: int) -> _Row:
+        """One extraction of everything that landed, into a new catalog, which is removed again."""
+        base = settings.archive.state_dir.parent
+        fresh = from_dict(
+            {"spark": {"master": f"local[{self.cores}]"}, "catalog": {"root": "file:catalog"}, "archive": _STATE},
+            base=base,
+        )
+        timing, report = timed(lambda: run(self.spark, fresh))
+        assert (report.read, report.rows) == (n, n), report
+        for folder in (base / "catalog", fresh.archive.state_dir):
+            shutil.rmtree(folder, ignore_errors=True)
+        return _Row(n, self.cores, timing, dict(report.seconds))
+
     def warm_up(self) -> None:
         """Start the Python workers, and let the JVM compile what the job uses most."""
-        for _ in range(WARM_UPS):
-            settings = self._archive()
-            land(settings, ct_like(5000))
-            start = time.monotonic()
-            run(self.spark, settings)
-            print(f"warm-up   {time.monotonic() - start:.1f} s for 5000 instances", flush=True)
-
-    def extraction(self, kind: str, files: Iterable[bytes], n: int) -> None:
-        """Land, extract, print, remove."""
         settings = self._archive()
-        land(settings, files)
-        timing, report = timed(lambda: run(self.spark, settings))
-        assert (report.read, report.rows) == (n, n), report
-        print(_Row(kind, n, self.cores, timing, dict(report.seconds)), flush=True)
-        shutil.rmtree(settings.archive.state_dir.parent)
+        land(settings, ct_like(WARM_UP))
+        for _ in range(WARM_UPS):
+            row = self._extract(settings, WARM_UP)
+            print(f"warm-up   {row.timing.wall_s:.1f} s for {WARM_UP} instances", flush=True)
+
+    def sizes(self, make: Callable[[int], Iterable[bytes]], sizes: Sequence[int], repeat: int) -> None:
+        """Land once for each size; extract by turns, the smaller sizes twice more; compare the medians."""
+        archives = {n: self._archive() for n in sizes}
+        rows: dict[int, list[_Row]] = {n: [] for n in sizes}
+        for n, settings in archives.items():
+            land(settings, make(n))
+        turns = [n for _ in range(repeat) for n in sizes]
+        for n in (min(sizes), *turns, min(sizes)):
+            rows[n].append(self._extract(archives[n], n))
+            print(rows[n][-1], flush=True)
+        for n in sizes:
+            us, cpu = (statistics.median(getattr(row, what) for row in rows[n]) for what in ("us", "cpu_us"))
+            rate = 1e6 / us / self.cores
+            print(
+                f"median of {len(rows[n])}: {n} instances, {us:.0f} us each ({cpu:.0f} of CPU), {rate:.0f}/s per core"
+            )
+        for what, name in (("us", "by the clock"), ("cpu_us", "by CPU")):
+            few, many = (statistics.median(getattr(row, what) for row in rows[n]) for n in (min(sizes), max(sizes)))
+            print(f"cost per instance at {min(sizes)} : at {max(sizes)} = {few / many:.2f} {name}", flush=True)
+        for settings in archives.values():
+            shutil.rmtree(settings.archive.state_dir.parent)
 
     def beside_naive(self, kind: str, files: list[bytes]) -> None:
         """Our way and the naive one over the same files."""

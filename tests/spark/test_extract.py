@@ -94,6 +94,20 @@ def test_conflicts_follow_the_policy(spark: SparkSession, tmp_path: Path, policy
     assert report.conflicts == len(table_rows(settings, "conflicts")) == 3
 
 
+def test_contradictions_are_recorded_once(spark: SparkSession, settings: Settings) -> None:
+    first, second, third = slices(3)
+    land(settings, [new_member(first, second=0), new_member(changed(second, PatientID="OTHER"), second=1)])
+    run(spark, settings)
+    land(settings, [new_member(changed(third, Modality="MR"), second=2)])
+    report = run(spark, settings)
+    found = table_rows(settings, "conflicts")
+    assert {row["kind"] for row in found} == {"STUDY_PATIENT", "SERIES_MODALITY"}
+    assert {row["decision"] for row in found} == {"recorded"}
+    assert (report.rows, report.conflicts) == (1, 0)  # both are shown
+    assert run(spark, settings).read == 0
+    assert table_rows(settings, "conflicts") == found
+
+
 def test_replaced_row_leaves_its_series(spark: SparkSession, tmp_path: Path) -> None:
     settings = archive(tmp_path, ingest={"on_conflict": "replace"})
     original = slices(1)[0]

@@ -121,7 +121,7 @@ def _canonical(row: dict[str, Any]) -> str:
 def test_roll_ups_follow_what_changed(settings: Settings) -> None:
     assert refresh(settings) == []
     write(settings, BEFORE)
-    assert refresh(settings) == ["patients", "studies", "series"]
+    assert refresh(settings) == ["contradictions", "patients", "studies", "series"]
     check(settings)
     assert refresh(settings) == []
     write(settings, AFTER)
