@@ -11,7 +11,7 @@ from datetime import datetime, timezone
 
 from sphere.catalog.queries import Queries, open_queries
 from sphere.catalog.service import StoredInstance
-from sphere.conf.errors import SphereError
+from sphere.conf.errors import LockHeld, SphereError
 from sphere.conf.settings import Peer, Settings
 from sphere.ingest.spool import open_readable
 from sphere.jobs.forward_queue import Entry, Queue
@@ -39,7 +39,9 @@ def run_forwarder(settings: Settings, stop: threading.Event) -> None:
                     opened = True
                 queue.take_up()
                 forwarder.send_due(stop)
-            except SphereError as error:  # the catalog or the storage is away, or written by another: later
+            except LockHeld as error:
+                log.info("forwarding waits: %s", error)
+            except SphereError as error:  # the catalog or the storage is away: later
                 log.error("forwarding: %s", error)
             stop.wait(settings.forwarding.every_s)
 

@@ -11,6 +11,7 @@ from contextlib import closing, contextmanager
 
 import uvicorn
 
+from sphere.catalog.known import KnownInstances
 from sphere.catalog.queries import open_queries
 from sphere.conf.errors import SettingsError
 from sphere.conf.settings import Settings
@@ -87,7 +88,9 @@ def services_of(settings: Settings) -> Iterator[Services]:
         closing(AuditJournal(storage, settings.archive.state_dir / "audit.jsonl")) as journal,
     ):
         archive = Archive(finder, open_readable(settings), transcoder)
-        yield Services(finder, archive, StoreService(writer, Policy(settings)), Tokens(storage), journal)
+        known, on_conflict = KnownInstances(settings, finder), settings.ingest.on_conflict
+        store = StoreService(writer, Policy(settings), known, on_conflict=on_conflict)
+        yield Services(finder, archive, store, Tokens(storage), journal)
 
 
 def make_server(settings: Settings, services: Services, ready: Callable[[], None]) -> uvicorn.Server:

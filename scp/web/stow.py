@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import secrets
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -115,6 +116,7 @@ class Taking:
     def __init__(self, landing: Landing, reader: MultipartReader, study: str, who: str, address: str) -> None:
         self._landing, self._reader = landing, reader
         self._study, self._who, self._address = study, who, address
+        self._sender = f"web-{secrets.token_hex(8)}"  # copies that landed before this request are recognised
         self._waiting: list[Future[Outcome]] = []
         self._done: list[Outcome] = []
         self._parts = 0
@@ -183,6 +185,7 @@ class Taking:
             AffectedSOPClassUID="", AffectedSOPInstanceUID="", TransferSyntaxUID=file.TransferSyntaxUID,
             dataset=file.stored, size=file.dataset.size, calling_ae="", address=self._address, via="web",
             problem=file.dataset.content.error, preamble=file.preamble, origin=origin,
+            sender=self._sender,
         )  # fmt: skip
         if not file.is_part10 or not file.TransferSyntaxUID:
             return Outcome("", "", reason=CANNOT_UNDERSTAND, comment="no DICOM file with a transfer syntax")
