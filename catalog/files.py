@@ -8,12 +8,14 @@ order of unique keys. Slow, with the answers of the tables. See docs/decisions/0
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from itertools import groupby
 from types import TracebackType
 from typing import Any
 
 from sphere.catalog.answer import Match, constants_of
 from sphere.catalog.asof import AsOf
+from sphere.catalog.cancel import Cancelled, never
 from sphere.catalog.entity import Question, take_apart
 from sphere.catalog.fold import Fold
 from sphere.catalog.match import Exact
@@ -59,11 +61,14 @@ class FileQueries:
         """There is no index: what journals do not say is not known."""
         return
 
-    def find(self, query: Query, *, as_of: AsOf | None = None, ae_title: str = "") -> Iterator[Match]:
+    def find(
+        self, query: Query, *, as_of: AsOf | None = None, ae_title: str = "", cancelled: Cancelled = never
+    ) -> Iterator[Match]:
         """The entities that match, in the order of their unique keys, as they are found; to be retrieved from
         `ae_title`, by default that of the archive.
 
-        Closing the iterator cancels the query. Raises CatalogError for any `as_of`, and StorageError.
+        Closing the iterator cancels the query, and so does `cancelled`, asked after each step. Raises CatalogError for
+        any `as_of`, and StorageError.
         """
         _refuse(as_of)
         title = ae_title or self._ae_title
@@ -72,7 +77,8 @@ class FileQueries:
             return
         self._members.catch_up()
         question = take_apart(query)
-        for values, header in self._patients(question) if query.level == "PATIENT" else self._below(question):
+        ask = self._patients if query.level == "PATIENT" else self._below
+        for values, header in ask(question, cancelled):
             yield Match(query.level, question.keys, {**constants, **values}, header, title, query.timezone)
 
     def count(self, query: Query, *, as_of: AsOf | None = None) -> int:
@@ -116,34 +122,34 @@ class FileQueries:
             for record, sop_class, pixel_offset, header in found:
                 yield _stored(record, sop_class, pixel_offset), header
 
-    def _below(self, question: Question) -> Iterator[tuple[dict[int, Any], dict[str, Any]]]:
+    def _below(self, question: Question, cancelled: Cancelled) -> Iterator[tuple[dict[int, Any], dict[str, Any]]]:
         """Matches of the levels below PATIENT; counts of patients take a look at every study first."""
-        patients = dict(self._rolled(question, None)) if question.uses("p") else {}
-        for found in self._run(matches, question, self._studies(question.query)):
+        patients = dict(self._rolled(question, cancelled)) if question.uses("p") else {}
+        for found in self._run(matches, question, self._studies(question.query), cancelled):
             for one in found:
                 patient = patients[one.patient_key][0] if patients else {}
                 if question.holds("p", patient):
                     yield {**one.values, **question.values("p", patient)}, one.header
 
-    def _patients(self, question: Question) -> Iterator[tuple[dict[int, Any], dict[str, Any]]]:
+    def _patients(self, question: Question, cancelled: Cancelled) -> Iterator[tuple[dict[int, Any], dict[str, Any]]]:
         """Matches of PATIENT level: one small row a patient is held."""
-        for _, (row, header) in sorted(self._rolled(question, None), key=lambda pair: pair[0]):
+        for _, (row, header) in sorted(self._rolled(question, cancelled), key=lambda pair: pair[0]):
             if question.holds("p", row) and holds(question.rest, header):
                 yield question.values("p", row), header
 
     def _rolled(
-        self, question: Question, studies: Sequence[str] | None
+        self, question: Question, cancelled: Cancelled
     ) -> Iterator[tuple[str, tuple[dict[str, Any], dict[str, Any]]]]:
         """(patient_key, (row of `patients`, elements of headers)) of every patient."""
         spec = description("patients")
         folds: dict[str, Fold] = {}
         elements: dict[str, dict[str, tuple[Order, Any]]] = {}
-        for found in self._run(summaries, question, studies):
+        for found in self._run(summaries, question, None, cancelled):
             for summary in found:
                 key = summary.row["patient_key"]
                 folds.setdefault(key, Fold(spec)).add({**dict.fromkeys(spec.order), **summary.row})
                 _take_earliest(elements.setdefault(key, {}), summary)
-        for key, fold in folds.items():
+        for key, fold in {} if cancelled() else folds.items():
             yield key, (fold.row((key,)), {name: element for name, (_, element) in elements[key].items()})
 
     def _studies(self, query: Query) -> list[str] | None:
@@ -154,9 +160,14 @@ class FileQueries:
                 wanted[key.keyword] = key.test.texts
         return self._members.studies_of(wanted)
 
-    def _run(self, step: Any, question: Question, studies: Sequence[str] | None) -> Iterator[Any]:
+    def _run(self, step: Any, question: Question, studies: Sequence[str] | None, cancelled: Cancelled) -> Iterator[Any]:
         work = ((question, part) for part in _steps(self._members.by_study(studies)))
-        return self._scanner.run(step, work, alone=self._members.count(studies) <= ALONE)
+        results = self._scanner.run(step, work, alone=self._members.count(studies) <= ALONE)
+        with closing(results):
+            for result in results:
+                if cancelled():
+                    return
+                yield result
 
 
 def _refuse(as_of: AsOf | None) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
 
+from sphere.catalog.cancel import Cancelled, never
 from sphere.conf.settings import Settings
 
 if TYPE_CHECKING:
@@ -29,9 +30,12 @@ class Queries(Protocol):
     def close(self) -> None:
         """Let go of what was opened."""
 
-    def find(self, query: Query, *, as_of: AsOf | None = None, ae_title: str = "") -> Iterator[Match]:
+    def find(
+        self, query: Query, *, as_of: AsOf | None = None, ae_title: str = "", cancelled: Cancelled = never
+    ) -> Iterator[Match]:
         """The entities that match, in the order of their unique keys, as they are found; to be retrieved from
-        `ae_title`, by default that of the archive. Raises CatalogError and StorageError."""
+        `ae_title`, by default that of the archive. Ends early where `cancelled`. Raises CatalogError and
+        StorageError."""
 
     def count(self, query: Query, *, as_of: AsOf | None = None) -> int:
         """How many entities match."""
@@ -92,9 +96,11 @@ class LateQueries:
             if self._opened is not None:
                 self._opened.close()
 
-    def find(self, query: Query, *, as_of: AsOf | None = None, ae_title: str = "") -> Iterator[Match]:
+    def find(
+        self, query: Query, *, as_of: AsOf | None = None, ae_title: str = "", cancelled: Cancelled = never
+    ) -> Iterator[Match]:
         """As of Queries."""
-        return self._queries().find(query, as_of=as_of, ae_title=ae_title)
+        return self._queries().find(query, as_of=as_of, ae_title=ae_title, cancelled=cancelled)
 
     def lookup_instances(
         self,

@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -214,7 +214,7 @@ class Scanner:
         self._lock = threading.Lock()
         self._pool: ProcessPoolExecutor | None = None
 
-    def run(self, step: Callable[..., R], work: Iterable[tuple[Any, ...]], *, alone: bool) -> Iterator[R]:
+    def run(self, step: Callable[..., R], work: Iterable[tuple[Any, ...]], *, alone: bool) -> Generator[R, None, None]:
         """`step(reader, *arguments)` for each of `work`, results in order and as they come; a few steps ahead at most.
 
         `alone`: in this process. Raises CatalogError where a process beside it died.

@@ -15,6 +15,7 @@ import orjson
 
 from sphere.catalog.answer import Match, constants_of
 from sphere.catalog.asof import AsOf
+from sphere.catalog.cancel import Cancelled, never
 from sphere.catalog.headers import attributes_of, read_headers
 from sphere.catalog.index import IndexCache, is_damage
 from sphere.catalog.known import KnownVersion
@@ -96,17 +97,21 @@ class QueryService:
             raise CatalogError(f"the catalog cannot be read: {error}") from None
         return index.path.name, [KnownVersion(*row) for row in rows]
 
-    def find(self, query: Query, *, as_of: AsOf | None = None, ae_title: str = "") -> Iterator[Match]:
+    def find(
+        self, query: Query, *, as_of: AsOf | None = None, ae_title: str = "", cancelled: Cancelled = never
+    ) -> Iterator[Match]:
         """The entities that match, in the order of their unique keys, a page at a time; to be retrieved from
         `ae_title`, by default that of the archive.
 
         With `as_of`, those of an earlier version of the catalog (see sphere.catalog.asof); else what arrived since the
         last extraction is among them.
 
-        Closing the iterator cancels the query. Attributes that no column holds are read from the headers of the
-        candidates that the other keys leave (see sphere.catalog.headers for the cost). Raises CatalogError.
+        Closing the iterator cancels the query, and so does `cancelled`, asked for each page of candidates. Attributes
+        that no column holds are read from the headers of the candidates that the other keys leave (see
+        sphere.catalog.headers for the cost). Raises CatalogError.
         """
-        return self._retried(lambda index: self._find(query, index, ae_title or self._ae_title), as_of)
+        title = ae_title or self._ae_title
+        return self._retried(lambda index: self._find(query, index, title, cancelled), as_of)
 
     def count(self, query: Query, *, as_of: AsOf | None = None) -> int:
         """How many entities match. Raises CatalogError."""
@@ -160,12 +165,12 @@ class QueryService:
                 yield from answers
             return
 
-    def _find(self, query: Query, index: Index, ae_title: str) -> Iterator[Match]:
+    def _find(self, query: Query, index: Index, ae_title: str, cancelled: Cancelled) -> Iterator[Match]:
         constants = constants_of(query, ae_title)
         if constants is None:
             return
         plan = make_plan(query, index.instance_columns)
-        for _, columns, header in _rows(plan, index):
+        for _, columns, header in _rows(plan, index, cancelled):
             yield Match(query.level, plan.keys, {**constants, **columns}, header, ae_title, query.timezone)
 
     def _count(self, query: Query, index: Index) -> Iterator[int]:
@@ -224,9 +229,9 @@ Found = tuple[Row, Mapping[int, Any], Header]
 """Of an entity that matches: what identifies it, the values of its columns by tag, and its header."""
 
 
-def _rows(plan: Plan, index: Index) -> Iterator[Found]:
+def _rows(plan: Plan, index: Index, cancelled: Cancelled = never) -> Iterator[Found]:
     """Every entity that matches, columns and headers considered, in their order."""
-    found = index.ask(lambda layer: _begun(_matches(plan, layer)))
+    found = index.ask(lambda layer: _begun(_matches(plan, layer, cancelled)))
     return found[0] if len(found) == 1 else merge(*found, key=itemgetter(0))
 
 
@@ -236,7 +241,7 @@ def _begun(rows: Iterator[T | None]) -> Iterator[T]:
     return cast("Iterator[T]", rows)
 
 
-def _matches(plan: Plan, layer: Layer) -> Iterator[Found | None]:
+def _matches(plan: Plan, layer: Layer, cancelled: Cancelled) -> Iterator[Found | None]:
     with layer.cursor() as cursor:
         scope = _scope(plan, layer, cursor, plan.of_instances)
         if scope is None:
@@ -245,7 +250,7 @@ def _matches(plan: Plan, layer: Layer) -> Iterator[Found | None]:
         cursor.execute(*scope.ask(plan, plan.select(where=scope.where, in_order=layer.name == "base")))
         yield None
         dropped, width = layer.dropped(plan.query.level), len(plan.order)
-        while rows := cursor.fetchmany(PAGE):
+        while not cancelled() and (rows := cursor.fetchmany(PAGE)):
             if dropped:
                 rows = [row for row in rows if row[0] not in dropped]
             for row, header in zip(rows, _headers(plan, layer, rows), strict=True):

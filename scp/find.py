@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from pydicom.dataset import Dataset
 from pydicom.uid import UID
 
+from sphere.catalog.cancel import Cancelled, never
 from sphere.catalog.query import NO_FEATURES, Features, Model, Query, parse_identifier
 from sphere.conf.errors import QueryError, SphereError
 from sphere.conf.settings import Snapshot
@@ -56,8 +57,10 @@ class FindAnswer:
 class Finder(Protocol):
     """What the catalog's query service does for us."""
 
-    def find(self, query: Query, *, as_of: AsOf | None = None, ae_title: str = "") -> Iterator[Match]:
-        """The matches, of an earlier catalog with `as_of`; raises QueryError, CatalogError."""
+    def find(
+        self, query: Query, *, as_of: AsOf | None = None, ae_title: str = "", cancelled: Cancelled = never
+    ) -> Iterator[Match]:
+        """The matches, of an earlier catalog with `as_of`, until `cancelled`; raises QueryError, CatalogError."""
 
 
 class FindService:
@@ -67,15 +70,16 @@ class FindService:
         self._finder = finder
         self._as_of = {snapshot.ae_title.strip(): snapshot.as_of for snapshot in snapshots}
 
-    def answers(self, request: FindRequest, *, cancelled: Callable[[], bool]) -> Iterator[FindAnswer]:
+    def answers(self, request: FindRequest, *, cancelled: Cancelled) -> Iterator[FindAnswer]:
         """Every response but the final Success; never raises. Ends early, and says so, when `cancelled`."""
         try:
             query = _query(request)
-            for match in self._matches(query, request.called_ae):
+            for match in self._matches(query, request.called_ae, cancelled):
                 if cancelled():
-                    yield FindAnswer(CANCELLED)
-                    return
+                    break
                 yield FindAnswer(PENDING, match)
+            if cancelled():
+                yield FindAnswer(CANCELLED)
         except QueryError as error:
             yield _failure(error.dimse, str(error), error.offending)
         except SphereError as error:
@@ -83,9 +87,11 @@ class FindService:
         except Exception as error:  # noqa: BLE001  a defect of ours must be answered, and not end the association
             yield _failure(UNABLE, f"internal error ({type(error).__name__})")
 
-    def _matches(self, query: Query, called: str) -> Iterator[Match]:
+    def _matches(self, query: Query, called: str, cancelled: Cancelled) -> Iterator[Match]:
         as_of = self._as_of.get(called)
-        return self._finder.find(query) if as_of is None else self._finder.find(query, as_of=as_of, ae_title=called)
+        if as_of is None:
+            return self._finder.find(query, cancelled=cancelled)
+        return self._finder.find(query, as_of=as_of, ae_title=called, cancelled=cancelled)
 
 
 def _query(request: FindRequest) -> Query:

@@ -329,7 +329,7 @@ class ManyStudies:
         self.given = 0
         self.closed = threading.Event()
 
-    def find(self, query: Any) -> Iterator[Any]:
+    def find(self, query: Any, **_: Any) -> Iterator[Any]:
         try:
             for number in range(self.count):
                 self.given += 1

@@ -183,6 +183,11 @@ def test_the_first_answers_come_before_the_last_header_is_read(tmp_path: Path, m
             next(answers)
             assert len(read) == number // 2 * 2 + 2
         assert next(answers, None) is None
+        read.clear()
+        nothing = Query.build("IMAGE", {"Modality": "NOTHING"})
+        assert list(bundles.find(nothing, cancelled=lambda: len(read) >= 6)) == []
+        assert len(read) == 6  # although nothing matched
+        assert list(bundles.find(Query.build("PATIENT"), cancelled=lambda: len(read) >= 8)) == []
 
 
 @pytest.mark.parametrize("mixed", ["keep-first"], indirect=True)

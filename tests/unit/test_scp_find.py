@@ -46,7 +46,7 @@ class FakeFinder:
         self._count = count
         self._error = error
 
-    def find(self, query: Query) -> Iterator[Any]:
+    def find(self, query: Query, **_: Any) -> Iterator[Any]:
         self.queries.append(query)
         for number in range(self._count):
             self.looked_up += 1
