@@ -116,7 +116,8 @@ def send(load: Load, port: int, associations: int, environment: dict[str, str]) 
     for process in running:
         output = process.communicate()[0]
         if process.returncode or b"Fail" in output:
-            raise AssertionError(output.decode(errors="replace")[-500:])
+            told = output.decode(errors="replace")[-500:]
+            raise AssertionError(f"storescu ended with {process.returncode}: {told}")
 
 
 def run(load: Load, server: servers.Server, associations: int, environment: dict[str, str], runs: Runs) -> None:

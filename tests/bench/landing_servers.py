@@ -20,7 +20,7 @@ from pynetdicom import AE, AllStoragePresentationContexts, evt
 from sphere.conf import logs
 from sphere.conf.settings import from_dict
 from sphere.ingest.bundle import NewMember
-from sphere.ingest.members import Prepared
+from sphere.ingest.members import Prepared, prepare
 from sphere.ingest.open_bundle import OpenBundle
 from sphere.ingest.part10 import file_meta
 from sphere.ingest.records import MemberRecord
@@ -189,8 +189,9 @@ def counted(folder: Path) -> tuple[int, int]:
 class _Nothing:
     """A bundle writer that writes nothing."""
 
-    def store(self, member: NewMember) -> None:
+    def store(self, member: NewMember) -> MemberRecord:
         """As if it were durable."""
+        return prepare(member).record("none.tar", 0)
 
     def close(self) -> None:
         """Nothing to seal."""
