@@ -24,7 +24,7 @@ from sphere.conf.errors import SettingsError, SphereError
 from sphere.conf.settings import Settings
 from sphere.ingest.spool import in_use
 from sphere.scp.policy import Policy, check_forwards
-from sphere.scp.upper.tls import acceptor_context, web_context
+from sphere.scp.upper.tls import check_tls
 
 log = logging.getLogger(__name__)
 
@@ -88,8 +88,7 @@ class Supervisor:
         """
         check_forwards(self.settings)
         Policy(self.settings)  # a rule that cannot be matched ends this here, not one receiver after the other
-        acceptor_context(self.settings.dimse)  # and so do files of TLS that cannot be used
-        web_context(self.settings.web)
+        check_tls(self.settings)  # and so do files of TLS that cannot be used
         self.settings = settings = with_ports(self.settings)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self._stop.set())

@@ -34,9 +34,9 @@ WELL_KNOWN = "1.2.840.10008.1.20.1.1"  # Storage Commitment Push Model SOP Insta
 SUCCESS = 0x0000
 ALL_COMMITTED, SOME_FAILED = 1, 2  # event types
 DUPLICATE_TRANSACTION = 0x0131  # Failure Reason
-HERE_S = 5.0  # seconds after which a report is no longer for the association of its request
+HERE_S = 20.0  # seconds after which a report is no longer for the association of its request
 RELEASE_S = 0.5  # seconds that a requester has to release that association, if it wants the report on another
-GRACE_S = 10.0  # seconds after which a request is reported by whoever sees it: its receiver died
+GRACE_S = 30.0  # seconds after which a request is reported by whoever sees it: its receiver died
 BACK_OFF_S = (5.0, 15.0, 60.0, 300.0, 900.0)  # seconds before further tries; the last again and again
 LOOK_S = 1.0  # seconds between looks at what is due
 

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
-from sphere.conf.errors import PeerError, StorageError
+from sphere.conf.errors import PeerError, SettingsError, StorageError
 from sphere.conf.settings import Peer, Settings
 from sphere.scp.retrieve.outbound import Channel, Converter, Instance, Sender, is_odd, preferred_by
 from sphere.scp.upper.messages import Context
@@ -74,7 +74,7 @@ class Delivery(Generic[T]):
                     for outcome in self.over(sender, left):
                         answered = answered or outcome.status is not None
                         yield outcome
-            except (PeerError, StorageError) as error:
+            except (PeerError, SettingsError, StorageError) as error:  # settings: a file of TLS is gone
                 if not left:
                     return
                 if is_odd(left[0]) and left[0].SOPInstanceUID not in padded and _may_be_over_it(error):
@@ -114,7 +114,7 @@ def _may_be_over_it(error: Exception) -> bool:
 
 
 def _lost(instance: T, error: Exception) -> Outcome[T]:
-    lost = isinstance(error, PeerError) and not isinstance(error, NoneAccepted)
+    lost = isinstance(error, PeerError | SettingsError) and not isinstance(error, NoneAccepted)
     return Outcome(instance, None, str(error), lost)
 
 

@@ -43,6 +43,15 @@ def web_context(web: Web) -> ssl.SSLContext | None:
     return context
 
 
+def check_tls(settings: Settings) -> None:
+    """Raise SettingsError where a file of TLS, ours or for a peer, cannot be used."""
+    acceptor_context(settings.dimse)
+    web_context(settings.web)
+    for peer in settings.peers:
+        if peer.tls:
+            requestor_context(peer, settings)
+
+
 def requestor_context(peer: Peer, settings: Settings) -> ssl.SSLContext:
     """How we speak to a peer with TLS. Raises SettingsError when a file cannot be used."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)

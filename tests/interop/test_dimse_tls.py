@@ -105,6 +105,7 @@ def test_movescu_to_a_destination_with_tls(keys: Keys, tmp_path: Path) -> None:
         peers = [
             {"name": "dest", "ae_title": "DEST", "host": "127.0.0.1", "port": port, "tls": True},
             {"name": "plain", "ae_title": "PLAIN", "host": "127.0.0.1", "port": port},
+            {"name": "gone", "ae_title": "GONE", "host": "127.0.0.1", "port": port, "tls": True, "tls_ca": "gone.pem"},
         ]
         with running_receiver(tmp_path / "archive", {"dimse": with_tls(keys), "peers": peers}) as receiver:
             assert all(result.stored for result in client.store(on_tls(receiver), files, settings=receiver.settings))
@@ -115,6 +116,8 @@ def test_movescu_to_a_destination_with_tls(keys: Keys, tmp_path: Path) -> None:
             assert sent == sorted(dataset_of(path) for path in files)
             run = run_tool("movescu", "-d", "-aem", "PLAIN", *arguments, receiver.port)
             assert "0xa702" in run.stdout.lower(), run.stdout
+            run = run_tool("movescu", "-d", "-aem", "GONE", *arguments, receiver.port)  # a file that was removed
+            assert "0xa702" in run.stdout.lower() and "cannot be read" in receiver.log, run.stdout
 
 
 def test_find_move_and_get_with_tls(keys: Keys, receiver: Receiver, tmp_path: Path) -> None:

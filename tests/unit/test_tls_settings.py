@@ -10,7 +10,7 @@ import pytest
 
 from sphere.conf.errors import SettingsError
 from sphere.conf.settings import Peer, from_dict
-from sphere.scp.upper.tls import acceptor_context, requestor_context
+from sphere.scp.upper.tls import acceptor_context, check_tls, requestor_context
 from tests.support.certificates import Authority
 from tests.support.dicom_tools import require_tool
 
@@ -60,5 +60,8 @@ def test_files_are_relative_to_the_settings_file(folder: Path) -> None:
 
 def test_a_peer_s_ca_that_is_not_there(folder: Path) -> None:
     peer = Peer(name="p", ae_title="P", host="h", tls=True, tls_ca=str(folder / "none.pem"))
+    settings = from_dict({}, base=folder)
     with pytest.raises(SettingsError, match=r"none\.pem cannot be read"):
-        requestor_context(peer, from_dict({}, base=folder))
+        requestor_context(peer, settings)
+    with pytest.raises(SettingsError, match=r"none\.pem cannot be read"):
+        check_tls(settings.model_copy(update={"peers": (peer,)}))
