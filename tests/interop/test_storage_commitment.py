@@ -158,7 +158,7 @@ def test_an_accepted_request_survives_kill_9(tmp_path: Path) -> None:
         receiver.process.kill()
         receiver.process.wait()
         assert waiting(receiver) == 2
-    with archive(tmp_path, port, ["1.2.1"]) as receiver, requester(port) as reports:
+    with requester(port) as reports, archive(tmp_path, port, ["1.2.1"]) as receiver:
         found = {report.event: report for report in (reports.get(timeout=60), reports.get(timeout=60))}
         assert found[1] == Report(1, wanted.TransactionUID, ("1.2.1",), {})
         assert found[2] == Report(2, wanted.TransactionUID, (), {"1.2.7": 0x0131})
