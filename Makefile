@@ -43,6 +43,7 @@ bench-files: $(VENV)/.ready-test ## queries without a catalog: headers/s, first 
 
 bench-policy: $(VENV)/.ready-test ## what rules and the search for copies cost an instance on its way in
 	$(BIN)/python -m tests.bench.bench_policy $(POLICY)
+
 bench-query: $(VENV)/.ready-test ## C-FIND over generated catalogs, and Orthanc with SQLite and PostgreSQL; QUERY="--full" for 1,000,000 studies
 	$(BIN)/python -m tests.bench.bench_query $(QUERY)
 
