@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 
 AT_HAND_S = 600.0
 """Seconds without a query after which an index at hand is looked after."""
-FORMAT = 3
+FORMAT = 4
 """Raised when the layout of the file changes: files of another format are built anew."""
 
 WATCHED = ("bundles", "instances", "series", "studies", "patients")

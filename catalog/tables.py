@@ -106,6 +106,7 @@ class CatalogTables:
             "autoinstall_known_extensions": False,
         }
         connection = duckdb.connect(str(path) if path else ":memory:", config=config)
+        connection.execute("SET enable_progress_bar = false")  # it writes to the standard output of whoever serves
         if self._hdfs is not None:
             host, _, port = self._netloc.partition(":")
             # Out of fsspec's cache of instances: that is cleared in every forked child, where closing the client hangs.

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as effort
 from hypothesis import strategies as st
 
-from sphere.catalog import recent
+from sphere.catalog import index, recent
 from sphere.catalog.query import Query
 from sphere.catalog.schema import TABLES, Level
 from sphere.catalog.service import QueryService
@@ -178,6 +178,7 @@ def test_no_more_than_the_bound_is_held(
 ) -> None:
     monkeypatch.setattr(recent, "MAX_MEMBERS", 2)
     monkeypatch.setattr(recent, "CHUNK", 1)
+    monkeypatch.setattr(index, "REFRESH_WAIT_S", 60.0)  # the index at hand has only what the bound allows
     for data in slices(4):
         writer.store(new_member(data))
     with QueryService(settings) as service:
