@@ -17,6 +17,7 @@ from sphere.scp.retrieve.outbound import Converter, range_of, syntax_of
 from sphere.scp.retrieve.read_ahead import Range, ReadAhead
 from sphere.scp.retrieve.transcode import NotConverted
 from sphere.scp.retrieve.transcoder import MAX_SOURCE
+from sphere.scp.web.known import KnownSeries
 from sphere.scp.web.operations import uids
 from sphere.scp.web.problem import WebError
 
@@ -49,6 +50,7 @@ class Archive:
     catalog: Catalog
     storage: Readable
     converter: Converter
+    known: KnownSeries
 
     def instances(self, request: Request) -> list[StoredInstance]:
         """Those of the study, series or instance in the path, each once; raises WebError (404) where there is none."""
@@ -56,20 +58,15 @@ class Archive:
 
     def located(self, study: str, series: str = "", instance: str = "") -> list[StoredInstance]:
         """Those of a study, or of them those of a series or with a SOPInstanceUID; raises WebError (404)."""
-        found = self.catalog.lookup_instances(
-            study=[study], series=[series] if series else [], sop=[instance] if instance else []
-        )
+        if instance:
+            one = self.known.instance(study, series, instance)
+            found = iter(() if one is None else (one,))
+        else:
+            found = self.catalog.lookup_instances(study=[study], series=[series] if series else [])
         instances = list({one.SOPInstanceUID: one for one in found}.values())
         if not instances:
             raise WebError(f"there is no such {'instance' if instance else 'series' if series else 'study'}", http=404)
         return instances
-
-    def header(self, instance: StoredInstance) -> str:
-        """The header of an instance, as DICOM JSON."""
-        found = self.catalog.lookup_headers(
-            study=instance.StudyInstanceUID, series=instance.SeriesInstanceUID, sop=instance.SOPInstanceUID
-        )
-        return next((header for one, header in found if one.sha256 == instance.sha256), "{}")
 
     def read(self, instance: StoredInstance, offset: int, length: int) -> bytes:
         """Bytes of the member, counted from its first one."""

@@ -108,7 +108,7 @@ class PixelReader:
         return found
 
     def _found(self, instance: StoredInstance) -> Pixels:
-        elements: dict[str, Any] = orjson.loads(self._archive.header(instance))
+        elements: dict[str, Any] = orjson.loads(self._archive.known.header(instance))
         element = next((elements[tag] for tag in ("7FE00010", "7FE00008", "7FE00009") if tag in elements), None)
         if element is None:
             raise WebError("the instance has no pixel data", http=404)

@@ -26,6 +26,7 @@ from sphere.scp.web.access import LOCAL_NAMES
 from sphere.scp.web.app import Services, make_app
 from sphere.scp.web.archive import Archive
 from sphere.scp.web.audit import AuditJournal
+from sphere.scp.web.known import KnownSeries
 from sphere.scp.web.protocol import BoundedHttp
 from sphere.scp.web.tokens import Tokens
 
@@ -87,7 +88,7 @@ def services_of(settings: Settings) -> Iterator[Services]:
         closing(open_writer(settings)) as writer,
         closing(AuditJournal(storage, settings.archive.state_dir / "audit.jsonl")) as journal,
     ):
-        archive = Archive(finder, open_readable(settings), transcoder)
+        archive = Archive(finder, open_readable(settings), transcoder, KnownSeries(finder))
         known, on_conflict = KnownInstances(settings, finder), settings.ingest.on_conflict
         store = StoreService(writer, Policy(settings), known, on_conflict=on_conflict)
         yield Services(finder, archive, store, Tokens(storage), journal)

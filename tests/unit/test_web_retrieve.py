@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import socket
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from email import message_from_bytes
@@ -22,6 +24,7 @@ from pydicom.pixels.processing import apply_modality_lut, apply_voi_lut
 from sphere.ingest.header import Identity, identify
 from sphere.ingest.storage.base import Readable
 from sphere.scp.web.app import Services
+from sphere.scp.web.known import KnownSeries
 from tests.support.extracted import extract
 from tests.support.landing import archive, land, new_member, slices
 from tests.support.web import Web, serving_web
@@ -353,10 +356,10 @@ def test_a_client_of_others(web: Web) -> None:
 
 
 def test_a_large_instance_takes_no_more_memory_than_a_small_one(web: Web, tmp_path: Path) -> None:
-    """256 MiB through a server that holds some windows of 4 MiB."""
-    settings = archive(tmp_path)
+    """128 MiB through a server that holds some windows of 4 MiB."""
+    settings = archive(tmp_path, web={"idle_s": 1})
     large = pydicom.dcmread(io.BytesIO(SAMPLES["CT_small.dcm"].data))
-    large.NumberOfFrames, large.PixelData = 8192, large.PixelData * 8192
+    large.NumberOfFrames, large.PixelData = 4096, large.PixelData * 4096
     out = io.BytesIO()
     large.save_as(out)
     data = out.getvalue()
@@ -372,5 +375,42 @@ def test_a_large_instance_takes_no_more_memory_than_a_small_one(web: Web, tmp_pa
             for chunk in response.iter_raw(1 << 20):
                 received += len(chunk)
                 most = max(most, process.memory_info().rss)
-    assert received > size
-    assert most - before < 100 << 20
+        assert received > size
+        assert most - before < 64 << 20
+        with socket.create_connection(("127.0.0.1", other.port)) as idle:  # asks, and reads nothing
+            path = f"/dicom-web/studies/{found.StudyInstanceUID}"
+            idle.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+            deadline = time.monotonic() + 30
+            while _is_served(other.port, idle) and time.monotonic() < deadline:
+                time.sleep(0.2)
+            assert not _is_served(other.port, idle), "a reader that stands still is broken off"
+
+
+def _is_served(port: int, client: socket.socket) -> bool:
+    """Whether the server still holds its end of a connection."""
+    ends = [(one.laddr, one.raddr) for one in psutil.Process().net_connections(kind="tcp4") if one.raddr]
+    return any(mine.port == port and theirs.port == client.getsockname()[1] for mine, theirs in ends)
+
+
+def test_instances_of_a_series_are_looked_up_together(web: Web) -> None:
+    class Counting:
+        def __init__(self) -> None:
+            self.asked = 0
+
+        def lookup_headers(self, **named: Any) -> Iterator[Any]:
+            self.asked += 1
+            return web.services.archive.catalog.lookup_headers(**named)
+
+    now, catalog = [0.0], Counting()
+    known = KnownSeries(catalog, clock=lambda: now[0])
+    ones = [SAMPLES[f"slice-{number}"].identity for number in range(12)]
+    for one in ones:
+        found = known.instance(one.StudyInstanceUID, one.SeriesInstanceUID, one.SOPInstanceUID)
+        assert found is not None and found.SOPInstanceUID == one.SOPInstanceUID
+        assert known.header(found).startswith("{")
+    assert catalog.asked == 1
+    assert known.instance(ones[0].StudyInstanceUID, ones[0].SeriesInstanceUID, "1.2.3") is None
+    assert catalog.asked == 2  # what is not known may have arrived
+    now[0] = 6
+    known.instance(ones[0].StudyInstanceUID, ones[0].SeriesInstanceUID, ones[0].SOPInstanceUID)
+    assert catalog.asked == 3
