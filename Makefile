@@ -8,7 +8,7 @@ PORT ?= 0
 LANES := -n 2 --dist loadgroup --no-loadscope-reorder  # two workers; who runs what: tests/support/lanes.py
 export PYTHONDONTWRITEBYTECODE ?= 1
 
-.PHONY: bench-files bench-matching help demo test lint unit bench bench-landing bench-policy bench-retrieve bench-query fuzz hdfs setup clean
+.PHONY: bench-growth bench-files bench-matching help demo test lint unit bench bench-landing bench-policy bench-retrieve bench-query fuzz hdfs setup clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 16
@@ -31,6 +31,9 @@ lint: $(VENV)/.ready-test ## ruff and mypy --strict
 
 bench: $(VENV)/.ready-test ## extraction in instances/s against the naive way, 10,000 and 100,000 instances
 	$(BIN)/python -m tests.bench.bench_extract $(BENCH)
+
+bench-growth: $(VENV)/.ready-test ## one batch of 20,000 instances on catalogs of several sizes; GROWTH="--studies 4000,1000000" for 25 million
+	$(BIN)/python -m tests.bench.bench_growth $(GROWTH)
 
 bench-landing: $(VENV)/.ready-test ## C-STORE against storescp, Orthanc and pynetdicom; needs DCMTK and Orthanc
 	$(BIN)/python -m tests.bench.bench_landing $(LANDING)

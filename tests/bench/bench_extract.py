@@ -69,7 +69,7 @@ class Timing:
 def main() -> None:
     """Print the figures."""
     options = _options()
-    print(_machine(options.cores))
+    print(machine(options.cores, "tests.bench.bench_extract"))
     with tempfile.TemporaryDirectory(prefix="sphere-bench-", dir=options.folder) as folder:
         bench = Bench(Path(folder), options.cores)
         bench.warm_up()
@@ -93,7 +93,7 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _machine(cores: int) -> str:
+def machine(cores: int, module: str) -> str:
     model = next(
         (line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.machine()
     )
@@ -101,7 +101,7 @@ def _machine(cores: int) -> str:
     return (
         f"date      {datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC\n"
         f"machine   {os.cpu_count()} x {model}, {memory:.0f} GiB, load {os.getloadavg()[0]:.1f} at the start\n"
-        f"command   {' '.join(['python -m tests.bench.bench_extract', *sys.argv[1:]])} (Spark on {cores} cores)"
+        f"command   {' '.join(['python -m', module, *sys.argv[1:]])} (Spark on {cores} cores)"
     )
 
 
