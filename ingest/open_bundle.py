@@ -90,7 +90,10 @@ class OpenBundle:
         try:
             self._appender.write([tar.END])
             self._appender.close()
-            self.journal.seal(Sealed(self._members, self.good + len(tar.END)))
+            sealed = Sealed(self._members, self.good + len(tar.END))
+            if (size := self._storage.size(self.path)) != sealed.size:
+                raise StorageError(f"the storage has {size} bytes of it where {sealed.size} were written")
+            self.journal.seal(sealed)
         except StorageError as error:
             _log.error("sealing bundle %s failed: %s", self.id, error)
             self.failed = True

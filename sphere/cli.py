@@ -205,6 +205,35 @@ def ship(ctx: click.Context) -> None:
 
 
 @main.command()
+@click.argument("bundles", metavar="[BUNDLE]...", nargs=-1)
+@click.pass_context
+def verify(ctx: click.Context, bundles: tuple[str, ...]) -> None:
+    """Read sealed bundles whole: every digest, the end of the tar, and that the journal says the same.
+
+    Without BUNDLE (a path below the storage root) all of them, those of the spool too. What is wrong is named, one line
+    each, and the exit status is 1.
+
+    \b
+    Examples:
+      sphere verify
+      sphere verify bundles/2026/03/01/20260301T080000000000Z-host-1-0a1b2c3d.tar
+    """
+    from sphere.ingest.journal import Landed
+    from sphere.ingest.recovery import verify as verify_bundle
+    from sphere.ingest.spool import open_readable
+
+    storage = open_readable(settings_of(ctx))
+    checked = members = wrong = 0
+    for bundle in bundles or [state.bundle for state in Landed(storage).bundles() if state.sealed]:
+        found = verify_bundle(storage, bundle)
+        checked, members, wrong = checked + 1, members + found.members, wrong + bool(found.problems)
+        for problem in found.problems:
+            click.echo(f"{bundle}: {problem}", err=True)
+    click.echo(f"{checked} bundles with {members} members read, {wrong} of them not as promised")
+    sys.exit(1 if wrong else 0)
+
+
+@main.command()
 @click.argument("statement", metavar='"SELECT ..."')
 @format_options
 @click.pass_context

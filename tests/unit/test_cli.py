@@ -131,6 +131,20 @@ def test_status_counts_what_waits(config: Path) -> None:
     assert "waiting     2 members (sphere extract)" in call("status", config=config).stdout
 
 
+def test_verify_reads_bundles_whole_and_names_what_is_wrong(config: Path) -> None:
+    assert call("import", get_testdata_file("CT_small.dcm"), config=config).exit_code == 0
+    whole = call("verify", config=config)
+    assert (whole.exit_code, whole.stdout) == (0, "1 bundles with 1 members read, 0 of them not as promised\n")
+    [bundle] = config.parent.glob("storage/bundles/*/*/*/*.tar")
+    data = bytearray(bundle.read_bytes())
+    data[len(data) // 2] ^= 1
+    bundle.write_bytes(data)
+    damaged = call("verify", config=config)
+    assert damaged.exit_code == 1
+    assert "sha256 differs" in damaged.stderr
+    assert call("verify", "bundles/none.tar", config=config).exit_code == 1
+
+
 def test_a_taken_port_is_named(config: Path) -> None:
     import socket
 
