@@ -85,7 +85,7 @@ class FindService:
         except SphereError as error:
             yield _failure(error.dimse, str(error))
         except Exception as error:  # noqa: BLE001  a defect of ours must be answered, and not end the association
-            yield _failure(UNABLE, f"internal error ({type(error).__name__})")
+            yield internal_error(error)
 
     def _matches(self, query: Query, called: str, cancelled: Cancelled) -> Iterator[Match]:
         as_of = self._as_of.get(called)
@@ -106,6 +106,11 @@ def _query(request: FindRequest) -> Query:
         raise
     except Exception as error:  # noqa: BLE001  pydicom converts values late, and raises whatever they make of it
         raise QueryError(f"identifier cannot be decoded ({type(error).__name__})") from None
+
+
+def internal_error(error: Exception) -> FindAnswer:
+    """The last answer of a query that met a defect of ours; what the error says may name a patient."""
+    return _failure(UNABLE, f"internal error ({type(error).__name__})")
 
 
 def _failure(status: int, reason: str, offending: tuple[int, ...] = ()) -> FindAnswer:

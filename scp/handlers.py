@@ -13,7 +13,7 @@ from sphere.scp import contexts
 from sphere.scp.answers import AnswerEncoder
 from sphere.scp.callers import Caller, Callers
 from sphere.scp.decode import MAX_IDENTIFIER
-from sphere.scp.find import UNABLE, FindRequest, FindService
+from sphere.scp.find import UNABLE, FindAnswer, FindRequest, FindService, internal_error
 from sphere.scp.store import MISMATCH, OUT_OF_RESOURCES, SUCCESS, StoreRequest, StoreService
 from sphere.scp.upper.association import Association, Response, Service
 from sphere.scp.upper.command import C_ECHO_RQ, C_FIND_RQ, C_GET_RQ, C_MOVE_RQ, C_STORE_RQ
@@ -103,10 +103,12 @@ class Handlers:
         encoder = AnswerEncoder(request.transfer_syntax)
         try:
             for answer in self._find.answers(request, cancelled=lambda: association.cancelled(message)):
+                answer, identifier = _encoded(answer, encoder)
                 matches += answer.match is not None
                 final = SUCCESS if answer.match is not None else answer.status
-                identifier = b"" if answer.match is None else encoder.encode(answer.match)
                 yield Response(answer.status, _told(answer.comment, answer.offending), identifier)
+                if final != SUCCESS:
+                    break
             if final == SUCCESS:
                 yield Response(SUCCESS)
         finally:  # this generator is closed where there is nobody any more to answer
@@ -165,6 +167,16 @@ def _find_request(message: Message, association: Association) -> FindRequest:
         features=contexts.find_features(association.extension(sop_class)),
         called_ae=association.called,
     )
+
+
+def _encoded(answer: FindAnswer, encoder: AnswerEncoder) -> tuple[FindAnswer, bytes]:
+    """An answer and its identifier; where that cannot be encoded, the failure that is answered instead."""
+    if answer.match is None:
+        return answer, b""
+    try:
+        return answer, encoder.encode(answer.match)
+    except Exception as error:  # noqa: BLE001  one entity's values must not end the association
+        return internal_error(error), b""
 
 
 def _told(comment: str, offending: tuple[int, ...] = ()) -> dict[str, Any]:

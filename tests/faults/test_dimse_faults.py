@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import threading
 import time
@@ -12,11 +13,12 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import pytest
-from pydicom.dataset import Dataset
 from pynetdicom import AE, build_context, evt
 from pynetdicom.association import Association
 from pynetdicom.dimse_primitives import C_ECHO, C_FIND, C_STORE
 
+from sphere.catalog.answer import Match
+from sphere.catalog.query import Key
 from sphere.conf.errors import PeerError
 from sphere.conf.settings import Settings
 from sphere.scp import client
@@ -322,30 +324,49 @@ class Nobody(CallingPolicy):
 
 
 class ManyStudies:
-    """A catalog of `count` studies that remembers how many were asked for, and whether the query was closed."""
+    """A catalog of `count` studies that remembers how many were asked for, and whether the query was closed.
+
+    It gives the first few, and the others once `go_on` is set: what the peer does in between comes before their end,
+    as they are far more than the sockets hold.
+    """
+
+    FIRST = 10
 
     def __init__(self, count: int) -> None:
         self.count = count
         self.given = 0
+        self.go_on = threading.Event()
         self.closed = threading.Event()
 
-    def find(self, query: Any, **_: Any) -> Iterator[Any]:
+    def find(self, query: Any, **_: Any) -> Iterator[Match]:
         try:
             for number in range(self.count):
+                if number == self.FIRST:
+                    assert self.go_on.wait(60)
                 self.given += 1
-                yield _Study(number)
+                yield study(f"1.2.{number}")
         finally:
             self.closed.set()
 
 
-class _Study:
-    def __init__(self, number: int) -> None:
-        self._number = number
+UID_AND_DESCRIPTION = (Key(0x0020000D, "StudyInstanceUID", "UI"), Key(0x00081030, "StudyDescription", "LO"))
 
-    def identifier(self) -> Dataset:
-        dataset = build_identifier({"StudyInstanceUID": f"1.2.{self._number}"}, "STUDY")
-        dataset.StudyDescription = "x" * 1000
-        return dataset
+
+def study(uid: Any) -> Match:
+    """A study as the query service gives it."""
+    return Match("STUDY", UID_AND_DESCRIPTION, {0x0020000D: uid, 0x00081030: "x" * 1000}, {}, "SPHERE")
+
+
+class OddStudies:
+    """A catalog whose third study, the first time it is asked, holds what no element can."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def find(self, query: Any, **_: Any) -> Iterator[Match]:
+        self.asked += 1
+        odd: Any = object() if self.asked == 1 else "1.2.3"
+        yield from map(study, ("1.2.1", "1.2.2", odd, "1.2.4"))
 
 
 @pytest.fixture
@@ -366,11 +387,13 @@ def test_a_cancelled_query_stops_at_its_source(served_settings: Settings) -> Non
     catalog = ManyStudies(100_000)
     with Served(served_settings, CallingPolicy(()), catalog) as served:
         assoc = associated(served.port, STUDY_FIND)
+        hold_reactor(assoc)
         statuses = []
         for status, _ in assoc.send_c_find(build_identifier({}, "STUDY"), STUDY_FIND, msg_id=7):
             statuses.append(status.Status)
             if len(statuses) == 5:
                 assoc.send_c_cancel(7, query_model=STUDY_FIND)
+                catalog.go_on.set()
         assoc.release()
     assert statuses[-1] == 0xFE00
     assert set(statuses[:-1]) == {0xFF00}
@@ -382,9 +405,26 @@ def test_a_reader_that_stops_reading_costs_some_answers_only(served_settings: Se
     catalog = ManyStudies(100_000)
     with Served(served_settings, CallingPolicy(()), catalog) as served:
         assoc = associated(served.port, STUDY_FIND)
+        hold_reactor(assoc)
         answers = assoc.send_c_find(build_identifier({}, "STUDY"), STUDY_FIND)
         next(answers)
         assoc.dul.socket.socket.shutdown(socket.SHUT_RDWR)  # type: ignore[union-attr]
+        catalog.go_on.set()
         assert catalog.closed.wait(20)
         assoc.abort()
     assert catalog.given < catalog.count
+
+
+def test_an_answer_that_cannot_be_encoded_fails_its_query_only(served_settings: Settings) -> None:
+    with Served(served_settings, CallingPolicy(()), OddStudies()) as served:
+        assoc = associated(served.port, STUDY_FIND)
+        asked = []
+        for _ in range(2):
+            hold_reactor(assoc)
+            asked.append(list(assoc.send_c_find(build_identifier({}, "STUDY"), STUDY_FIND)))
+        assoc.release()
+    assert [[status.Status for status, _ in answers] for answers in asked] == [
+        [0xFF00, 0xFF00, 0xC000],
+        [0xFF00, 0xFF00, 0xFF00, 0xFF00, 0],
+    ]
+    assert re.fullmatch(r"internal error \(\w+\)", asked[0][-1][0].ErrorComment)
