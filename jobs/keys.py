@@ -52,7 +52,8 @@ class _Run:
         counts = np.searchsorted(self.hashes, wanted, "right") - first
         before = np.cumsum(counts) - counts
         at = np.repeat(first - before, counts) + np.arange(counts.sum())
-        return np.unique(self.numbers[at])
+        found: Numbers = np.unique(self.numbers[at])
+        return found
 
 
 @dataclass(slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import unicodedata
 from collections.abc import Iterator
 from datetime import date
 from typing import Any
@@ -345,6 +346,7 @@ def test_modalities_in_study_takes_several() -> None:
 
 def test_fold_is_that_of_the_database_for_every_character(database: duckdb.DuckDBPyConnection) -> None:
     characters = [chr(code) for code in range(1, sys.maxunicode + 1) if not 0xD800 <= code <= 0xDFFF]
+    characters = [c for c in characters if unicodedata.category(c) != "Cn"]  # this Python's Unicode may be the older
     database.register("unicode", pa.table({"c": characters}))
     rows = database.execute("SELECT lower(upper(c)) FROM unicode").fetchall()
     assert [row[0] for row in rows] == [fold(character) for character in characters]
