@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -96,12 +97,17 @@ class Transactions:
 
     def _write(self, transaction: Transaction) -> None:
         path = self._path(transaction)
-        part = path.with_suffix(f".{os.getpid()}.part")
-        with part.open("w", encoding="utf-8") as file:
-            json.dump(asdict(transaction), file)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
+        # another thread may write the same one: the request comes again while its report is put off
+        part = path.with_suffix(f".{os.getpid()}-{threading.get_native_id()}.part")
+        try:
+            with part.open("w", encoding="utf-8") as file:
+                json.dump(asdict(transaction), file)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
+        except OSError:
+            part.unlink(missing_ok=True)
+            raise
         folder = os.open(self._folder, os.O_RDONLY)
         try:
             os.fsync(folder)
