@@ -185,7 +185,10 @@ def _came(instances: DeltaTable, since: int) -> list[Mapping[str, Any]]:
     """The rows that came after a version; those that a rewrite of their file only moved are not among them."""
     try:
         columns = [f'"{name}"' for name in (*_COLUMNS, "_change_type")]
-        feed = instances.load_cdf(starting_version=since + 1, columns=columns, allow_out_of_range=True)
+        upto = instances.version()  # not what was committed since it was opened: that would be taken up twice
+        feed = instances.load_cdf(
+            starting_version=since + 1, ending_version=upto, columns=columns, allow_out_of_range=True
+        )
         rows = pa.table(pa.RecordBatchReader.from_stream(feed)).to_pylist()
     except DeltaError as error:
         raise JobFailed(

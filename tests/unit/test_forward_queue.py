@@ -48,6 +48,26 @@ def test_only_what_comes_is_queued_and_only_once(tmp_path: Path) -> None:
     assert [len(one.instances) for one in again.waiting] == [2, 1]
 
 
+def test_what_is_committed_while_the_queue_looks_is_queued_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = with_forwards(tmp_path, {})
+    first, second = slices(2)
+    queue = Queue(settings)
+    queue.open()
+    catalogue(settings, land(settings, [new_member(first)]))
+    opened = Tables(settings).open("instances")
+    catalogue(settings, land(settings, [new_member(second, second=1)]))
+    with monkeypatch.context() as patch:
+        newest = queue._tables.open
+        patch.setattr(queue._tables, "open", lambda name: opened if name == "instances" else newest(name))
+        assert queue.take_up() == 1
+    assert queue.take_up() == 1
+    assert [entry.instances for entry in queue.waiting] == [
+        [new_member(data).SOPInstanceUID] for data in (first, second)
+    ]
+
+
 def test_rows_that_a_rewrite_moved_are_not_new(tmp_path: Path) -> None:
     settings = with_forwards(tmp_path, {})
     [data] = slices(1)
