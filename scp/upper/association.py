@@ -92,6 +92,7 @@ class Association:
             self._serve()
         except Released:
             end, linger = "released", False
+            self._give_up_place()  # first: the peer may ask for its next association the moment it is answered
             self._last_words(protocol.RELEASE_RESPONSE)
         except Rejection as rejection:
             end = f"rejected {rejection}"
@@ -106,10 +107,7 @@ class Association:
             end = f"aborted: internal error ({type(error).__name__} in {where.name}, line {where.lineno})"
             self._last_words(protocol.abort(protocol.USER, protocol.UNSPECIFIED))
         finally:
-            if self._placed:
-                self._acceptor.places.release()
-            if self._admission is not None:
-                self._admission.close()
+            self._give_up_place()
             self._connection.close(linger=linger)
         log.log(
             logging.INFO if end == "released" else logging.WARNING,
@@ -117,6 +115,15 @@ class Association:
             self.id, self.calling, self.address, " ".join(f"{what}={n}" for what, n in sorted(self.tally.items())),
             time.monotonic() - started, end,
         )  # fmt: skip
+
+    def _give_up_place(self) -> None:
+        """No longer count among the associations of this receiver and of the peer."""
+        if self._placed:
+            self._placed = False
+            self._acceptor.places.release()
+        if self._admission is not None:
+            self._admission.close()
+            self._admission = None
 
     def stop(self) -> None:
         """End the association at the next chance; may be called from any thread."""
