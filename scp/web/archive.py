@@ -5,12 +5,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from sphere.catalog.asof import AsOf
+from sphere.catalog.queries import Queries
 from sphere.catalog.service import StoredInstance
 from sphere.ingest.storage.base import Readable
 from sphere.scp.retrieve.outbound import Converter, range_of, syntax_of
@@ -24,30 +23,11 @@ from sphere.scp.web.problem import WebError
 PIECE = 1 << 20  # bytes handed on at once
 
 
-class Catalog(Protocol):
-    """What the query service does for us; recent arrivals are among its answers."""
-
-    def lookup_instances(
-        self,
-        *,
-        study: Sequence[str] = (),
-        series: Sequence[str] = (),
-        sop: Sequence[str] = (),
-        as_of: AsOf | None = None,
-    ) -> Iterator[StoredInstance]:
-        """Where instances are, in the order of the bundles."""
-
-    def lookup_headers(
-        self, *, study: str, series: str = "", sop: str = "", as_of: AsOf | None = None
-    ) -> Iterator[tuple[StoredInstance, str]]:
-        """The same with their headers as DICOM JSON."""
-
-
 @dataclass(frozen=True, slots=True)
 class Archive:
     """The catalog, the bytes, and what changes their transfer syntax."""
 
-    catalog: Catalog
+    catalog: Queries
     storage: Readable
     converter: Converter
     known: KnownSeries

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import secrets
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -110,7 +111,7 @@ async def answer(landing: Landing, request: Request) -> Response:
     return _response(outcomes, service_root(request), study, media_type)
 
 
-class Taking:
+class Taking(ABC):
     """One request's body, fed from one thread at a time."""
 
     def __init__(self, landing: Landing, reader: MultipartReader, study: str, who: str, address: str) -> None:
@@ -130,9 +131,9 @@ class Taking:
                     raise WebError(f"a request has at most {MAX_PARTS} parts", http=413)
             self.take(event)
 
+    @abstractmethod
     def take(self, event: Event) -> None:
         """One event of the parts."""
-        raise NotImplementedError
 
     def close(self) -> None:
         """The body is over; raises WebError where it is not whole, or holds nothing."""
