@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 
 from sphere.conf.settings import Settings, from_dict
+from tests.support.browser import browsed, browser, page
 from tests.support.hdfs import expendable_hdfs_cluster, hdfs_cluster
 from tests.support.spark import spark
 
 pytest_plugins = ["tests.support.lanes"]
 
-__all__ = ["expendable_hdfs_cluster", "hdfs_cluster", "spark"]  # one of the latter two for the whole run
+# one cluster and one Spark for the whole run; what pages are tested with
+__all__ = ["browsed", "browser", "expendable_hdfs_cluster", "hdfs_cluster", "page", "spark"]
 
 CORPUS = Path(os.environ.get("SPHERE_TEST_CORPUS") or Path(__file__).parent.parent / "../shared/data/dicom")
 

@@ -14,7 +14,7 @@ from tests.support import npm
 
 PACKAGES = {  # program: Debian package
     "storescu": "dcmtk", "Orthanc": "orthanc", "dciodvfy": "dicom3tools", "openssl": "openssl",
-    "node": "nodejs", "npm": "npm",
+    "node": "nodejs", "npm": "npm", "chromium": "chromium",
 }  # fmt: skip
 SBIN = "/usr/sbin:/sbin"  # where Debian puts Orthanc
 
