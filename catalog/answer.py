@@ -26,7 +26,7 @@ class Match:
     """One entity that matched: the keys asked for, with its values.
 
     `columns` holds values in column form (lists for several), `header` the DICOM JSON elements of the keys that no
-    column holds.
+    column holds. Where `more` is set, the next match, or the end, is at hand.
     """
 
     level: Level
@@ -35,6 +35,7 @@ class Match:
     header: Header
     retrieve_ae_title: str
     timezone: int | None = None
+    more: bool = False
 
     def identifier(self) -> Dataset:
         """The keys asked for, zero length where the entity has no value, the unique keys of its level and above, and

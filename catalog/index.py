@@ -14,6 +14,7 @@ import fcntl
 import hashlib
 import logging
 import os
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,8 +25,9 @@ from pathlib import Path
 
 import duckdb
 import orjson
+import pyarrow as pa
 
-from sphere.catalog import overlay
+from sphere.catalog import overlay, rows
 from sphere.catalog.arrivals import HeadersOfMembers
 from sphere.catalog.asof import AsOf, is_settled, snapshots_as_of
 from sphere.catalog.conflicts import Conflicts
@@ -45,7 +47,7 @@ log = logging.getLogger(__name__)
 
 AT_HAND_S = 600.0
 """Seconds without a query after which an index at hand is looked after."""
-FORMAT = 4
+FORMAT = 5
 """Raised when the layout of the file changes: files of another format are built anew."""
 
 WATCHED = ("bundles", "instances", "series", "studies", "patients")
@@ -266,15 +268,19 @@ class IndexCache:
         try:
             if base is None:
                 build_base(db, snapshots)
+                rows.build(db, rows.folder_of(building))
             else:
                 _attach(db, base, "base")
                 if since:
                     _attach(db, since, "since")
                 build_refresh(db, snapshots, since="since" if since else None, base=base.name)
-        except duckdb.Error as error:
+        except (duckdb.Error, pa.ArrowException, OSError) as error:
             raise CatalogError(f"no index can be built from {self._tables.root}: {error}") from None
         finally:
             db.close()
+        if base is None:
+            shutil.rmtree(rows.folder_of(path), ignore_errors=True)
+            rows.folder_of(building).rename(rows.folder_of(path))
         building.rename(path)
         log.info("index %s %s in %.2f s", path.name, "refreshed" if base else "built", time.monotonic() - began)
 
@@ -283,11 +289,15 @@ class IndexCache:
         files = sorted(self._folder.glob(f"past-{self._prefix()}*.duckdb"), key=lambda path: path.stat().st_mtime)
         for path in files[:-PAST]:
             path.unlink(missing_ok=True)
+            shutil.rmtree(rows.folder_of(path), ignore_errors=True)
 
     def _remove_others(self, kept: set[Path]) -> None:
         """Delete files of other versions; a process that has one open keeps reading it."""
+        stays = kept | {rows.folder_of(path) for path in kept}
         for other in self._folder.glob(f"catalog-{_digest(self._tables.root)[:8]}-*"):
-            if other not in kept and not other.is_dir():
+            if other not in stays and other.suffix == rows.SUFFIX:
+                shutil.rmtree(other, ignore_errors=True)
+            elif other not in stays and not other.is_dir():
                 other.unlink(missing_ok=True)
 
     def _open(self, path: Path, snapshots: Snapshots, *, past: bool) -> Index:
@@ -307,7 +317,7 @@ class IndexCache:
         versions = {name: snapshot.version if snapshot else -1 for name, snapshot in snapshots.items()}
         columns = instances.columns if instances else frozenset(TABLES["instances"].schema.names)
         recent = None if past else self._recent(db, columns, files, published)
-        return Index(paths, versions, db, columns, files, published, recent)
+        return Index(paths, versions, db, columns, files, published, recent, _rows_of(paths[0]))
 
     def _recent(
         self, db: duckdb.DuckDBPyConnection, columns: frozenset[str], files: FileMap, published: overlay.Published
@@ -325,6 +335,14 @@ class IndexCache:
             files,
         )
         return Recent(db, sources, selected, published)
+
+
+def _rows_of(base: Path) -> rows.RowStore | None:
+    try:
+        return rows.RowStore(base)
+    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+        log.warning("index %s has no rows beside it, lookups are slower: %s", base.name, type(error).__name__)
+        return None
 
 
 def _attach(db: duckdb.DuckDBPyConnection, path: Path, name: str) -> None:

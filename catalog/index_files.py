@@ -44,7 +44,7 @@ class FileMap:
         for source in self.sources:
             found = db.execute(f"SELECT id FROM {source}.study_files WHERE {condition}", values).fetchall()
             ids.update(row[0] for row in found)
-        return self._named(ids)
+        return self.named(ids)
 
     def of_instances(self, db: duckdb.DuckDBPyConnection, sop_instance_uids: Sequence[str]) -> list[str]:
         """The files that hold any of the instances (rarely one more, as hashes are compared)."""
@@ -55,7 +55,8 @@ class FileMap:
         for source in self.sources if listed else ():
             found = db.execute(f"SELECT id FROM {source}.sop_files WHERE hash IN ({listed})").fetchall()
             ids.update(row[0] for row in found)
-        return self._named(ids)
+        return self.named(ids)
 
-    def _named(self, ids: Iterable[int]) -> list[str]:
+    def named(self, ids: Iterable[int]) -> list[str]:
+        """The files with some numbers, as far as they are still there."""
         return sorted(self.names[one] for one in ids if one in self.names)

@@ -15,6 +15,7 @@ from sphere.catalog.index_build import INDEXED
 from sphere.catalog.index_files import FileMap
 from sphere.catalog.overlay import Touched
 from sphere.catalog.recent import Recent, column_of
+from sphere.catalog.rows import RowStore
 from sphere.catalog.schema import Level
 
 T = TypeVar("T")
@@ -35,6 +36,7 @@ class Index:
     files: FileMap
     published: overlay.Published
     recent: Recent | None = None
+    rows: RowStore | None = None
     idle: Mapping[str, list[duckdb.DuckDBPyConnection]] = field(default_factory=lambda: {"base": [], "overlay": []})
 
     @property

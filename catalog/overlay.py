@@ -22,6 +22,7 @@ from sphere.catalog.schema import TABLES
 
 SCHEMA = "overlay"
 ROLLED = ("patients", "studies", "series")
+VALUES = ("StudyInstanceUID", "PatientID", "AccessionNumber")
 FEW = 100
 """Keys up to which a condition lists them, so that indexes and zone maps are used; more are joined."""
 
@@ -31,13 +32,17 @@ Selected = Callable[[str], str]
 
 @dataclass(frozen=True)
 class Touched:
-    """The keys whose rows in the file do not count any more, as of one moment."""
+    """The keys whose rows in the file do not count any more, as of one moment.
+
+    `values` are the StudyInstanceUIDs, PatientIDs and AccessionNumbers of what is in the overlay, and of what was.
+    """
 
     studies: frozenset[str] = frozenset()
     patients: frozenset[str] = frozenset()
+    values: frozenset[str] = frozenset()
 
     def __or__(self, other: Touched) -> Touched:
-        return Touched(self.studies | other.studies, self.patients | other.patients)
+        return Touched(self.studies | other.studies, self.patients | other.patients, self.values | other.values)
 
 
 class Published:
@@ -62,7 +67,7 @@ class Published:
             before, self._touched = self._touched, None
             try:
                 yield
-                before = Touched(touched.studies, touched.patients)
+                before = Touched(touched.studies, touched.patients, touched.values)
             finally:
                 self._touched = before
 
@@ -96,7 +101,17 @@ def touched(db: duckdb.DuckDBPyConnection, schema: str = SCHEMA) -> Touched:
     """What the overlay in a schema replaces."""
     studies = db.execute(f"SELECT StudyInstanceUID FROM {schema}.touched").fetchall()
     patients = db.execute(f"SELECT patient_key FROM {schema}.touched_patients").fetchall()
-    return Touched(frozenset(row[0] for row in studies), frozenset(row[0] for row in patients))
+    values = _values(db, f"{schema}.studies") | {row[0] for row in studies}
+    return Touched(frozenset(row[0] for row in studies), frozenset(row[0] for row in patients), values)
+
+
+def _values(
+    db: duckdb.DuckDBPyConnection, source: str, condition: str = "true", bound: Sequence[Any] = ()
+) -> frozenset[str]:
+    """What `Touched.values` holds of some studies."""
+    listed = ", ".join(VALUES)
+    rows = db.execute(f"SELECT {listed} FROM {source} WHERE {condition}", list(bound)).fetchall()
+    return frozenset(value for row in rows for value in row if value is not None)
 
 
 def replace(
@@ -131,7 +146,7 @@ def replace(
             _insert(db, name, "incoming_rows", selected)
             db.unregister("incoming_rows")
     _roll_up_patients(db, sorted(keys), selected)
-    return now
+    return now | Touched(values=_values(db, f"{SCHEMA}.studies", condition, values) | frozenset(affected))
 
 
 def _adopt(db: duckdb.DuckDBPyConnection, keys: Sequence[str]) -> Touched:
@@ -140,14 +155,15 @@ def _adopt(db: duckdb.DuckDBPyConnection, keys: Sequence[str]) -> Touched:
         return Touched()
     of_keys, values = among("patient_key", keys)
     found = db.execute(f"SELECT StudyInstanceUID FROM base.studies WHERE {of_keys}", values).fetchall()
-    uids = sorted(row[0] for row in found)
+    uids, taken = sorted(row[0] for row in found), frozenset[str]()
     if uids:
         of_uids, bound = among("StudyInstanceUID", uids)
         for name in ("studies", "series"):
             db.execute(f"INSERT INTO {SCHEMA}.{name} SELECT * FROM base.{name} WHERE {of_uids}", bound)
         db.execute(f"INSERT INTO {SCHEMA}.touched SELECT unnest(?::VARCHAR[])", [uids])
+        taken = _values(db, f"{SCHEMA}.studies", of_uids, bound)
     db.execute(f"INSERT INTO {SCHEMA}.touched_patients SELECT unnest(?::VARCHAR[])", [list(keys)])
-    return Touched(frozenset(uids), frozenset(keys))
+    return Touched(frozenset(uids), frozenset(keys), taken)
 
 
 def _roll_up_patients(db: duckdb.DuckDBPyConnection, keys: Sequence[str], selected: Selected) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from heapq import merge
@@ -16,6 +16,7 @@ import orjson
 from sphere.catalog.answer import Match, constants_of
 from sphere.catalog.asof import AsOf
 from sphere.catalog.cancel import Cancelled, never
+from sphere.catalog.direct import Lookup, look_up, studies_of
 from sphere.catalog.headers import attributes_of, read_headers
 from sphere.catalog.index import IndexCache, is_damage
 from sphere.catalog.known import KnownVersion
@@ -24,6 +25,7 @@ from sphere.catalog.match import Exact
 from sphere.catalog.match_header import Header, holds
 from sphere.catalog.plan import INSTANCES, Plan, make_plan, studies_sql
 from sphere.catalog.query import Query
+from sphere.catalog.rows import Rows, RowStore
 from sphere.conf.errors import CatalogError
 from sphere.conf.settings import Settings
 
@@ -169,9 +171,16 @@ class QueryService:
         constants = constants_of(query, ae_title)
         if constants is None:
             return
-        plan = make_plan(query, index.instance_columns)
-        for _, columns, header in _rows(plan, index, cancelled):
-            yield Match(query.level, plan.keys, {**constants, **columns}, header, ae_title, query.timezone)
+        lookup = look_up(query, index.rows, index.instance_columns) if index.rows else None
+        if lookup is not None:
+            keys, found = lookup.keys, _looked_up(lookup, query, index, cancelled)
+        else:
+            plan = make_plan(query, index.instance_columns)
+            keys, found = plan.keys, _rows(plan, index, cancelled)
+        for _, columns, header, more in found:
+            if constants:
+                columns |= constants
+            yield Match(query.level, keys, columns, header, ae_title, query.timezone, more)
 
     def _count(self, query: Query, index: Index) -> Iterator[int]:
         plan = make_plan(query, index.instance_columns)
@@ -214,6 +223,10 @@ def _scope(plan: Plan, layer: Layer, cursor: duckdb.DuckDBPyConnection, names: S
 
 def _files(query: Query, layer: Layer, cursor: duckdb.DuckDBPyConnection) -> tuple[list[str], list[str] | None]:
     """The files to look into, and the studies of the layer to look for where they are few."""
+    store = layer.index.rows if layer.name == "base" else None
+    rows = studies_of(query, store) if store else None
+    if store and rows is not None and len(rows) <= STUDIES_LISTED:
+        return _stored_files(store, rows, layer)
     asked = studies_sql(query, STUDIES_LISTED + 1)
     if asked:
         found = [row[0] for row in cursor.execute(*asked).fetchall()]
@@ -225,8 +238,31 @@ def _files(query: Query, layer: Layer, cursor: duckdb.DuckDBPyConnection) -> tup
     return (layer.files_of_instances(uids.texts) if isinstance(uids, Exact) else layer.instance_files(None)), None
 
 
-Found = tuple[Row, Mapping[int, Any], Header]
-"""Of an entity that matches: what identifies it, the values of its columns by tag, and its header."""
+def _stored_files(store: RowStore, rows: Rows, layer: Layer) -> tuple[list[str], list[str]]:
+    """The same for studies of the base, by their rows."""
+    uids, dropped = store.tables["studies"].values("StudyInstanceUID", rows), layer.dropped("STUDY")
+    left = [at for at, uid in enumerate(uids) if uid not in dropped]
+    return layer.index.files.named(store.files_of(rows[left])), [uids[at] for at in left]
+
+
+Found = tuple[Row, dict[int, Any], Header, bool]
+"""Of an entity that matches: what identifies it, the values of its columns by tag, its header, and whether the next one
+or the end is at hand."""
+
+
+def _looked_up(lookup: Lookup, query: Query, index: Index, cancelled: Cancelled) -> Iterator[Found]:
+    """What a lookup in the base gives, and what the overlay has in place of it or beside."""
+
+    def put(layer: Layer) -> Iterator[Found]:
+        if layer.name == "base":
+            rows = lookup.rows(layer.dropped(query.level), cancelled)
+            return ((key, columns, {}, more) for key, columns, more in rows)
+        if not lookup.concerns(layer.touched):
+            return iter(())
+        return _begun(_matches(make_plan(query, index.instance_columns), layer, cancelled))
+
+    found = index.ask(put)
+    return found[0] if len(found) == 1 else merge(*found, key=itemgetter(0))
 
 
 def _rows(plan: Plan, index: Index, cancelled: Cancelled = never) -> Iterator[Found]:
@@ -251,16 +287,15 @@ def _matches(plan: Plan, layer: Layer, cancelled: Cancelled) -> Iterator[Found |
         yield None
         dropped, width = layer.dropped(plan.query.level), len(plan.order)
         while not cancelled() and (rows := cursor.fetchmany(PAGE)):
+            full = len(rows) == PAGE
             if dropped:
                 rows = [row for row in rows if row[0] not in dropped]
-            for row, header in zip(rows, _headers(plan, layer, rows), strict=True):
+            last = 0 if plan.rest else len(rows) - full  # up to which the next one, or the end, is at hand
+            for number, (row, header) in enumerate(zip(rows, _headers(plan, layer, rows), strict=True), 1):
                 if holds(plan.rest, header):
                     values = row[len(row) - len(plan.selected) :]
-                    yield (
-                        row[:width],
-                        {key.tag: value for key, value in zip(plan.selected, values, strict=True)},
-                        header,
-                    )
+                    columns = {key.tag: value for key, value in zip(plan.selected, values, strict=True)}
+                    yield row[:width], columns, header, number <= last
 
 
 def _count(plan: Plan, layer: Layer) -> int:

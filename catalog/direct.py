@@ -1,0 +1,225 @@
+"""Queries that need no database: few rows of a base, found by a key of theirs, and matched one by one.
+
+PatientID, AccessionNumber and StudyInstanceUID as single values or lists, the begin of a patient's name, and short
+ranges of study dates give candidates (see sphere.catalog.rows); each is asked every key, by the same tests as headers
+are. Whatever else a query asks for, or where there are many candidates, it is DuckDB's (see sphere.catalog.plan).
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sphere.catalog.cancel import Cancelled
+from sphere.catalog.match import DateRange, Empty, Exact, PersonName, Test
+from sphere.catalog.match_header import moment_holds
+from sphere.catalog.overlay import Touched
+from sphere.catalog.plan import Columns, Plan, make_plan
+from sphere.catalog.predicate import AnyItem, Compare, Moment
+from sphere.catalog.query import Key, Model, Query
+from sphere.catalog.rows import KEYS, Rows, RowStore
+from sphere.catalog.schema import Level
+
+MOST = 4000
+"""Candidates up to which they are looked at one by one; DuckDB is faster for more."""
+PAGE = 256
+_TABLES: Mapping[str, str] = {"p": "patients", "t": "studies", "s": "series"}
+_AT: Mapping[Level, tuple[str, ...]] = {
+    "PATIENT": ("patients",),
+    "STUDY": ("studies",),
+    "SERIES": ("studies", "series"),
+}
+"""Tables of which a row of a level has one row each here."""
+_OF_LEVEL: Mapping[Level, str] = {"PATIENT": "patients", "STUDY": "studies", "SERIES": "series", "IMAGE": "series"}
+_ORDER: Mapping[Level, tuple[str, ...]] = {
+    "PATIENT": ("patient_key",),
+    "STUDY": ("StudyInstanceUID",),
+    "SERIES": ("StudyInstanceUID", "SeriesInstanceUID"),
+}
+
+Direct = tuple[tuple[Any, ...], dict[int, Any], bool]
+"""Of an entity that matches: what identifies it, the values of its columns by tag, and whether the next one, or the
+end, is at hand."""
+_Condition = tuple[tuple[str, ...], Compare | Moment]
+"""The columns that a node looks at, as "table.column"."""
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """A query put to the rows of a base."""
+
+    store: RowStore
+    level: Level
+    keys: tuple[Key, ...]
+    selected: tuple[tuple[int, str], ...]
+    conditions: tuple[_Condition, ...]
+    candidates: Rows
+    values: tuple[str, ...] | None
+
+    def concerns(self, touched: Touched) -> bool:
+        """Whether the overlay may hold what is asked for, which it does only with one of the values."""
+        return self.values is None or not touched.values.isdisjoint(self.values)
+
+    def rows(self, dropped: frozenset[str], cancelled: Cancelled) -> Iterator[Direct]:
+        """What matches and is not dropped, in the order of answers."""
+        order = _ORDER[self.level]
+        table = _OF_LEVEL[self.level]
+        for start in range(0, len(self.candidates), PAGE):
+            if cancelled():
+                return
+            rows = self._matching(self.candidates[start : start + PAGE])
+            read = _Reader(self.store, table, rows)
+            keys = list(zip(*(read.values(_at_home(f"{table}.{name}")) for name in order), strict=True))
+            columns = [read.values(name) for _, name in self.selected]
+            tags = [tag for tag, _ in self.selected]
+            last = len(rows) - 1
+            for number, (key, *values) in enumerate(zip(keys, *columns, strict=True)):
+                if key[0] not in dropped:
+                    yield key, dict(zip(tags, values, strict=True)), number < last
+
+    def _matching(self, rows: Rows) -> Rows:
+        for names, node in self.conditions:
+            if not len(rows):
+                break
+            read = _Reader(self.store, _OF_LEVEL[self.level], rows)
+            values = zip(*(read.values(name) for name in names), strict=True)
+            holding = [at for at, found in enumerate(values) if _holds(node, found)]
+            rows = rows if len(holding) == len(rows) else rows[holding]
+        return rows
+
+
+class _Reader:
+    """Values of some rows of a table, and of the studies that they belong to."""
+
+    def __init__(self, store: RowStore, table: str, rows: Rows) -> None:
+        self._store, self._table, self._rows = store, table, rows
+
+    def values(self, name: str) -> list[Any]:
+        table, _, column = name.partition(".")
+        rows = self._rows if table == self._table else self._store.study_of(self._rows)
+        return self._store.tables[table].values(column, rows)
+
+
+def _holds(node: Compare | Moment, found: Sequence[Any]) -> bool:
+    """Whether a node holds for the values of its columns."""
+    if isinstance(node, Moment):
+        return None not in found and moment_holds(node, found[0], found[1])
+    value = found[0]
+    if isinstance(node.test, Empty):
+        return value is None or (isinstance(value, list) and not any(one is not None and one != "" for one in value))
+    if isinstance(value, list):
+        return any(one is not None and node.test.matches(one) for one in value)
+    return value is not None and node.test.matches(value)
+
+
+def look_up(query: Query, store: RowStore, instance_columns: frozenset[str]) -> Lookup | None:
+    """How a query is answered from the rows of a base; None where it is DuckDB's."""
+    if query.level == "IMAGE" or query.timezone is not None or (query.level == "SERIES" and not store.has_series):
+        return None
+    asked = tuple((key.tag, key.keyword, key.vr, key.creator) for key in query.keys)
+    if any(key.items for key in query.keys):
+        return None
+    shape = _shape(query.level, query.model, asked, instance_columns)
+    if shape is None:
+        return None
+    conditions = _conditions(query, store)
+    if conditions is None or not all(_is_kept(store, query.level, name) for _, name in shape[1]):
+        return None
+    found = _candidates(query.level, conditions, store)
+    if found is None:
+        return None
+    candidates, values = found
+    return Lookup(store, query.level, shape[0], shape[1], tuple(conditions), candidates, values)
+
+
+def studies_of(query: Query, store: RowStore) -> Rows | None:
+    """The studies that may hold what a query asks for, where a key of theirs tells; None where it does not."""
+    conditions = _conditions(query, store, partly=True)
+    found = _candidates("STUDY", conditions or [], store)
+    return found[0] if found else None
+
+
+@functools.lru_cache(256)
+def _shape(
+    level: Level, model: Model, asked: tuple[tuple[int, str, str, str], ...], instance_columns: frozenset[str]
+) -> tuple[tuple[Key, ...], tuple[tuple[int, str], ...]] | None:
+    """What every answer to the keys `asked` holds, and the columns that give it; None where headers have to."""
+    keys = tuple(Key(tag, keyword, vr, creator=creator) for tag, keyword, vr, creator in asked)
+    plan: Plan = make_plan(Query(level, model, keys), instance_columns)
+    if plan.needs_header:
+        return None
+    columns = Columns(level, instance_columns)
+    named = [(key.tag, f"{_TABLES.get(columns.alias(key.keyword) or '', '')}.{key.keyword}") for key in plan.selected]
+    return plan.keys, tuple((tag, _at_home(name)) for tag, name in named)
+
+
+def _at_home(name: str) -> str:
+    """Where a column is kept: that of the key is not in `series`."""
+    return "studies.StudyInstanceUID" if name.endswith(".StudyInstanceUID") else name
+
+
+def _is_kept(store: RowStore, level: Level, name: str) -> bool:
+    table, _, column = name.partition(".")
+    return table in _AT[level] and column in store.tables[table].names
+
+
+def _conditions(query: Query, store: RowStore, *, partly: bool = False) -> list[_Condition] | None:
+    """What the query asks, with the columns that answer it; None where one is not kept, unless `partly` will do."""
+    level: Level = "SERIES" if query.level == "IMAGE" else query.level
+    columns = Columns(level, frozenset(), query.timezone)
+    conditions: list[_Condition] = []
+    for node in query.predicate():
+        if isinstance(node, AnyItem):
+            keywords: tuple[str, ...] = ("",)
+        else:
+            keywords = (node.keyword,) if isinstance(node, Compare) else (node.date_keyword, node.time_keyword)
+        names = tuple(_at_home(f"{_TABLES.get(columns.alias(word) or '', '')}.{word}") for word in keywords)
+        if not isinstance(node, AnyItem) and all(_is_kept(store, level, name) for name in names):
+            conditions.append((names, node))
+        elif not partly:
+            return None
+    return conditions
+
+
+def _candidates(
+    level: Level, conditions: Sequence[_Condition], store: RowStore
+) -> tuple[Rows, tuple[str, ...] | None] | None:
+    """Rows among which all matches are, and the values one of which every match has, where that is known."""
+    tests = {names[0]: node.test for names, node in conditions if isinstance(node, Compare)}
+    found = _by_key(level, tests, store) or _by_range(level, tests, store)
+    if found is None:
+        return None
+    rows, values = found
+    if level == "SERIES":
+        rows = store.series_of(rows)
+    return (rows, values) if len(rows) <= MOST else None
+
+
+def _by_key(level: Level, tests: Mapping[str, Test], store: RowStore) -> tuple[Rows, tuple[str, ...]] | None:
+    for table, column in sorted(KEYS, key=lambda key: key[1] != "StudyInstanceUID"):
+        test = tests.get(f"{table}.{column}")
+        if (table == "patients") == (level == "PATIENT") and isinstance(test, Exact):
+            return store.by_key(table, column, test.texts), test.texts
+    return None
+
+
+def _by_range(level: Level, tests: Mapping[str, Test], store: RowStore) -> tuple[Rows, None] | None:
+    if level == "PATIENT":
+        return None
+    rows: Rows | None = None
+    name, days = tests.get("studies.PatientName"), tests.get("studies.StudyDate")
+    if isinstance(name, PersonName) and len(name.groups) == 1 and (begin := _begin(name.groups[0])):
+        rows = store.by_name(begin, MOST)
+    if rows is None and isinstance(days, DateRange):
+        rows = store.by_days(days.low, days.high, MOST)
+    return None if rows is None else (rows, None)
+
+
+def _begin(group: str) -> str:
+    """How every name begins that matches a group of a key (`DOE^*` finds `DOE` as well)."""
+    while group.endswith("^*"):
+        group = group[:-2]
+    return re.split(r"[*?]", group, maxsplit=1)[0]

@@ -1,0 +1,136 @@
+"""Lookups beside DuckDB: the answers that DuckDB gives to the same queries, and what is DuckDB's stays so."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sphere.catalog import direct
+from sphere.catalog import rows as rows_module
+from sphere.catalog.direct import look_up
+from sphere.catalog.query import Query
+from sphere.catalog.rows import RowStore
+from sphere.catalog.schema import Level
+from sphere.catalog.service import QueryService
+from sphere.conf.settings import Settings
+from tests.bench import hospital
+
+pytestmark = pytest.mark.unit
+
+STUDY = ("PatientName", "PatientID", "StudyDate", "ModalitiesInStudy", "StudyInstanceUID", "NumberOfStudyRelatedSeries")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Settings, hospital.Hospital]:
+    return hospital.kept(tmp_path_factory.mktemp("direct"), 120)
+
+
+@pytest.fixture(scope="module")
+def service(made: tuple[Settings, hospital.Hospital]) -> Iterator[QueryService]:
+    with QueryService(made[0]) as opened:
+        yield opened
+
+
+def asked(made: hospital.Hospital) -> list[tuple[Level, dict[str, Any], bool]]:
+    """Queries, and whether they take no database."""
+    value = {keyword: made.study_values[keyword][7].as_py() for keyword in ("PatientID", "AccessionNumber")}
+    uids = [made.study_uid[number].as_py() for number in (3, 50)]
+    family = str(made.study_values["PatientName"][7].as_py()).partition("^")[0]
+    return [
+        ("STUDY", {"PatientID": value["PatientID"]}, True),
+        ("STUDY", {"PatientID": "nobody"}, True),
+        ("STUDY", {"AccessionNumber": value["AccessionNumber"], "PatientSex": "M"}, True),
+        ("STUDY", {"StudyInstanceUID": uids}, True),
+        ("STUDY", {"StudyInstanceUID": uids, "ModalitiesInStudy": ["CT", "DX"]}, True),
+        ("STUDY", {"PatientName": f"{family.upper()}^*"}, True),
+        ("STUDY", {"PatientName": family[:1] + "*", "StudyDate": "20100101-"}, True),
+        ("STUDY", {"PatientName": "*a*"}, False),
+        ("STUDY", {"StudyDate": "20150101-20191231", "ModalitiesInStudy": "MR"}, True),
+        ("STUDY", {"StudyDate": "20300101-20000101"}, True),
+        ("STUDY", {"StudyDate": "-20101231", "StudyTime": "08-12"}, True),
+        ("STUDY", {"StudyTime": "08-12"}, False),
+        ("STUDY", {"PatientID": value["PatientID"], "NumberOfPatientRelatedStudies": ""}, False),
+        ("SERIES", {"StudyInstanceUID": uids}, True),
+        ("SERIES", {"StudyInstanceUID": uids[0], "Modality": "MR", "PatientName": ""}, True),
+        ("SERIES", {"StudyInstanceUID": uids[0], "Manufacturer": ""}, False),
+        ("PATIENT", {"PatientID": value["PatientID"]}, True),
+        ("PATIENT", {"PatientID": value["PatientID"], "NumberOfPatientRelatedStudies": ""}, True),
+    ]
+
+
+def found(service: QueryService, query: Query) -> list[dict[int, Any]]:
+    return [dict(match.columns) for match in service.find(query)]
+
+
+def test_the_answers_of_the_database(
+    made: tuple[Settings, hospital.Hospital], service: QueryService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = service._indexes.current()
+    assert index.rows is not None
+    answered = 0
+    for level, match, without in asked(made[1]):
+        query = Query.build(level, match, return_keys=STUDY if level == "STUDY" else ("PatientName",))
+        assert (look_up(query, index.rows, index.instance_columns) is not None) == without, match
+        mine = found(service, query)
+        with monkeypatch.context() as patch:
+            patch.setattr("sphere.catalog.service.look_up", lambda *_: None)
+            assert found(service, query) == mine, match
+        answered += len(mine)
+    assert answered > 100
+
+
+def test_many_candidates_are_left_to_the_database(
+    made: tuple[Settings, hospital.Hospital], service: QueryService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(direct, "MOST", 5)
+    index = service._indexes.current()
+    assert index.rows is not None
+    assert look_up(Query.build("STUDY", {"StudyDate": "20000101-"}), index.rows, index.instance_columns) is None
+
+
+def test_columns_in_several_batches(
+    made: tuple[Settings, hospital.Hospital], service: QueryService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with more than a million rows."""
+    index = service._indexes.current()
+    assert index.rows is not None
+    begin = str(made[1].study_values["PatientName"][7].as_py())[:1].lower()
+    expected = index.rows.by_name(begin, 1000)
+    monkeypatch.setattr(rows_module, "SHIFT", 4)
+    with index.connection.cursor() as cursor:
+        cursor.execute("USE base")
+        rows_module.build(cursor, tmp_path / "few.rows")
+    few = RowStore(tmp_path / "few.duckdb")
+    every = np.arange(len(few.tables["studies"]))
+    for name in ("StudyInstanceUID", "StudyDate", "ModalitiesInStudy"):
+        assert few.tables["studies"].values(name, every) == index.rows.tables["studies"].values(name, every)
+        assert few.tables["studies"].values(name, every[20:25]) == few.tables["studies"].values(name, every)[20:25]
+    named = few.by_name(begin, 1000)
+    assert named is not None and expected is not None and named.tolist() == expected.tolist() != []
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut"])
+def test_without_rows_the_database_answers(
+    made: tuple[Settings, hospital.Hospital], damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings, some = made
+    [folder] = (settings.archive.state_dir / "index").glob("*.rows")
+    aside = folder.with_name("aside")
+    shutil.copytree(folder, aside)
+    try:
+        if damage == "gone":
+            shutil.rmtree(folder)
+        else:
+            (folder / "studies.arrow").write_bytes((folder / "studies.arrow").read_bytes()[:-8])
+        with QueryService(settings) as opened:
+            query = Query.build("STUDY", {"StudyInstanceUID": some.study_uid[3].as_py()})
+            assert len(found(opened, query)) == 1
+        assert "has no rows beside it" in caplog.text
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        aside.rename(folder)
