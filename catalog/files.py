@@ -7,6 +7,7 @@ order of unique keys. Slow, with the answers of the tables. See docs/decisions/0
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from itertools import groupby
@@ -18,6 +19,7 @@ from sphere.catalog.asof import AsOf
 from sphere.catalog.cancel import Cancelled, never
 from sphere.catalog.entity import Question, take_apart
 from sphere.catalog.fold import Fold
+from sphere.catalog.grant import Grant
 from sphere.catalog.match import Exact
 from sphere.catalog.match_header import holds
 from sphere.catalog.members import UIDS, Members
@@ -56,6 +58,12 @@ class FileQueries:
         """End the processes that read headers."""
         self._scanner.close()
         self._members.close()
+
+    def restricted(self, grant: Grant) -> FileQueries:
+        """The same as if nothing but what is granted had been stored; raises CatalogError for a grant of patients."""
+        part = copy.copy(self)
+        part._members = self._members.restricted(grant)
+        return part
 
     def versions_of(self, study: str, *, seen: str, load: bool) -> None:
         """There is no index: what journals do not say is not known."""

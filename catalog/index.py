@@ -31,6 +31,7 @@ from sphere.catalog import overlay, rows
 from sphere.catalog.arrivals import HeadersOfMembers
 from sphere.catalog.asof import AsOf, is_settled, snapshots_as_of
 from sphere.catalog.conflicts import Conflicts
+from sphere.catalog.grant import Grant
 from sphere.catalog.index_build import RebuildNeeded, Snapshots, build_base, build_refresh, selected
 from sphere.catalog.index_files import FileMap
 from sphere.catalog.layers import Index
@@ -79,13 +80,19 @@ def is_damage(error: duckdb.Error) -> bool:
 
 
 class IndexCache:
-    """Gives the index of the newest catalog version, building it when nobody of this host has. Thread-safe."""
+    """Gives the index of the newest catalog version, building it when nobody of this host has. Thread-safe.
 
-    def __init__(self, settings: Settings) -> None:
+    With a `grant`, it is that of the granted instances alone, in a folder of its own.
+    """
+
+    def __init__(self, settings: Settings, grant: Grant | None = None) -> None:
         self._settings = settings
         self._tables = CatalogTables(settings)
         self._storage = open_readable(settings)
         self._folder = settings.archive.state_dir / "index"
+        self._grant = grant
+        if grant is not None:
+            self._folder /= f"of-{grant.digest}"
         self._lock = threading.Lock()
         self._index: Index | None = None
         self._looked = 0.0
@@ -266,14 +273,16 @@ class IndexCache:
         building.unlink(missing_ok=True)
         db = self._tables.connect(building, memory_limit=BUILD_MEMORY, threads=THREADS)
         try:
+            if self._grant is not None:
+                self._grant.attach(db)
             if base is None:
-                build_base(db, snapshots)
+                build_base(db, snapshots, grant=self._grant)
                 rows.build(db, rows.folder_of(building))
             else:
                 _attach(db, base, "base")
                 if since:
                     _attach(db, since, "since")
-                build_refresh(db, snapshots, since="since" if since else None, base=base.name)
+                build_refresh(db, snapshots, since="since" if since else None, base=base.name, grant=self._grant)
         except (duckdb.Error, pa.ArrowException, OSError) as error:
             raise CatalogError(f"no index can be built from {self._tables.root}: {error}") from None
         finally:
@@ -309,6 +318,8 @@ class IndexCache:
         for name, part in zip(("base", "newer"), paths, strict=False):
             _attach(db, part, name)
         db.execute("SELECT count(*) FROM base.study_files").fetchall()
+        if self._grant is not None:
+            self._grant.attach(db)
         overlay.create(db, "base")
         newer = f"newer.{overlay.SCHEMA}"
         published = overlay.Published(overlay.copy(db, newer) if len(paths) > 1 else overlay.Touched())
@@ -317,7 +328,7 @@ class IndexCache:
         versions = {name: snapshot.version if snapshot else -1 for name, snapshot in snapshots.items()}
         columns = instances.columns if instances else frozenset(TABLES["instances"].schema.names)
         recent = None if past else self._recent(db, columns, files, published)
-        return Index(paths, versions, db, columns, files, published, recent, _rows_of(paths[0]))
+        return Index(paths, versions, db, columns, files, published, recent, _rows_of(paths[0]), self._grant)
 
     def _recent(
         self, db: duckdb.DuckDBPyConnection, columns: frozenset[str], files: FileMap, published: overlay.Published
@@ -333,6 +344,7 @@ class IndexCache:
             Conflicts(self._tables, db, Landed(self._storage, state_dir)).versions,
             columns,
             files,
+            self._grant,
         )
         return Recent(db, sources, selected, published)
 

@@ -8,13 +8,14 @@ sphere.catalog.overlay). It costs what changed, not what there is.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import duckdb
 import orjson
 
 from sphere.catalog import overlay
+from sphere.catalog.grant import Grant
 from sphere.catalog.index_files import FileMap
 from sphere.catalog.match import TRAILING_ONLY_VRS, normal_name_sql
 from sphere.catalog.rollup import roll_up_sql, source_columns
@@ -46,20 +47,27 @@ class RebuildNeeded(Exception):
     """A refresh does not pay, or cannot be told from what the index before says."""
 
 
-def build_base(db: duckdb.DuckDBPyConnection, snapshots: Snapshots) -> None:
-    """Fill an empty database from the tables. Raises duckdb.Error."""
-    for name in INDEXED:
-        _copy_table(db, name, snapshots[name])
-    _create_map(db)
+def build_base(db: duckdb.DuckDBPyConnection, snapshots: Snapshots, *, grant: Grant | None = None) -> None:
+    """Fill an empty database from the tables; with a `grant`, which `db` has attached, roll up what is granted.
+
+    Raises duckdb.Error.
+    """
     instances = snapshots["instances"]
+    for name in INDEXED if grant is None else ("bundles",):
+        _copy_table(db, name, snapshots[name])
+    if grant is not None:
+        _roll_up_granted(db, instances, grant)
+    _create_map(db)
     _add_files(db, list(enumerate(instances.files if instances else ())))
     for name, columns in KEYS.items():
         for number, column in enumerate(columns):
             db.execute(f'CREATE INDEX {name}_{number} ON {name} ("{column}")')
-    _note(db, snapshots, settled=_is_settled(snapshots))
+    _note(db, snapshots, settled=grant is not None or _is_settled(snapshots))
 
 
-def build_refresh(db: duckdb.DuckDBPyConnection, snapshots: Snapshots, *, since: str | None, base: str) -> None:
+def build_refresh(
+    db: duckdb.DuckDBPyConnection, snapshots: Snapshots, *, since: str | None, base: str, grant: Grant | None = None
+) -> None:
     """Fill an empty database with what makes the attached `base` one of `snapshots`, going on from the refresh that is
     attached as `since`, if any. `base` is written down as its file's name. Raises RebuildNeeded and duckdb.Error."""
     sources = ("base", since) if since else ("base",)
@@ -84,12 +92,14 @@ def build_refresh(db: duckdb.DuckDBPyConnection, snapshots: Snapshots, *, since:
     _add_files(db, added)
     affected = _studies_since(db, added) | _studies_in(db, sources, gone)
     _remove_files(db, gone)
+    if grant is not None:
+        affected &= _granted_studies(db, [name for _, name in added], grant)
     (studies,) = db.execute("SELECT count(*) FROM base.studies").fetchall()[0]
     if len(affected | touched.studies) > max(LEAST, SHARE * studies):
         raise RebuildNeeded(f"{len(affected)} of {studies} studies changed")
     if affected:
         files = FileMap.read(db, ("base", "main"))
-        _replace(db, files, touched, sorted(affected), instances)
+        _replace(db, files, touched, sorted(affected), instances, grant)
     _copy_table(db, "bundles", snapshots["bundles"])
     _note(db, snapshots, settled=True, base=base)
 
@@ -100,8 +110,9 @@ def _replace(
     touched: overlay.Touched,
     affected: list[str],
     instances: Snapshot | None,
+    grant: Grant | None,
 ) -> None:
-    """Roll the studies up from the files that hold them now, as extraction does."""
+    """Roll the studies up from the files that hold them now, as extraction does, or what is granted of them."""
     columns = source_columns("series") | source_columns("studies")
     condition, values = overlay.among("StudyInstanceUID", affected)
     holding = files.of_studies(db, affected)
@@ -112,11 +123,54 @@ def _replace(
         source, bound = "no_rows", []
     have = instances.columns if instances and holding else frozenset(TABLES["instances"].schema.names)
     listed = ", ".join(f'"{name}"' if name in have else f'NULL AS "{name}"' for name in columns)
+    if grant is not None:
+        condition += f" AND {granted(grant, have)}"
     db.execute("SET TimeZone = 'UTC'")
     db.execute(f"CREATE TEMP TABLE changed_rows AS SELECT {listed} FROM {source} WHERE {condition}", [*bound, *values])
     series = db.sql(roll_up_sql("series", "changed_rows")).to_arrow_table()
     studies = db.sql(roll_up_sql("studies", "changed_rows")).to_arrow_table()
     overlay.replace(db, touched, affected, series=series, studies=studies, selected=selected)
+
+
+def granted(grant: Grant, columns: Container[str], alias: str = "") -> str:
+    """The condition that a row of the files of `instances`, which have `columns`, is granted."""
+    return grant.condition(lambda name: f'{alias}"{name}"' if name in columns else "NULL")
+
+
+def _granted_studies(db: duckdb.DuckDBPyConnection, added: Sequence[str], grant: Grant) -> set[str]:
+    """The studies of which something was granted, or is in the files `added`."""
+    known = "SELECT StudyInstanceUID FROM base.studies UNION SELECT StudyInstanceUID FROM {}.studies"
+    studies = {row[0] for row in db.execute(known.format(overlay.SCHEMA)).fetchall()}
+    if added:
+        source = "read_parquet(?, union_by_name = true)"
+        names = [row[0] for row in db.execute(f"DESCRIBE SELECT * FROM {source}", [list(added)]).fetchall()]
+        sql = f"SELECT DISTINCT StudyInstanceUID FROM {source} WHERE {granted(grant, names)}"
+        studies |= {row[0] for row in db.execute(sql, [list(added)]).fetchall()}
+    return studies
+
+
+def _roll_up_granted(db: duckdb.DuckDBPyConnection, instances: Snapshot | None, grant: Grant) -> None:
+    """Make the roll-ups of the granted instances, as extraction makes those of all."""
+    columns = source_columns("series") | source_columns("studies")
+    db.register("no_rows", TABLES["instances"].schema.empty_table())
+    listed = ", ".join(f'"{name}"' for name in columns)
+    db.execute("SET TimeZone = 'UTC'")
+    db.execute(f"CREATE TEMP TABLE granted_rows AS SELECT {listed} FROM no_rows")
+    db.unregister("no_rows")
+    files = instances.files if instances else ()
+    have = instances.columns if instances else frozenset[str]()
+    held = ", ".join(f'"{name}"' for name in columns if name in have)
+    for start in range(0, len(files), FILES_AT_ONCE):
+        some = list(files[start : start + FILES_AT_ONCE])
+        source = f"read_parquet(?, union_by_name = true) WHERE {granted(grant, have)}"
+        db.execute(f"INSERT INTO granted_rows BY NAME SELECT {held} FROM {source}", [some])
+    for name, source in (("series", "granted_rows"), ("studies", "granted_rows"), ("patients", "studies_rolled")):
+        db.execute(f"CREATE TEMP TABLE {name}_rolled AS {roll_up_sql(name, source)}")
+        kept = ", ".join(selected(column) for column in TABLES[name].schema.names)
+        order = ", ".join(f'"{key}"' for key in TABLES[name].key)
+        db.execute(f"CREATE TABLE {name} AS SELECT {kept} FROM {name}_rolled ORDER BY {order}")
+    for name in ("granted_rows", "series_rolled", "studies_rolled", "patients_rolled"):
+        db.execute(f"DROP TABLE {name}")
 
 
 def _copy_table(db: duckdb.DuckDBPyConnection, name: str, snapshot: Snapshot | None) -> None:

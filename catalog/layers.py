@@ -11,7 +11,8 @@ from typing import Any, Literal, TypeVar
 import duckdb
 
 from sphere.catalog import overlay
-from sphere.catalog.index_build import INDEXED
+from sphere.catalog.grant import Grant
+from sphere.catalog.index_build import INDEXED, granted
 from sphere.catalog.index_files import FileMap
 from sphere.catalog.overlay import Touched
 from sphere.catalog.recent import Recent, column_of
@@ -26,7 +27,7 @@ NOTHING = Touched()
 class Index:
     """One version of the catalog, open for reading. Closed by the garbage collector when the last cursor is gone.
 
-    `paths` are the base and, if there is one, the refresh beside it.
+    `paths` are the base and, if there is one, the refresh beside it. With a `grant`, nothing else is in it.
     """
 
     paths: tuple[Path, ...]
@@ -37,6 +38,7 @@ class Index:
     published: overlay.Published
     recent: Recent | None = None
     rows: RowStore | None = None
+    grant: Grant | None = None
     idle: Mapping[str, list[duckdb.DuckDBPyConnection]] = field(default_factory=lambda: {"base": [], "overlay": []})
 
     @property
@@ -108,9 +110,11 @@ class Layer:
     def instances(self, files: Sequence[str], names: Sequence[str]) -> tuple[str, list[Any]] | None:
         """SQL of a relation with the columns `names` of the instances in `files` and of the recent ones, and its
         values; None where there are neither."""
-        read = "read_parquet(?, union_by_name = true)"
+        read, allowed = "read_parquet(?, union_by_name = true)", ""
+        if self.index.grant is not None:
+            allowed = f" WHERE {granted(self.index.grant, self.index.instance_columns, 'b.')}"
         if self.name == "base" or self.index.recent is None or not self.index.recent.members:
-            return (read, [list(files)]) if files else None
+            return (f"(SELECT * FROM {read} b{allowed})" if allowed else read, [list(files)]) if files else None
         recent = ", ".join(f'{column_of(name)} AS "{name}"' for name in names)
         arrived = f"SELECT {recent} FROM memory.recent.arrivals WHERE shown"
         if not files:
@@ -118,7 +122,7 @@ class Layer:
         known = self.index.instance_columns
         catalogued = ", ".join(f'b."{name}"' if name in known else f'NULL AS "{name}"' for name in names)
         hidden = "ANTI JOIN memory.recent.hidden h ON h.SOPInstanceUID = b.SOPInstanceUID"
-        return f"(SELECT {catalogued} FROM {read} b {hidden} UNION ALL {arrived})", [list(files)]
+        return f"(SELECT {catalogued} FROM {read} b {hidden}{allowed} UNION ALL {arrived})", [list(files)]
 
     def instance_files(self, study_instance_uids: Sequence[str] | None) -> list[str]:
         """The files of `instances` that hold any of the studies; None: all of the layer."""

@@ -7,6 +7,7 @@ host's disk.
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -16,9 +17,11 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 
+from sphere.catalog.grant import Grant
 from sphere.catalog.scan import open_reader
 from sphere.catalog.tail import JournalTail
 from sphere.catalog.versions import in_line, shown
+from sphere.conf.errors import CatalogError
 from sphere.conf.settings import Settings
 from sphere.ingest.records import MemberRecord
 from sphere.ingest.spool import open_readable
@@ -36,7 +39,12 @@ _TEXTS = (
 )  # fmt: skip
 _NUMBERS = ("offset", "length", "dataset_offset")
 _SCHEMA = pa.schema(
-    [*((name, pa.string()) for name in _TEXTS), *((name, pa.int64()) for name in _NUMBERS), ("received_us", pa.int64())]
+    [
+        *((name, pa.string()) for name in _TEXTS),
+        *((name, pa.int64()) for name in _NUMBERS),
+        ("received_us", pa.int64()),
+        ("collections", pa.list_(pa.string())),
+    ]
 )
 _COLUMNS = ", ".join(f'"{name}"' for name in _SCHEMA.names)
 UIDS = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID")
@@ -55,6 +63,22 @@ class Members:
         self._reader = open_reader(settings)
         self._policy = settings.ingest.on_conflict
         self._lock = threading.Lock()
+        self._restricted: dict[Grant, Members] = {}
+        self._wanted = "shown"
+
+    def restricted(self, grant: Grant) -> Members:
+        """Those that are granted; raises CatalogError where journals do not say so."""
+        if grant.patients:
+            raise CatalogError(
+                'catalog.mode = "files" cannot show the studies of some patients alone: journals lack them'
+            )
+        with self._lock:
+            if grant not in self._restricted:
+                grant.attach(self._db)
+                part = copy.copy(self)
+                part._wanted = f"shown AND {grant.condition(_quoted)}"
+                self._restricted[grant] = part
+            return self._restricted[grant]
 
     def close(self) -> None:
         """Let go of the table."""
@@ -74,7 +98,7 @@ class Members:
         """How many members there are to look at (of some studies)."""
         where, values = _among({"StudyInstanceUID": study} if study is not None else {})
         with self._cursor() as cursor:
-            [(count,)] = cursor.execute(f"SELECT count(*) FROM members WHERE shown{where}", values).fetchall()
+            [(count,)] = cursor.execute(f"SELECT count(*) FROM members WHERE {self._wanted}{where}", values).fetchall()
         return int(count)
 
     def studies_of(self, wanted: dict[str, Sequence[str]]) -> list[str] | None:
@@ -84,7 +108,7 @@ class Members:
         where, values = _among(wanted)
         with self._cursor() as cursor:
             rows = cursor.execute(
-                f"SELECT DISTINCT StudyInstanceUID FROM members WHERE shown{where}", values
+                f"SELECT DISTINCT StudyInstanceUID FROM members WHERE {self._wanted}{where}", values
             ).fetchall()
         return [row[0] for row in rows]
 
@@ -100,7 +124,7 @@ class Members:
 
     def _records(self, rest: str, values: list[Any]) -> Iterator[MemberRecord]:
         with self._cursor() as cursor:
-            cursor.execute(f"SELECT {_COLUMNS} FROM members WHERE shown{rest}", values)
+            cursor.execute(f"SELECT {_COLUMNS} FROM members WHERE {self._wanted}{rest}", values)
             while rows := cursor.fetchmany(PAGE):
                 yield from map(_record, rows)
 
@@ -165,12 +189,18 @@ def _among(wanted: dict[str, Sequence[str]], *, before: str = " AND") -> tuple[s
     return (f"{before} {' AND '.join(conditions)}" if conditions else ""), [list(uids) for uids in wanted.values()]
 
 
+def _quoted(name: str) -> str:
+    return f'"{name}"'
+
+
 def _row(record: MemberRecord) -> dict[str, Any]:
     row = {name: getattr(record, name) for name in (*_TEXTS, *_NUMBERS)}
-    return {**row, "received_us": (record.received_at - _EPOCH) // timedelta(microseconds=1)}
+    received_us = (record.received_at - _EPOCH) // timedelta(microseconds=1)
+    return {**row, "received_us": received_us, "collections": list(record.collections)}
 
 
 def _record(row: Sequence[Any]) -> MemberRecord:
     fields = dict(zip(_SCHEMA.names, row, strict=True))
     received_at = _EPOCH + timedelta(microseconds=fields.pop("received_us"))
-    return MemberRecord(**fields, received_at=received_at)
+    collections = tuple(fields.pop("collections"))
+    return MemberRecord(**fields, received_at=received_at, collections=collections)

@@ -13,6 +13,7 @@ from sphere.conf.settings import Settings
 if TYPE_CHECKING:
     from sphere.catalog.answer import Match
     from sphere.catalog.asof import AsOf
+    from sphere.catalog.grant import Grant
     from sphere.catalog.known import KnownVersion
     from sphere.catalog.query import Query
     from sphere.catalog.service import StoredInstance
@@ -29,6 +30,9 @@ class Queries(Protocol):
 
     def close(self) -> None:
         """Let go of what was opened."""
+
+    def restricted(self, grant: Grant) -> Queries:
+        """The same as if the archive held what is granted alone: counts, roll-ups and all. Closed with this one."""
 
     def find(
         self, query: Query, *, as_of: AsOf | None = None, ae_title: str = "", cancelled: Cancelled = never
@@ -95,6 +99,10 @@ class LateQueries:
         with self._lock:
             if self._opened is not None:
                 self._opened.close()
+
+    def restricted(self, grant: Grant) -> Queries:
+        """As of Queries."""
+        return self._queries().restricted(grant)
 
     def find(
         self, query: Query, *, as_of: AsOf | None = None, ae_title: str = "", cancelled: Cancelled = never

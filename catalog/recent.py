@@ -21,6 +21,8 @@ import pyarrow as pa
 from sphere.catalog import overlay
 from sphere.catalog.arrivals import RECENT, HeadersOfMembers, values_of
 from sphere.catalog.fold import FoldedStudy
+from sphere.catalog.grant import Grant
+from sphere.catalog.index_build import granted
 from sphere.catalog.index_files import FileMap
 from sphere.catalog.rollup import duckdb_type, source_columns
 from sphere.catalog.schema import BY_KEYWORD, TABLES
@@ -76,6 +78,7 @@ class Sources:
     conflicting: FindVersions
     columns: frozenset[str]  # of the catalogued files of instances
     files: FileMap
+    grant: Grant | None = None
 
 
 def column_of(name: str) -> str:
@@ -106,6 +109,7 @@ class Recent:
         self._sources = sources
         self._selected = selected
         self._published = published
+        self._allowed = sources.grant.condition(column_of) if sources.grant else "true"
         self._lock = threading.Lock()
         self._studies: dict[str, FoldedStudy] = {}
         self._unread: list[MemberRecord] = []
@@ -185,7 +189,7 @@ class Recent:
     def _insert(self, rows: Sequence[dict[str, Any]]) -> None:
         if rows:
             self._db.register("incoming", pa.Table.from_pylist(list(rows), schema=RECENT))
-            self._db.execute("INSERT INTO recent.arrivals SELECT *, true FROM incoming")
+            self._db.execute(f"INSERT INTO recent.arrivals SELECT *, {self._allowed} FROM incoming")
             self._db.unregister("incoming")
 
     def _versions(self, uids: list[str]) -> list[_Known]:
@@ -218,7 +222,8 @@ class Recent:
         arrived = [winners[one.uid] for one in known if not one.base or one.uid in hidden]
         uids = list(winners)
         self._db.execute(
-            "UPDATE recent.arrivals SET shown = (bundle || '/' || \"offset\") IN (SELECT unnest(?::VARCHAR[])) "
+            f"UPDATE recent.arrivals SET shown = {self._allowed} "
+            "AND (bundle || '/' || \"offset\") IN (SELECT unnest(?::VARCHAR[])) "
             "WHERE SOPInstanceUID IN (SELECT unnest(?))",
             [[f"{bundle}/{offset}" for bundle, offset in arrived], uids],
         )
@@ -235,8 +240,11 @@ class Recent:
         anew.discard("")
         studies = {uid: self._studies[uid] for uid in touched - anew} | {uid: FoldedStudy(uid) for uid in anew}
         for row in rows:
-            if row["StudyInstanceUID"] not in anew:
-                studies[row["StudyInstanceUID"]].add(values_of(row))
+            values = values_of(row)
+            if row["StudyInstanceUID"] not in anew and (
+                self._sources.grant is None or self._sources.grant.holds(values)
+            ):
+                studies[row["StudyInstanceUID"]].add(values)
         for row in [*self._catalogued(sorted(anew)), *self._arrived(sorted(anew))]:
             studies[row["StudyInstanceUID"]].add(row)
         return studies
@@ -251,6 +259,8 @@ class Recent:
             f"SELECT {columns} FROM read_parquet(?, union_by_name = true) ANTI JOIN recent.hidden "
             "USING (SOPInstanceUID) WHERE StudyInstanceUID IN (SELECT unnest(?))"
         )
+        if self._sources.grant is not None:
+            sql += f" AND {granted(self._sources.grant, self._sources.columns)}"
         return list(self._db.sql(sql, params=[files, studies]).to_arrow_table().to_pylist())
 
     def _arrived(self, studies: list[str]) -> list[dict[str, Any]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ from sphere.catalog.answer import Match, constants_of
 from sphere.catalog.asof import AsOf
 from sphere.catalog.cancel import Cancelled, never
 from sphere.catalog.direct import Lookup, look_up, studies_of
+from sphere.catalog.grant import Grant
 from sphere.catalog.headers import attributes_of, read_headers
 from sphere.catalog.index import IndexCache, is_damage
 from sphere.catalog.known import KnownVersion
@@ -35,6 +38,9 @@ PAGE = 256
 """Answers fetched at once: what a slow reader costs."""
 STUDIES_LISTED = 1000
 """Studies up to which a question about instances names them, and opens only their files."""
+
+GRANTS = 8
+"""Restricted services that are kept open: each has an index and recent arrivals of its own."""
 
 Row = tuple[Any, ...]
 T = TypeVar("T")
@@ -68,9 +74,12 @@ class QueryService:
     Every answer of one `find` comes from one version of the catalog. An archive that has no catalog yet has no matches.
     """
 
-    def __init__(self, settings: Settings) -> None:
-        self._indexes = IndexCache(settings)
+    def __init__(self, settings: Settings, grant: Grant | None = None) -> None:
+        self._settings = settings
+        self._indexes = IndexCache(settings, grant)
         self._ae_title = settings.archive.ae_title
+        self._restricted: OrderedDict[Grant, QueryService] = OrderedDict()
+        self._lock = threading.Lock()
 
     def __enter__(self) -> QueryService:
         return self
@@ -82,7 +91,20 @@ class QueryService:
 
     def close(self) -> None:
         """Let go of the index; iterators that are still open may be read to their end."""
+        with self._lock:
+            for one in self._restricted.values():
+                one.close()
+            self._restricted.clear()
         self._indexes.close()
+
+    def restricted(self, grant: Grant) -> QueryService:
+        """The service as if the archive held what is granted alone; those asked last are kept open."""
+        with self._lock:
+            found = self._restricted.pop(grant, None) or QueryService(self._settings, grant)
+            self._restricted[grant] = found
+            while len(self._restricted) > GRANTS:
+                self._restricted.popitem(last=False)  # not closed: somebody may ask it just now
+        return found
 
     def versions_of(self, study: str, *, seen: str, load: bool) -> tuple[str, list[KnownVersion]] | None:
         """What the catalog shows of a study (see sphere.catalog.queries.Queries)."""

@@ -138,7 +138,13 @@ class Web(Section):
     oidc_audience: str = Field("", description="Audience (aud) that they must be for.")
     oidc_jwks: str = Field("", description="File or https:// URL of the provider's key set; empty: none is trusted.")
     oidc_roles_claim: str = Field(
-        "roles", description="Claim that lists roles (reader, writer, admin); full stops lead into objects."
+        "roles", description="Claim that lists roles (researcher, reader, writer, admin); full stops lead into objects."
+    )
+    oidc_collections_claim: str = Field(
+        "collections", description="Claim that lists the collections that a researcher may see; empty: none does."
+    )
+    oidc_cohorts_claim: str = Field(
+        "cohorts", description="Claim that lists the cohorts that a researcher may see; empty: none does."
     )
     idle_s: Annotated[float, Field(ge=1)] = Field(
         30.0, description="Seconds to wait for the head of a request, for more of its body, or for a client that reads."

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import re
 from datetime import datetime, timedelta, timezone
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import click
 
 from sphere.conf.settings import load
 
 if TYPE_CHECKING:
-    from sphere.scp.web.tokens import Tokens
+    from sphere.catalog.cohorts import Cohorts
+    from sphere.scp.web.tokens import Role, Tokens
 
 UNITS = {"h": "hours", "d": "days", "w": "weeks"}
 
@@ -23,26 +24,40 @@ def token() -> None:
     \b
     Examples:
       sphere token create --role reader --name notebook --expires 30d
+      sphere token create --role researcher --collection TRIAL-7 --name anna
       sphere token list
       sphere token revoke 1a2b3c4d
     """
 
 
 @token.command()
-@click.option("--role", type=click.Choice(["reader", "writer", "admin"]), required=True, help="What it may.")
+@click.option(
+    "--role", type=click.Choice(["researcher", "reader", "writer", "admin"]), required=True, help="What it may."
+)
 @click.option("--name", required=True, help="Whose it is; shown in the list and in audit records.")
 @click.option("--expires", metavar="SPAN", default="90d", show_default=True, help="12h, 30d, 4w, or never.")
+@click.option("--collection", "collections", multiple=True, help="That a researcher may see; may be given again.")
+@click.option("--cohort", "cohorts", multiple=True, help="That a researcher may see (`sphere cohort list`).")
 @click.pass_context
-def create(ctx: click.Context, role: str, name: str, expires: str) -> None:
+def create(
+    ctx: click.Context, role: str, name: str, expires: str, collections: tuple[str, ...], cohorts: tuple[str, ...]
+) -> None:
     """Make a token and print it; it cannot be shown again.
+
+    A researcher sees the instances of the collections and cohorts named here, and answers are as if there were no
+    others; a reader sees all.
 
     \b
     Examples:
       sphere token create --role reader --name notebook
       sphere token create --role writer --name gateway --expires never
+      sphere token create --role researcher --collection TRIAL-7 --name anna --expires 30d
     """
+    for cohort in cohorts:
+        _cohorts(ctx).get(cohort)
     until = None if expires == "never" else datetime.now(timezone.utc) + _span(expires)
-    click.echo(_tokens(ctx).create(name, role, until))  # type: ignore[arg-type]  # the choice has seen to it
+    kind = cast("Role", role)  # the choice has seen to it
+    click.echo(_tokens(ctx).create(name, kind, until, collections=collections, cohorts=cohorts))
 
 
 @token.command("list")
@@ -57,7 +72,8 @@ def list_(ctx: click.Context) -> None:
     now = datetime.now(timezone.utc)
     for one in _tokens(ctx).all():
         until = f"expired {one.expires}" if one.expired(now) else f"until {one.expires}" if one.expires else "for ever"
-        click.echo(f"{one.id}  {one.role:6}  {one.name}  made {one.created}, {until}")
+        sees = "".join(f", sees {name}" for name in (*one.collections, *one.cohorts))
+        click.echo(f"{one.id}  {one.role:6}  {one.name}  made {one.created}, {until}{sees}")
 
 
 @token.command()
@@ -80,6 +96,14 @@ def _tokens(ctx: click.Context) -> Tokens:
 
     settings = load(ctx.obj)
     return Tokens(open_storage(settings.storage.root, user=settings.storage.user))
+
+
+def _cohorts(ctx: click.Context) -> Cohorts:
+    from sphere.catalog.cohorts import Cohorts
+    from sphere.ingest.storage import open_storage
+
+    settings = load(ctx.obj)
+    return Cohorts(open_storage(settings.storage.root, user=settings.storage.user))
 
 
 def _span(text: str) -> timedelta:

@@ -10,25 +10,28 @@ from anyio import to_thread
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from sphere.catalog.cohorts import Cohorts
+from sphere.catalog.grant import Grant
 from sphere.conf.errors import SphereError
 from sphere.conf.settings import Web
-from sphere.scp.web.oidc import Oidc
+from sphere.scp.web.oidc import Known, Oidc
 from sphere.scp.web.problem import problem
-from sphere.scp.web.tokens import PREFIX, ROLES, Role, Tokens
+from sphere.scp.web.tokens import PREFIX, ROLES, Role, Token, Tokens
 
 OPEN: Final = frozenset(("/healthz", "/readyz", "/openapi.json"))  # nothing in them is of patients
-NEEDED: Final[dict[str, Role]] = {"GET": "reader", "HEAD": "reader", "OPTIONS": "reader", "POST": "writer"}
-"""The least role for a method; any other needs an admin."""
+NEEDED: Final[dict[str, Role]] = {**dict.fromkeys(("GET", "HEAD", "OPTIONS"), "researcher"), "POST": "writer"}
+"""The least role for a method; any other needs an admin. What a researcher may get, operations say (`in_part`)."""
 LOCAL_NAMES: Final = frozenset(("localhost", "127.0.0.1", "::1"))
 MAX_TOKEN: Final = 16 << 10  # characters
 
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """Who asks; `role` None: known, and without a role here."""
+    """Who asks; `role` None: known, and without a role here. A researcher sees `grant`, others everything."""
 
     who: str
     role: Role | None
+    grant: Grant | None = None
 
     def may(self, method: str) -> bool:
         """Whether the role suffices."""
@@ -36,11 +39,12 @@ class Principal:
 
 
 class Access:
-    """ASGI middleware: 401 for who is not known, 403 for who may not; the others go on with `state["who"]`."""
+    """ASGI middleware: 401 for who is not known, 403 for who may not; the others go on with `state["who"]`, and with
+    what they may see in `state["grant"]`."""
 
-    def __init__(self, app: ASGIApp, settings: Web, tokens: Tokens, oidc: Oidc | None) -> None:
+    def __init__(self, app: ASGIApp, settings: Web, tokens: Tokens, cohorts: Cohorts, oidc: Oidc | None) -> None:
         self._app, self._settings = app, settings
-        self._tokens, self._oidc = tokens, oidc
+        self._tokens, self._cohorts, self._oidc = tokens, cohorts, oidc
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] in OPEN:
@@ -55,7 +59,7 @@ class Access:
             text = "a token of this archive, or of its provider, is needed"
             await problem(401, text, close=True)(scope, receive, send)
             return
-        scope.setdefault("state", {}).update(who=found.who, role=found.role or "")
+        scope.setdefault("state", {}).update(who=found.who, role=found.role or "", grant=found.grant)
         if not found.may(scope["method"]):
             text = f"{scope['method']} needs the role {NEEDED.get(scope['method'], 'admin')}"
             await problem(403, text, close=True)(scope, receive, send)
@@ -76,9 +80,14 @@ class Access:
         """Whose token it is; raises StorageError."""
         if secret.startswith(PREFIX):
             token = self._tokens.check(secret)
-            return Principal(f"token:{token.id}:{token.name}", token.role) if token else None
-        checked = self._oidc.check(secret) if self._oidc else None
-        return Principal(f"oidc:{checked[0]}", checked[1]) if checked else None
+            return self._principal_of(f"token:{token.id}:{token.name}", token) if token else None
+        known = self._oidc.check(secret) if self._oidc else None
+        return self._principal_of(f"oidc:{known.subject}", known) if known else None
+
+    def _principal_of(self, who: str, shown: Token | Known) -> Principal:
+        if shown.role != "researcher":
+            return Principal(who, shown.role)
+        return Principal(who, shown.role, self._cohorts.grant(shown.collections, shown.cohorts))
 
     def _is_local(self, scope: Scope, host: str) -> bool:
         """Whether somebody of this host asks, under a name of this host.

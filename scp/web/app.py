@@ -13,6 +13,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from sphere.catalog.cohorts import Cohorts
+from sphere.catalog.queries import Queries
 from sphere.conf.errors import SphereError
 from sphere.conf.settings import Settings
 from sphere.scp.upper.dataset import Budget
@@ -45,10 +47,11 @@ log = logging.getLogger(__name__)
 class Services:
     """What the routes ask."""
 
-    finder: search.Finder
+    finder: Queries
     archive: Archive
     store: Store
     tokens: Tokens
+    cohorts: Cohorts
     journal: AuditJournal
 
 
@@ -78,7 +81,7 @@ def make_app(settings: Settings, services: Services) -> Starlette:
             Middleware(health.Measured, metrics=metrics),
             Middleware(Audited, journal=services.journal),
             Middleware(Answered),
-            Middleware(Access, settings=settings.web, tokens=services.tokens, oidc=oidc),
+            Middleware(Access, settings=settings.web, tokens=services.tokens, cohorts=services.cohorts, oidc=oidc),
         ],
         exception_handlers={SphereError: _of_sphere, HTTPException: _of_http},
     )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Iterable, Iterator, MutableMapping, Sequence
+from dataclasses import dataclass, field, replace
+from weakref import WeakKeyDictionary
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -17,7 +18,7 @@ from sphere.scp.retrieve.read_ahead import Range, ReadAhead
 from sphere.scp.retrieve.transcode import NotConverted
 from sphere.scp.retrieve.transcoder import MAX_SOURCE
 from sphere.scp.web.known import KnownSeries
-from sphere.scp.web.operations import uids
+from sphere.scp.web.operations import grant_of, uids
 from sphere.scp.web.problem import WebError
 
 PIECE = 1 << 20  # bytes handed on at once
@@ -31,10 +32,19 @@ class Archive:
     storage: Readable
     converter: Converter
     known: KnownSeries
+    parts: MutableMapping[Queries, KnownSeries] = field(default_factory=WeakKeyDictionary)
+
+    def of(self, request: Request) -> Archive:
+        """The archive as the caller may see it: what is not granted is not there. Every handler asks this one."""
+        catalog = as_seen(self.catalog, request)
+        if catalog is self.catalog:
+            return self
+        return replace(self, catalog=catalog, known=self.parts.setdefault(catalog, KnownSeries(catalog)))
 
     def instances(self, request: Request) -> list[StoredInstance]:
-        """Those of the study, series or instance in the path, each once; raises WebError (404) where there is none."""
-        return self.located(**uids(request))
+        """Those of the study, series or instance in the path that the caller may see, each once; raises WebError (404)
+        where there is none."""
+        return self.of(request).located(**uids(request))
 
     def located(self, study: str, series: str = "", instance: str = "") -> list[StoredInstance]:
         """Those of a study, or of them those of a series or with a SOPInstanceUID; raises WebError (404)."""
@@ -71,6 +81,12 @@ class Archive:
         one = range_of(instance)
         data = self.storage.read(one.bundle, one.offset, one.length) if pieces is None else b"".join(pieces)
         return self.converter.convert(data, syntax_of(instance), target)
+
+
+def as_seen(catalog: Queries, request: Request) -> Queries:
+    """The catalog as the caller may see it."""
+    grant = grant_of(request)
+    return catalog if grant is None else catalog.restricted(grant)
 
 
 def _cut(whole: memoryview) -> Iterator[memoryview]:

@@ -37,7 +37,8 @@ def offered(archive: Archive) -> list[Operation]:
         return answer(archive, request)
 
     types = (f'multipart/related; type="{OCTETS}"', OCTETS)
-    return [Operation("GET", INSTANCE + "/bulkdata", bulkdata, "A value of an instance", "WADO-RS", types, _PARAMETERS)]
+    what, path = "A value of an instance", INSTANCE + "/bulkdata"
+    return [Operation("GET", path, bulkdata, what, "WADO-RS", types, _PARAMETERS, in_part=True)]
 
 
 def answer(archive: Archive, request: Request) -> Response:

@@ -26,9 +26,9 @@ def offered(operations: Iterable[Operation]) -> list[Operation]:
 
     what = "What the service can do (WADL or OpenAPI)"
     return [
-        Operation("OPTIONS", PREFIX, capabilities, what, "service", (WADL, JSON)),
-        Operation("OPTIONS", f"{PREFIX}/", capabilities, what, "service", (WADL, JSON)),
-        Operation("GET", f"{PREFIX}/capabilities", capabilities, what, "service", (WADL, JSON)),
+        Operation("OPTIONS", PREFIX, capabilities, what, "service", (WADL, JSON), in_part=True),
+        Operation("OPTIONS", f"{PREFIX}/", capabilities, what, "service", (WADL, JSON), in_part=True),
+        Operation("GET", f"{PREFIX}/capabilities", capabilities, what, "service", (WADL, JSON), in_part=True),
     ]
 
 

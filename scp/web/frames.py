@@ -30,7 +30,8 @@ def offered(archive: Archive, reader: PixelReader) -> list[Operation]:
         return answer(archive, reader, request)
 
     types = (f'multipart/related; type="{OCTETS}"', 'multipart/related; type="image/jpeg"', OCTETS)
-    return [Operation("GET", INSTANCE + "/frames/{frames}", frames, "Frames, separated by commas", "WADO-RS", types)]
+    what, path = "Frames, separated by commas", INSTANCE + "/frames/{frames}"
+    return [Operation("GET", path, frames, what, "WADO-RS", types, in_part=True)]
 
 
 def answer(archive: Archive, reader: PixelReader, request: Request) -> Response:

@@ -29,7 +29,15 @@ def offered(archive: Archive) -> list[Operation]:
     paths = {"study": "/studies/{study}", "series": "/studies/{study}/series/{series}"}
     paths["instance"] = paths["series"] + "/instances/{instance}"
     return [
-        Operation("GET", f"{PREFIX}{path}/metadata", metadata, f"The headers of a {name}", "WADO-RS", (JSON, XML))
+        Operation(
+            "GET",
+            f"{PREFIX}{path}/metadata",
+            metadata,
+            f"The headers of a {name}",
+            "WADO-RS",
+            (JSON, XML),
+            in_part=True,
+        )
         for name, path in paths.items()
     ]
 
@@ -37,6 +45,7 @@ def offered(archive: Archive) -> list[Operation]:
 def answer(archive: Archive, request: Request) -> Response:
     """One object for each instance, bulk data as references to this service."""
     media_type = choose(accepted(request), (JSON, XML, "application/json"))
+    archive = archive.of(request)
     instances = archive.instances(request)
     request.state.found = len(instances)
     base = service_root(request)

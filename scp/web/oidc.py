@@ -7,7 +7,8 @@ import logging
 import threading
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,6 +27,25 @@ FRESH_S: Final = 600.0  # seconds that a key set is used
 AGAIN_S: Final = 30.0  # seconds between looks for a key that is not in it: keys were rotated, or somebody guesses
 
 
+@dataclass(frozen=True, slots=True)
+class Known:
+    """Whose token it is: its subject, the highest of its roles, if any, and what a researcher is granted, by name."""
+
+    subject: str
+    role: Role | None
+    collections: tuple[str, ...] = ()
+    cohorts: tuple[str, ...] = ()
+
+
+def _listed(claims: Mapping[str, Any], path: str) -> tuple[str, ...]:
+    """The texts of a claim: a list, or one; full stops lead into objects."""
+    found: Any = claims
+    for name in path.split(".") if path else ():
+        found = found.get(name) if isinstance(found, dict) else None
+    listed = [found] if isinstance(found, str) else found if isinstance(found, list) else []
+    return tuple(one for one in listed if isinstance(one, str))
+
+
 class Oidc:
     """One provider. Safe to share between threads."""
 
@@ -35,8 +55,8 @@ class Oidc:
         self._keys: dict[str, Any] = {}
         self._read_at = float("-inf")
 
-    def check(self, token: str) -> tuple[str, Role | None] | None:
-        """(subject, highest role) of a valid token; None where it is not. A valid one may have no role."""
+    def check(self, token: str) -> Known | None:
+        """Whose a valid token is; None where it is not."""
         try:
             key = self._key(str(jwt.get_unverified_header(token).get("kid", "")))
             claims: dict[str, Any] = jwt.decode(
@@ -51,14 +71,10 @@ class Oidc:
         except (jwt.PyJWTError, LookupError, ValueError, OSError) as error:
             log.warning("bearer token refused: %s", type(error).__name__)
             return None
-        return str(claims["sub"]), self._role(claims)
-
-    def _role(self, claims: dict[str, Any]) -> Role | None:
-        found: Any = claims
-        for name in self._settings.oidc_roles_claim.split("."):
-            found = found.get(name) if isinstance(found, dict) else None
-        named = [found] if isinstance(found, str) else found if isinstance(found, list) else []
-        return next((role for role in reversed(ROLES) if role in named), None)
+        named = _listed(claims, self._settings.oidc_roles_claim)
+        role = next((role for role in reversed(ROLES) if role in named), None)
+        collections = _listed(claims, self._settings.oidc_collections_claim)
+        return Known(str(claims["sub"]), role, collections, _listed(claims, self._settings.oidc_cohorts_claim))
 
     def _key(self, kid: str) -> Any:
         """The key of this id; raises LookupError. The set is read again where it is old, or has no such key."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import re
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from sphere.catalog.grant import Grant
 from sphere.scp.web.problem import MEDIA_TYPE, WebError
 
 Endpoint = Callable[[Request], Response] | Callable[[Request], Awaitable[Response]]
@@ -24,7 +27,11 @@ UID_SCHEMA = {"type": "string", "pattern": "^[0-9.]{1,64}$"}
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One method of one path; names in braces are its path parameters. `produces`: media types of its responses."""
+    """One method of one path; names in braces are its path parameters. `produces`: media types of its responses.
+
+    `in_part`: its answer holds only what the caller may see (see `sphere.scp.web.archive.Archive.of`). Any other
+    operation is refused to callers who may see a part of the archive only.
+    """
 
     method: str
     path: str
@@ -35,12 +42,36 @@ class Operation:
     parameters: Sequence[Parameter] = field(default_factory=tuple)
     consumes: Sequence[str] = ()
     status: int = 200
+    in_part: bool = False
 
 
 def routes(operations: Iterable[Operation]) -> list[Route]:
     """Routes of the operations; those without `{` before those with."""
     ordered = sorted(operations, key=lambda one: "{" in one.path)
-    return [Route(one.path, one.endpoint, methods=[one.method]) for one in ordered]
+    endpoints = [one.endpoint if one.in_part else _whole(one.endpoint) for one in ordered]
+    return [Route(one.path, end, methods=[one.method]) for one, end in zip(ordered, endpoints, strict=True)]
+
+
+def grant_of(request: Request) -> Grant | None:
+    """What the caller may see; None for everything."""
+    grant: Grant | None = getattr(request.state, "grant", None)
+    return grant
+
+
+def _whole(endpoint: Endpoint) -> Endpoint:
+    """An endpoint for callers who may see everything."""
+
+    @functools.wraps(endpoint)
+    def guarded(request: Request) -> Any:
+        if grant_of(request) is not None:
+            raise WebError("this is not offered to the role researcher", http=403)
+        return endpoint(request)
+
+    @functools.wraps(endpoint)
+    async def awaited(request: Request) -> Any:
+        return await guarded(request)
+
+    return awaited if inspect.iscoroutinefunction(endpoint) else guarded
 
 
 def uids(request: Request) -> dict[str, str]:
@@ -75,7 +106,7 @@ def openapi(operations: Iterable[Operation]) -> Operation:
     def answer(request: Request) -> Response:
         return JSONResponse(document)
 
-    itself = Operation("GET", "/openapi.json", answer, "This document", "service")
+    itself = Operation("GET", "/openapi.json", answer, "This document", "service", in_part=True)
     document |= described((*operations, itself))
     return itself
 

@@ -44,7 +44,7 @@ def offered(archive: Archive, reader: PixelReader) -> list[Operation]:
         def endpoint(request: Request) -> Response:
             return handler(archive, reader, request)
 
-        return Operation("GET", path, endpoint, what, "WADO-RS", (JPEG, PNG, GIF), _PARAMETERS)
+        return Operation("GET", path, endpoint, what, "WADO-RS", (JPEG, PNG, GIF), _PARAMETERS, in_part=True)
 
     return [
         operation(INSTANCE + "/rendered", _instance, "An instance as an image; of many frames as a moving one"),

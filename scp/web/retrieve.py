@@ -39,7 +39,7 @@ def offered(archive: Archive) -> list[Operation]:
     paths["instance"] = paths["series"] + "/instances/{instance}"
     types = (f'multipart/related; type="{DICOM}"', DICOM)
     return [
-        Operation("GET", PREFIX + path, retrieve, f"Retrieve a {name}", "WADO-RS", types)
+        Operation("GET", PREFIX + path, retrieve, f"Retrieve a {name}", "WADO-RS", types, in_part=True)
         for name, path in paths.items()
     ]
 

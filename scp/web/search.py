@@ -13,11 +13,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from sphere.catalog.asof import AsOf
+from sphere.catalog.queries import Queries
 from sphere.catalog.query import Query
 from sphere.catalog.schema import Level
 from sphere.catalog.service import Match
 from sphere.conf.errors import CatalogError
 from sphere.scp.web.accept import accepted, choose
+from sphere.scp.web.archive import as_seen
 from sphere.scp.web.dicom_json import Element, as_object
 from sphere.scp.web.multipart import Parts
 from sphere.scp.web.native_xml import native_model
@@ -49,15 +51,15 @@ class Finder(Protocol):
         """How many match."""
 
 
-def offered(finder: Finder) -> list[Operation]:
+def offered(finder: Queries) -> list[Operation]:
     """The six resources of PS3.18 Table 10.6.1-1."""
 
     def resource(level: Level, path: str, summary: str) -> Operation:
         def search(request: Request) -> Response:
             scope = {NAMES[name]: uid for name, uid in uids(request).items()}
-            return answer(finder, request, level, scope)
+            return answer(as_seen(finder, request), request, level, scope)
 
-        return Operation("GET", PREFIX + path, search, summary, "QIDO-RS", (JSON, XML), _PARAMETERS)
+        return Operation("GET", PREFIX + path, search, summary, "QIDO-RS", (JSON, XML), _PARAMETERS, in_part=True)
 
     return [
         resource("STUDY", "/studies", "Search for studies"),

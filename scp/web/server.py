@@ -11,6 +11,7 @@ from contextlib import closing, contextmanager
 
 import uvicorn
 
+from sphere.catalog.cohorts import Cohorts
 from sphere.catalog.known import KnownInstances
 from sphere.catalog.queries import open_queries
 from sphere.conf.errors import SettingsError
@@ -91,7 +92,7 @@ def services_of(settings: Settings) -> Iterator[Services]:
         archive = Archive(finder, open_readable(settings), transcoder, KnownSeries(finder))
         known, on_conflict = KnownInstances(settings, finder), settings.ingest.on_conflict
         store = StoreService(writer, Policy(settings), known, on_conflict=on_conflict)
-        yield Services(finder, archive, store, Tokens(storage), journal)
+        yield Services(finder, archive, store, Tokens(storage), Cohorts(storage), journal)
 
 
 def make_server(settings: Settings, services: Services, ready: Callable[[], None]) -> uvicorn.Server:

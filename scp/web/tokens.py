@@ -8,7 +8,7 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from typing import Any, Final, Literal
@@ -20,9 +20,9 @@ from sphere.ingest.storage.base import Storage
 
 log = logging.getLogger(__name__)
 
-Role = Literal["reader", "writer", "admin"]
-ROLES: Final[tuple[Role, ...]] = ("reader", "writer", "admin")
-"""Each may what those before it may: read; store; everything."""
+Role = Literal["researcher", "reader", "writer", "admin"]
+ROLES: Final[tuple[Role, ...]] = ("researcher", "reader", "writer", "admin")
+"""Each may what those before it may: read what is granted; read; store; everything."""
 PATH: Final = "access/tokens.json"
 PREFIX: Final = "sphere_"  # so that scanners for leaked secrets can know one
 FRESH_S: Final = 2.0  # seconds that what was read is used
@@ -30,7 +30,8 @@ FRESH_S: Final = 2.0  # seconds that what was read is used
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """What is kept of a token. Times are ISO 8601, UTC; `expires` "" for never."""
+    """What is kept of a token. Times are ISO 8601, UTC; `expires` "" for never. `collections` and `cohorts` are what a
+    researcher is granted, by name."""
 
     id: str
     name: str
@@ -38,6 +39,8 @@ class Token:
     sha256: str
     created: str
     expires: str
+    collections: tuple[str, ...] = ()
+    cohorts: tuple[str, ...] = ()
 
     def expired(self, now: datetime) -> bool:
         """Whether it no longer opens anything."""
@@ -53,13 +56,25 @@ class Tokens:
         self._known: dict[str, Token] = {}
         self._read_at = -FRESH_S
 
-    def create(self, name: str, role: Role, expires: datetime | None) -> str:
-        """A new token; only its hash is kept. Raises StorageError."""
+    def create(
+        self,
+        name: str,
+        role: Role,
+        expires: datetime | None,
+        *,
+        collections: Sequence[str] = (),
+        cohorts: Sequence[str] = (),
+    ) -> str:
+        """A new token; only its hash is kept. Raises SettingsError where role and what is granted do not go together,
+        and StorageError."""
+        if (role == "researcher") != bool(collections or cohorts):
+            raise SettingsError("a researcher needs a collection or a cohort to see, and no other role has any")
         secret = PREFIX + secrets.token_urlsafe(32)
         digest = _hashed(secret)
         now = self._clock().isoformat(timespec="seconds")
         until = expires.astimezone(timezone.utc).isoformat(timespec="seconds") if expires else ""
-        self._write([*self.all(), Token(digest[:8], name, role, digest, now, until)])
+        made = Token(digest[:8], name, role, digest, now, until, tuple(collections), tuple(cohorts))
+        self._write([*self.all(), made])
         return secret
 
     def revoke(self, id: str) -> Token:
@@ -77,7 +92,8 @@ class Tokens:
             found: list[dict[str, Any]] = orjson.loads(self._storage.read(PATH))
         except StorageMissing:
             return []
-        return [Token(**one) for one in found]
+        granted = ("collections", "cohorts")
+        return [Token(**{**one, **{name: tuple(one.get(name, ())) for name in granted}}) for one in found]
 
     def check(self, secret: str) -> Token | None:
         """The token that a client shows, if it is one and has not expired; raises StorageError."""

@@ -35,13 +35,14 @@ def offered(archive: Archive, reader: PixelReader) -> list[Operation]:
         return answer(archive, reader, request)
 
     types = (DICOM, *_IMAGES)
-    return [Operation("GET", "/wado", wado, "Retrieve an instance (WADO-URI)", "WADO-URI", types, _PARAMETERS)]
+    what = "Retrieve an instance (WADO-URI)"
+    return [Operation("GET", "/wado", wado, what, "WADO-URI", types, _PARAMETERS, in_part=True)]
 
 
 def answer(archive: Archive, reader: PixelReader, request: Request) -> Response:
     """The instance as `contentType` says, by default as an image where it is one (PS3.18 9.1.2.2)."""
     given = _given(request)
-    instances = archive.located(given["studyUID"], given["seriesUID"], given["objectUID"])
+    instances = archive.of(request).located(given["studyUID"], given["seriesUID"], given["objectUID"])
     request.state.found = 1
     instance = instances[0]
     ranges = parse(given["contentType"]) if given.get("contentType") else accepted(request)

@@ -23,7 +23,7 @@ from sphere.conf.settings import Settings, from_dict
 from sphere.ingest.storage import open_storage
 from sphere.scp.web.app import make_app
 from sphere.scp.web.audit import FOLDER, AuditJournal
-from sphere.scp.web.oidc import Oidc
+from sphere.scp.web.oidc import Known, Oidc
 from sphere.scp.web.server import services_of
 from sphere.scp.web.tokens import PATH, Role, Tokens
 from tests.support.certificates import Authority
@@ -167,18 +167,18 @@ def test_keys_are_rotated(settings: Settings, tmp_path: Path) -> None:
     path, now = jwks(tmp_path / "keys.json", one=KEY), [0.0]
     oidc = Oidc(settings.web.model_copy(update={"oidc_jwks": str(path)}), clock=lambda: now[0])
     first, second = (bearer(key, kid)["authorization"][7:] for key, kid in ((KEY, "one"), (OTHER, "two")))
-    assert oidc.check(first) == ("anna", "reader")
+    assert oidc.check(first) == Known("anna", "reader")
     jwks(path, two=OTHER)
     assert oidc.check(second) is None  # looked a moment ago
     now[0] = 31
-    assert oidc.check(second) == ("anna", "reader")
+    assert oidc.check(second) == Known("anna", "reader")
     assert oidc.check(first) is None
 
 
 def test_roles_inside_an_object(settings: Settings) -> None:
     oidc = Oidc(settings.web.model_copy(update={"oidc_roles_claim": "realm_access.roles"}))
     token = bearer(realm_access={"roles": ["admin"]})["authorization"][7:]
-    assert oidc.check(token) == ("anna", "admin")
+    assert oidc.check(token) == Known("anna", "admin")
 
 
 def test_who_is_of_this_host(settings: Settings) -> None:
