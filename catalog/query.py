@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import functools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from typing import Any, Literal
@@ -10,7 +11,7 @@ from typing import Any, Literal
 from pydicom.datadict import dictionary_VM, dictionary_VR, keyword_for_tag, tag_for_keyword
 from pydicom.dataset import Dataset
 
-from sphere.catalog.identifier import Element, elements, first_text
+from sphere.catalog.identifier import Element, elements
 from sphere.catalog.match import DateRange, Exact, Test, TimeRange
 from sphere.catalog.match_parse import Rules, parse_values
 from sphere.catalog.predicate import AnyItem, Compare, Moment, Node, Predicate
@@ -170,16 +171,21 @@ def _moment(day_key: Key, days: DateRange, time_key: Key, times: TimeRange) -> M
 
 
 def parse_identifier(identifier: Dataset, *, model: Model, features: Features = NO_FEATURES) -> Query:
-    """The query of a C-FIND identifier, its text decoded by its Specific Character Set.
+    """The query of a C-FIND identifier, its text decoded by its Specific Character Set; see parse_elements."""
+    return parse_elements(elements(identifier), model=model, features=features)
+
+
+def parse_elements(given: Sequence[Element], *, model: Model, features: Features = NO_FEATURES) -> Query:
+    """The query of the elements of a C-FIND identifier.
 
     `features` says what extended negotiation agreed on. Raises QueryError (0xA900) with the offending tags for a
     missing or foreign QueryRetrieveLevel, missing or multiple unique keys above the level, keys with a value below it,
     and values that their VR does not allow (PS3.4 C.4.1.1 to C.4.1.3).
     """
-    level = _level(identifier, model)
-    zone = _zone(first_text(identifier, TIMEZONE)) if features.timezone_adjustment else None
+    level = _level(_first_text(given, QUERY_RETRIEVE_LEVEL), model)
+    zone = _zone(_first_text(given, TIMEZONE)) if features.timezone_adjustment else None
     rules = Rules(features.fuzzy_names, features.empty_values, features.multiple_values, zone)
-    keys = _keys([element for element in elements(identifier) if element.tag not in _NOT_KEYS], rules)
+    keys = _keys([element for element in given if element.tag not in _NOT_KEYS], rules)
     query = Query(level, model, keys, features.relational, features.combined_datetime, zone)
     _check(query)
     return query
@@ -193,8 +199,11 @@ def _zone(text: str) -> int | None:
     return minutes
 
 
-def _level(identifier: Dataset, model: Model) -> Level:
-    text = first_text(identifier, QUERY_RETRIEVE_LEVEL)
+def _first_text(given: Sequence[Element], tag: int) -> str:
+    return next((element.text.strip(" \0") for element in given if element.tag == tag), "")
+
+
+def _level(text: str, model: Model) -> Level:
     for level in LEVELS:
         if text == level:
             if level not in MODEL_LEVELS[model]:
@@ -212,6 +221,8 @@ def _keys(given: Iterable[Element], rules: Rules) -> tuple[Key, ...]:
 
 
 def _key(element: Element, creator: str, rules: Rules) -> Key:
+    if not element.text and element.items is None and not is_creator(element.tag):
+        return _universal(element.tag, element.vr, creator)
     keyword = keyword_for_tag(element.tag)
     if is_creator(element.tag):
         return Key(element.tag, "", "LO", creator=element.text.strip(" \0"))
@@ -221,6 +232,12 @@ def _key(element: Element, creator: str, rules: Rules) -> Key:
         raise QueryError(f"{keyword or 'sequence'}: a sequence key has one item", offending=(element.tag,))
     items = tuple(key for item in element.items for key in _keys(item, rules))
     return Key(element.tag, keyword, "SQ", items=items, creator=creator)
+
+
+@functools.lru_cache(4096)
+def _universal(tag: int, vr: str, creator: str) -> Key:
+    """A key that asks nothing, as most are."""
+    return Key(tag, keyword_for_tag(tag), vr, creator=creator)
 
 
 def _tested(key: Key, text: str, rules: Rules) -> Key:

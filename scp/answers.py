@@ -6,8 +6,10 @@ service has as it goes onto the wire. A test holds the bytes against pydicom's.
 
 from __future__ import annotations
 
+import functools
 import struct
 from collections.abc import Callable
+from datetime import date
 from typing import Any, Final
 
 from pydicom.uid import UID
@@ -42,6 +44,11 @@ def _converted(convert: Callable[[Any], str], pad: bytes = b" ") -> Encode:
     return encoded
 
 
+@functools.lru_cache(16384)
+def _day(day: date) -> str:
+    return f"{day.year:04}{day:%m%d}"
+
+
 def _packed(form: str) -> Encode:
     pack = struct.Struct("<" + form).pack
     return lambda value: b"".join(map(pack, value)) if isinstance(value, list) else pack(value)
@@ -51,7 +58,7 @@ _ENCODE: dict[str, Encode] = {
     **{vr: _text("utf-8", b" ") for vr in _UTF_8_VRS},
     **{vr: _text("ascii", b" ") for vr in _ASCII_VRS},
     "UI": _text("ascii", b"\0"),
-    "DA": _converted(lambda day: f"{day.year:04}{day:%m%d}"),
+    "DA": _converted(_day),
     "DS": _converted(decimal_text),
     "IS": _converted(str),
     **{
@@ -71,13 +78,14 @@ class AnswerEncoder:
         self._syntax = syntax
         self._lean = syntax.is_little_endian and not syntax.is_deflated
         self._keys: tuple[Key, ...] | None = None
-        self._layout: list[_Slot] = []
+        self._layout: tuple[_Slot, ...] = ()
 
     def encode(self, match: Match) -> bytes:
         """The identifier of a match. Raises ValueError where it cannot be encoded."""
         if self._lean and match.timezone is None:
             if match.keys is not self._keys:
-                self._lay_out(match)
+                self._layout = _laid_out(match.keys, match.level, match.retrieve_ae_title, self._syntax.is_implicit_VR)
+                self._keys = match.keys
             if (data := self._direct(match)) is not None:
                 return data
         identifier = match.identifier()
@@ -86,26 +94,6 @@ class AnswerEncoder:
         if found is None:
             raise ValueError("an identifier that cannot be encoded")
         return found
-
-    def _lay_out(self, match: Match) -> None:
-        """Remember, in the order of tags, how each element begins; those that every answer has alike are whole."""
-        said = ((SPECIFIC_CHARACTER_SET, "CS", UTF_8), (QUERY_RETRIEVE_LEVEL, "CS", match.level))
-        fixed = {tag: (vr, text) for tag, vr, text in (*said, (RETRIEVE_AE_TITLE, "AE", match.retrieve_ae_title))}
-        layout: list[_Slot] = []
-        for key in match.keys:
-            fixed.pop(key.tag, None)
-            encoded = _unknown if key.is_creator else _ENCODE.get(key.vr, _unknown)
-            layout.append((key.tag, self._head(key.tag, key.vr), None, encoded))
-        layout += [(tag, self._head(tag, vr), _ENCODE[vr](text), _unknown) for tag, (vr, text) in fixed.items()]
-        self._layout = sorted(layout, key=lambda element: element[0])
-        self._keys = match.keys
-
-    def _head(self, tag: int, vr: str) -> bytes:
-        """Tag and, where it is explicit, VR."""
-        head = struct.pack("<HH", tag >> 16, tag & 0xFFFF)
-        if self._syntax.is_implicit_VR:
-            return head
-        return head + vr.encode()[:2] + (b"\0\0" if vr in _LONG_VRS else b"")
 
     def _direct(self, match: Match) -> bytes | None:
         """The identifier; None where something in it takes pydicom."""
@@ -132,3 +120,23 @@ class AnswerEncoder:
 
 def _unknown(value: Any) -> bytes:
     raise ValueError("a VR that takes pydicom")
+
+
+@functools.lru_cache(256)
+def _laid_out(keys: tuple[Key, ...], level: str, ae_title: str, implicit: bool) -> tuple[_Slot, ...]:
+    """In the order of tags, how each element of every answer begins; those that all have alike are whole."""
+    said = ((SPECIFIC_CHARACTER_SET, "CS", UTF_8), (QUERY_RETRIEVE_LEVEL, "CS", level))
+    fixed = {tag: (vr, text) for tag, vr, text in (*said, (RETRIEVE_AE_TITLE, "AE", ae_title))}
+    layout: list[_Slot] = []
+    for key in keys:
+        fixed.pop(key.tag, None)
+        encoded = _unknown if key.is_creator else _ENCODE.get(key.vr, _unknown)
+        layout.append((key.tag, _head(key.tag, key.vr, implicit), None, encoded))
+    layout += [(tag, _head(tag, vr, implicit), _ENCODE[vr](text), _unknown) for tag, (vr, text) in fixed.items()]
+    return tuple(sorted(layout, key=lambda element: element[0]))
+
+
+def _head(tag: int, vr: str, implicit: bool) -> bytes:
+    """Tag and, where it is explicit, VR."""
+    head = struct.pack("<HH", tag >> 16, tag & 0xFFFF)
+    return head if implicit else head + vr.encode()[:2] + (b"\0\0" if vr in _LONG_VRS else b"")

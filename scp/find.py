@@ -11,10 +11,11 @@ from pydicom.dataset import Dataset
 from pydicom.uid import UID
 
 from sphere.catalog.cancel import Cancelled, never
-from sphere.catalog.query import NO_FEATURES, Features, Model, Query, parse_identifier
+from sphere.catalog.identifier import elements, plain_elements
+from sphere.catalog.query import NO_FEATURES, Features, Model, Query, parse_elements
 from sphere.conf.errors import QueryError, SphereError
 from sphere.conf.settings import Snapshot
-from sphere.scp.decode import decode_identifier
+from sphere.scp.decode import SMALL, decode_identifier
 
 if TYPE_CHECKING:
     from sphere.catalog.asof import AsOf
@@ -41,12 +42,13 @@ class FindRequest:
 
 @dataclass(frozen=True, slots=True)
 class FindAnswer:
-    """One C-FIND-RSP; the final Success is not among them."""
+    """One C-FIND-RSP; the final Success is not among them. Where `more` is set, the next one is at hand."""
 
     status: int
     match: Match | None = None
     comment: str = ""
     offending: tuple[int, ...] = ()
+    more: bool = False
 
     @property
     def identifier(self) -> Dataset | None:
@@ -77,7 +79,7 @@ class FindService:
             for match in self._matches(query, request.called_ae, cancelled):
                 if cancelled():
                     break
-                yield FindAnswer(PENDING, match)
+                yield FindAnswer(PENDING, match, more=match.more)
             if cancelled():
                 yield FindAnswer(CANCELLED)
         except QueryError as error:
@@ -96,12 +98,14 @@ class FindService:
 
 def _query(request: FindRequest) -> Query:
     """The query that the identifier's bytes are; raises QueryError where they are none."""
+    syntax = request.transfer_syntax
     try:
-        return parse_identifier(
-            decode_identifier(request.identifier, request.transfer_syntax),
-            model=request.model,
-            features=request.features,
-        )
+        found = None
+        if syntax.is_little_endian and not syntax.is_deflated and len(request.identifier) <= SMALL:
+            found = plain_elements(request.identifier, explicit=not syntax.is_implicit_VR)
+        if found is None:
+            found = elements(decode_identifier(request.identifier, syntax))
+        return parse_elements(found, model=request.model, features=request.features)
     except QueryError:
         raise
     except Exception as error:  # noqa: BLE001  pydicom converts values late, and raises whatever they make of it

@@ -106,7 +106,7 @@ class Handlers:
                 answer, identifier = _encoded(answer, encoder)
                 matches += answer.match is not None
                 final = SUCCESS if answer.match is not None else answer.status
-                yield Response(answer.status, _told(answer.comment, answer.offending), identifier)
+                yield Response(answer.status, _told(answer.comment, answer.offending), identifier, answer.more)
                 if final != SUCCESS:
                     break
             if final == SUCCESS:

@@ -28,16 +28,22 @@ PROCESSING_FAILURE = 0x0110  # PS3.7 C.5.9
 PAUSE_S = 0.25  # seconds between looks at whether to stop
 MAX_CANCELS = 16  # remembered at once; they name operations that may already be over
 MAX_WAITING = 8  # requests that come before the one being served is answered; asynchronous operations are not offered
+HELD = 1 << 15  # bytes of responses that are sent together, where more are at hand
+LOOK_S = 0.002  # seconds between looks at what came while a request is answered: it may answer thousands of times
 _numbers = count(1)
 
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """One response of a service: status, further command elements by keyword, and an encoded data set."""
+    """One response of a service: status, further command elements by keyword, and an encoded data set.
+
+    With `more`, the service has the next one at hand, and they are sent together.
+    """
 
     status: int
     elements: Mapping[str, Any] = field(default_factory=dict)
     dataset: bytes = b""
+    more: bool = False
 
 
 class Admission(Protocol):
@@ -80,6 +86,7 @@ class Association:
         self._asking: Asking
         self._waiting: deque[Message] = deque()  # requests that came while another was served
         self._cancelled: deque[int] = deque(maxlen=MAX_CANCELS)
+        self._looked = 0.0
         self._placed = False
         self._admission: Admission | None = None
         self._over: Exception | None = None  # what ended the association while a service was at work
@@ -174,13 +181,22 @@ class Association:
         return not self.cancelled(request) and not self._waiting
 
     def cancelled(self, request: Message) -> bool:
-        """Whether to stop working on `request`: the peer sent C-CANCEL, or there is nobody any more to answer."""
+        """Whether to stop working on `request`: the peer sent C-CANCEL, or there is nobody any more to answer.
+
+        Known LOOK_S late.
+        """
+        now = time.monotonic()
+        if now - self._looked >= LOOK_S:
+            self._looked = now
+            self._look()
+        return self._over is not None or request.command["MessageID"] in self._cancelled
+
+    def _look(self) -> None:
         try:
             while self._over is None and not self._waiting and (message := self._inbox.next(wait=False)):
                 self._take(message)
         except (Released, Ended, Violation) as end:
             self._over = end
-        return self._over is not None or request.command["MessageID"] in self._cancelled
 
     def _establish(self) -> None:
         artim_s, started = self._acceptor.artim_s, time.monotonic()
@@ -239,21 +255,34 @@ class Association:
             if kind & dimse.RESPONSE or "MessageID" not in message.command:
                 raise Violation(f"command 0x{kind:04X} out of turn", reason=protocol.UNEXPECTED_PARAMETER)
             service = self._acceptor.services.get(kind, _unrecognized)
-            for response in service(message, self):
-                if self._over is not None:
-                    break
-                self._respond(message, response)
+            self._looked = 0.0
+            self._respond(message, service(message, self))
             self._cancelled.clear()
         finally:
             self._inbox.finish(message)
 
-    def _respond(self, message: Message, response: Response) -> None:
-        command = dimse.response_to(message.command, response.status, **response.elements)
-        if response.dataset:
-            command["CommandDataSetType"] = 0x0000
-        encoded = dimse.encode(command)
-        pdus = protocol.p_data(message.context.id, encoded, response.dataset, max_pdu=self._agreement.max_pdu)
-        self._connection.send(b"".join(pdus), self._within_s)
+    def _respond(self, message: Message, responses: Iterable[Response]) -> None:
+        held, heads = bytearray(), dict[int, bytes]()
+        for response in responses:
+            if self._over is not None:
+                break
+            held += self._encoded(message, response, heads)
+            if not response.more or len(held) >= HELD:
+                self._connection.send(bytes(held), self._within_s)
+                held.clear()
+
+    def _encoded(self, message: Message, response: Response, heads: dict[int, bytes]) -> bytes:
+        """The PDUs of a response; `heads` keeps command sets that are repeated, by their status."""
+        context, max_pdu = message.context.id, self._agreement.max_pdu
+        head = heads.get(response.status) if response.dataset and not response.elements else None
+        if head is None:
+            command = dimse.response_to(message.command, response.status, **response.elements)
+            if response.dataset:
+                command["CommandDataSetType"] = 0x0000
+            head = b"".join(protocol.p_data(context, dimse.encode(command), b"", max_pdu=max_pdu))
+            if response.dataset and not response.elements:
+                heads[response.status] = head
+        return head + b"".join(protocol.p_data(context, b"", response.dataset, max_pdu=max_pdu))
 
     def _abort(self, violation: Violation) -> None:
         """Say A-ABORT as PS3.8 9.2 wants it: before an association by the user (AA-1), or not at all (AA-2: ARTIM)."""

@@ -28,6 +28,8 @@ pytestmark = pytest.mark.unit
 class FakeMatch:
     """A match that is told by its number."""
 
+    more = False
+
     def __init__(self, number: int) -> None:
         self._number = number
 
