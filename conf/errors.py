@@ -75,6 +75,30 @@ class Refused(SphereError):
         self.dimse = status
 
 
+class NotThere(SphereError):
+    """Something was named that the archive does not have."""
+
+    dimse, http = 0x0112, 404  # No such SOP Instance (PS3.7 C.5.8)
+
+
+class Overtaken(SphereError):
+    """Another version is there than the one that a change was meant for."""
+
+    http = 409
+
+
+class TooLarge(SphereError):
+    """More bytes came than the settings let in."""
+
+    dimse, http = 0xA700, 413
+
+
+class BadRequest(SphereError):
+    """A request that breaks the rules of an interface of this archive; the message names the parameter."""
+
+    http = 400
+
+
 class PeerError(SphereError):
     """A peer could not be reached, refused the association or answered with a failure."""
 

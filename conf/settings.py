@@ -170,6 +170,10 @@ class Storage(Section):
         return value.rstrip("/") if value != "file:///" else value
 
 
+class Annotations(Section):
+    limit_mib: int = Field(1024, ge=1, description="MiB of one file that is linked to a study, series or instance.")
+
+
 class Catalog(Section):
     mode: Literal["delta", "files"] = Field(
         "delta",
@@ -372,6 +376,7 @@ class Settings(Section):
     ingest: Ingest = Ingest()
     spark: Spark = Spark()
     extract: Extract = Extract()
+    annotations: Annotations = Annotations()
     strangers: Strangers = Strangers()
     peers: tuple[Peer, ...] = ()
     rules: tuple[Rule, ...] = ()

@@ -6,6 +6,7 @@ which a name was made, moved or removed.
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ from sphere.ingest.storage.base import Appender, Buffer, Entry, Storage
 from sphere.ingest.storage.paths import TEMPORARY, checked, checked_prefix, is_temporary, storage_error
 
 _IOV_MAX = min(os.sysconf("SC_IOV_MAX"), 1024)
+_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK}
 _MODE = 0o640  # readable by the group of the archive, by nobody else
 
 
@@ -132,9 +134,10 @@ class LocalStorage(Storage):
     def rename(self, path: str, to: str) -> None:
         full, other = self._path(path), self._path(to)
         with _told(f"renaming {full}"):
-            if other.exists():
-                raise StorageError(f"renaming {full}: there is a {other.name} already")
-            full.rename(other)
+            try:
+                _rename(full, other)
+            except FileExistsError:
+                raise StorageError(f"renaming {full}: there is a {other.name} already") from None
             _sync_folder(other.parent)
 
     def size(self, path: str) -> int:
@@ -211,6 +214,19 @@ def _write_new(path: Path, data: bytes) -> None:
         while view:
             view = view[file.write(view) :]
         os.fsync(file.fileno())
+
+
+def _rename(path: Path, to: Path) -> None:
+    """Of two processes at once, one alone succeeds; where the file system has no links, who looks first."""
+    try:
+        os.link(path, to)
+        path.unlink()
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        if to.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from None
+        path.rename(to)
 
 
 def _make_folders(folder: Path) -> None:

@@ -21,6 +21,8 @@ from sphere.scp.web.tokens import PREFIX, ROLES, Role, Token, Tokens
 OPEN: Final = frozenset(("/healthz", "/readyz", "/openapi.json"))  # nothing in them is of patients
 NEEDED: Final[dict[str, Role]] = {**dict.fromkeys(("GET", "HEAD", "OPTIONS"), "researcher"), "POST": "writer"}
 """The least role for a method; any other needs an admin. What a researcher may get, operations say (`in_part`)."""
+ANNOTATING: Final = ("/annotations", frozenset(("PUT", "DELETE")))
+"""Below this path these methods change what a writer adds, and keep what was before."""
 LOCAL_NAMES: Final = frozenset(("localhost", "127.0.0.1", "::1"))
 MAX_TOKEN: Final = 16 << 10  # characters
 
@@ -33,9 +35,16 @@ class Principal:
     role: Role | None
     grant: Grant | None = None
 
-    def may(self, method: str) -> bool:
+    def may(self, method: str, path: str) -> bool:
         """Whether the role suffices."""
-        return self.role is not None and ROLES.index(self.role) >= ROLES.index(NEEDED.get(method, "admin"))
+        return self.role is not None and ROLES.index(self.role) >= ROLES.index(needed(method, path))
+
+
+def needed(method: str, path: str) -> Role:
+    """The least role for a request."""
+    if path.startswith(f"{ANNOTATING[0]}/") and method in ANNOTATING[1]:
+        return "writer"
+    return NEEDED.get(method, "admin")
 
 
 class Access:
@@ -60,8 +69,8 @@ class Access:
             await problem(401, text, close=True)(scope, receive, send)
             return
         scope.setdefault("state", {}).update(who=found.who, role=found.role or "", grant=found.grant)
-        if not found.may(scope["method"]):
-            text = f"{scope['method']} needs the role {NEEDED.get(scope['method'], 'admin')}"
+        if not found.may(scope["method"], scope["path"]):
+            text = f"{scope['method']} needs the role {needed(scope['method'], scope['path'])}"
             await problem(403, text, close=True)(scope, receive, send)
             return
         await self._app(scope, receive, send)

@@ -13,11 +13,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from sphere.catalog.annotations import Annotations
 from sphere.catalog.cohorts import Cohorts
 from sphere.catalog.queries import Queries
 from sphere.conf.errors import SphereError
 from sphere.conf.settings import Settings
 from sphere.scp.upper.dataset import Budget
+from sphere.scp.web import annotations as annotating
 from sphere.scp.web import (
     bulk,
     capabilities,
@@ -53,6 +55,7 @@ class Services:
     tokens: Tokens
     cohorts: Cohorts
     journal: AuditJournal
+    annotations: Annotations
 
 
 def make_app(settings: Settings, services: Services) -> Starlette:
@@ -72,6 +75,9 @@ def make_app(settings: Settings, services: Services) -> Starlette:
         read_only=settings.web.read_only,
     )
     offered += stow.offered(landing)
+    web = settings.web
+    linked = annotating.Service(services.annotations, services.archive.catalog, web.idle_s, web.read_only)
+    offered += annotating.offered(linked)
     offered += capabilities.offered(offered)
     offered.append(operations.openapi(offered))
     oidc = Oidc(settings.web) if settings.web.oidc_jwks else None
@@ -122,7 +128,9 @@ async def _of_sphere(request: Request, error: Exception) -> Response:
     assert isinstance(error, SphereError)
     if error.http >= 500:
         log.error("request failed status=%d: %s", error.http, error)
-    return problem(error.http, str(error), close=request.method == "POST")  # more of the body may be on its way
+    return problem(
+        error.http, str(error), close=request.method in ("POST", "PUT")
+    )  # more of the body may be on its way
 
 
 async def _of_http(request: Request, error: Exception) -> Response:

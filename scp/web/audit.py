@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 FOLDER: Final = "audit"
 PAUSE_S: Final = 0.2  # seconds in which records gather before they are written and synced together
 MAX_WAITING: Final = 100_000  # records
-TOUCHING: Final = ("/dicom-web/", "/wado")  # paths whose requests touch data
+TOUCHING: Final = ("/dicom-web/", "/wado", "/annotations")  # paths whose requests touch data
 MAX_TEXT: Final = 2000  # characters of a path or a query
 
 

@@ -23,6 +23,11 @@ Parameter = Mapping[str, Any]
 PREFIX = "/dicom-web"
 _UID = re.compile(r"[0-9.]{1,64}")
 UID_SCHEMA = {"type": "string", "pattern": "^[0-9.]{1,64}$"}
+PATH_SCHEMAS: Mapping[str, Any] = {
+    "frames": {"type": "string"},
+    "annotation": {"type": "string", "pattern": "^[0-9a-f]{32}$"},
+}
+"""Of the path parameters that are no UIDs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +127,7 @@ def described(operations: Iterable[Operation]) -> dict[str, Any]:
 
 def _described(one: Operation) -> dict[str, Any]:
     names = re.findall(r"{(\w+)}", one.path)
-    schema = {name: {"type": "string"} if name == "frames" else UID_SCHEMA for name in names}
+    schema = {name: PATH_SCHEMAS.get(name, UID_SCHEMA) for name in names}
     in_path = [{"name": name, "in": "path", "required": True, "schema": schema[name]} for name in names]
     content: dict[str, Any] = {media_type: {} for media_type in one.produces}
     described: dict[str, Any] = {

@@ -11,6 +11,7 @@ from contextlib import closing, contextmanager
 
 import uvicorn
 
+from sphere.catalog.annotations import Annotations
 from sphere.catalog.cohorts import Cohorts
 from sphere.catalog.known import KnownInstances
 from sphere.catalog.queries import open_queries
@@ -88,11 +89,12 @@ def services_of(settings: Settings) -> Iterator[Services]:
         closing(Transcoder()) as transcoder,
         closing(open_writer(settings)) as writer,
         closing(AuditJournal(storage, settings.archive.state_dir / "audit.jsonl")) as journal,
+        closing(Annotations(settings)) as annotations,
     ):
         archive = Archive(finder, open_readable(settings), transcoder, KnownSeries(finder))
         known, on_conflict = KnownInstances(settings, finder), settings.ingest.on_conflict
         store = StoreService(writer, Policy(settings), known, on_conflict=on_conflict)
-        yield Services(finder, archive, store, Tokens(storage), Cohorts(storage), journal)
+        yield Services(finder, archive, store, Tokens(storage), Cohorts(storage), journal, annotations)
 
 
 def make_server(settings: Settings, services: Services, ready: Callable[[], None]) -> uvicorn.Server:

@@ -1,0 +1,388 @@
+"""Annotations: files linked to studies, series and instances, over HTTP and in the archive itself."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import httpx
+import orjson
+import pydicom
+import pytest
+from pydicom.data import get_testdata_file
+from pydicom.dataset import Dataset
+
+from sphere.catalog.annotations import FILES, JOURNAL, About, Annotations, Target, file_name, file_path
+from sphere.catalog.references import KINDS, references
+from sphere.conf.errors import BundleDamaged, NotThere, Overtaken, StorageError
+from sphere.conf.settings import Settings
+from sphere.ingest.header import identify
+from sphere.ingest.storage import open_storage
+from sphere.ingest.storage.local import LocalStorage
+from sphere.scp.web.annotations import ABOUT
+from tests.support.landing import archive, changed, land, new_member, slices
+from tests.support.web import Web, serving_web
+
+pytestmark = pytest.mark.unit
+
+UNKNOWN = {"uid": "1.2.3.4.5", "level": "study", "allow_unknown": "true"}
+TARGET = Target.unknown("STUDY", "1.2.3.4.5")
+SLICES = slices(2, seed=77)
+FOUND = [identify(data, size=len(data)) for data in SLICES]
+
+
+@pytest.fixture(scope="module")
+def web(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Web]:
+    settings = archive(tmp_path_factory.mktemp("web"), annotations={"limit_mib": 3}, web={"idle_s": 1})
+    land(settings, [new_member(data) for data in SLICES])
+    with serving_web(settings) as running:
+        yield running
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return archive(tmp_path, annotations={"limit_mib": 1})
+
+
+@pytest.fixture
+def annotations(settings: Settings) -> Iterator[Annotations]:
+    one = Annotations(settings)
+    yield one
+    one.close()
+
+
+def url(web: Web, path: str = "") -> str:
+    return f"http://127.0.0.1:{web.port}/annotations{path}"
+
+
+def post(web: Web, data: Any = b"bytes", *, kind: str = "text/plain", **params: str) -> httpx.Response:
+    return web.client.post(url(web), content=data, params=params or UNKNOWN, headers={"content-type": kind})
+
+
+def added(annotations: Annotations, data: bytes = b"one", target: Target = TARGET, **about: str) -> str:
+    draft = annotations.begin(About(**about), made_by="test")
+    draft.write(data)
+    return draft.commit(target).id
+
+
+def files(settings: Settings) -> list[Path]:
+    """Everything below the folder of files, hidden ones too."""
+    root = Path(settings.storage.root.removeprefix("file://")) / FILES
+    return sorted(path for path in root.rglob("*") if path.is_file())
+
+
+def test_a_file_of_any_type_comes_back_as_it_was(web: Web) -> None:
+    data = bytes(range(256)) * 5000
+    sha256 = hashlib.sha256(data).hexdigest()
+    said = {
+        "uid": FOUND[0].SeriesInstanceUID,
+        "type": "mask",
+        "author": "Dr A",
+        "name": "ü\u202e/../mask.nii",
+        "sha256": sha256,
+    }
+    made = post(web, data, kind="application/x-nifti", **said)
+    assert made.status_code == 201, made.text
+    row = made.json()
+    assert (row["level"], row["StudyInstanceUID"], row["SeriesInstanceUID"], row["SOPInstanceUID"]) == (
+        "series", FOUND[0].StudyInstanceUID, FOUND[0].SeriesInstanceUID, "",
+    )  # fmt: skip
+    assert (row["name"], row["type"], row["author"], row["made_by"]) == ("mask.nii", "mask", "Dr A", "local")
+    assert (row["size"], row["sha256"], row["version"]) == (len(data), sha256, 1)
+    got = web.client.get(f"http://127.0.0.1:{web.port}{row['href']}")
+    assert got.content == data
+    assert got.headers["content-type"] == "application/x-nifti"
+    assert got.headers["content-disposition"].startswith("attachment;")
+    assert got.headers["x-content-type-options"] == "nosniff"
+    again = web.client.get(url(web, f"/{row['id']}/file"), headers={"if-none-match": got.headers["etag"]})
+    assert again.status_code == 304
+    assert web.client.get(f"http://127.0.0.1:{web.port}{made.headers['location']}").json()["versions"][0] == row
+
+
+def test_a_form_gives_file_and_fields_in_any_order(web: Web) -> None:
+    fields = {"uid": FOUND[1].SOPInstanceUID, "type": "note", "description": "zwei\nZeilen"}
+    made = web.client.post(url(web), data=fields, files={"file": ("bericht ä.txt", b"text", "text/plain")})
+    assert made.status_code == 201, made.text
+    row = made.json()
+    assert (row["level"], row["name"], row["media_type"]) == ("instance", "bericht ä.txt", "text/plain")
+    assert row["description"] == "zwei\nZeilen"
+    first = b'--B\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n\0\r\n--B\r\n'
+    rest = b'Content-Disposition: form-data; name="uid"\r\n\r\n' + FOUND[0].StudyInstanceUID.encode() + b"\r\n--B--\r\n"
+    made = web.client.post(url(web), content=first + rest, headers={"content-type": "multipart/form-data; boundary=B"})
+    assert (made.status_code, made.json()["level"], made.json()["size"]) == (201, "study", 1)
+
+
+def test_the_list_is_by_uid_level_type_and_author(web: Web) -> None:
+    study = {"uid": "9.1", "level": "study", "allow_unknown": "true"}
+    ids = [post(web, **study, type="a", author="x").json()["id"], post(web, **study, type="b", author="x").json()["id"]]
+    ids.append(post(web, **{**study, "uid": "9.2", "level": "series"}, type="a", author="y").json()["id"])
+
+    def listed(**params: str) -> list[str]:
+        found = web.client.get(url(web), params=params)
+        assert found.status_code == 200, found.text
+        return [row["id"] for row in found.json()]
+
+    assert listed(uid="9.1") == ids[:2]
+    assert listed(uid="9.1", type="b") == ids[1:2]
+    assert listed(author="x") == ids[:2]
+    assert listed(author="y", level="series") == ids[2:]
+    assert listed(author="y", level="study") == []
+    page = web.client.get(url(web), params={"author": "x", "limit": 1, "offset": 1})
+    assert [row["id"] for row in page.json()] == ids[1:2]
+    assert page.headers["x-total-count"] == "2"
+    assert listed(uid=FOUND[0].StudyInstanceUID)[:1] != [], "what is linked to a series is of its study"
+
+
+def test_versions_stay_in_the_history(web: Web) -> None:
+    id = post(web, b"first", **UNKNOWN, name="a.txt", type="t").json()["id"]
+    changed_ = web.client.put(url(web, f"/{id}"), content=b"second", params={"onto": 1, "author": "B"})
+    assert changed_.status_code == 200, changed_.text
+    assert (changed_.json()["version"], changed_.json()["name"], changed_.json()["type"]) == (2, "a.txt", "t")
+    late = web.client.put(url(web, f"/{id}"), content=b"third", params={"onto": 1})
+    assert late.status_code == 409
+    assert "at version 2" in late.json()["detail"]
+    assert web.client.delete(url(web, f"/{id}"), params={"onto": 2}).status_code == 204
+    assert web.client.get(url(web, f"/{id}/file")).status_code == 404
+    assert [row["id"] for row in web.client.get(url(web), params={"limit": 1000}).json()].count(id) == 0
+    told = web.client.get(url(web, f"/{id}")).json()
+    assert told["state"] == "deleted"
+    assert [(one["version"], one["action"]) for one in told["versions"]] == [(3, "delete"), (2, "put"), (1, "put")]
+    assert web.client.get(url(web, f"/{id}/file"), params={"version": 1}).content == b"first"
+    for gone in (web.client.delete(url(web, f"/{id}")), web.client.put(url(web, f"/{id}"), content=b"x")):
+        assert gone.status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("params", "kind", "data", "status", "told"),
+    [
+        ({"uid": "1.2.3.99"}, "text/plain", b"x", 404, "no study, series or instance"),
+        ({"uid": FOUND[0].SeriesInstanceUID, "level": "study"}, "text/plain", b"x", 404, "no study"),
+        ({"uid": "1.2.3.99", "allow_unknown": "true"}, "text/plain", b"x", 400, "level is required"),
+        ({"uid": "1.2.3.99", "allow_unknown": "yes", "level": "study"}, "text/plain", b"x", 400, "true or false"),
+        ({"uid": "1.2.3.99", "level": "patient"}, "text/plain", b"x", 400, "level is study, series or instance"),
+        ({"uid": "../../etc"}, "text/plain", b"x", 400, "has to be a UID"),
+        ({"uid": "1" * 65}, "text/plain", b"x", 400, "has to be a UID"),
+        ({**UNKNOWN, "colour": "red"}, "text/plain", b"x", 400, "'colour'"),
+        ({**UNKNOWN, "type": "a\0b"}, "text/plain", b"x", 400, "type has characters"),
+        ({**UNKNOWN, "author": "x" * 201}, "text/plain", b"x", 400, "at most 200"),
+        ({**UNKNOWN, "sha256": "0" * 64}, "text/plain", b"x", 400, "has the digest"),
+        ({**UNKNOWN, "sha256": "x"}, "text/plain", b"x", 400, "64 hexadecimal"),
+        (UNKNOWN, "text plain", b"x", 400, "not a media type"),
+        (UNKNOWN, "text/plain", b"x" * (3 << 20) + b"x", 413, "at most 3 MiB"),
+        (UNKNOWN, "multipart/form-data", b"x", 400, "boundary"),
+        (UNKNOWN, "multipart/form-data; boundary=B", b"x" * (1 << 17), 400, "no part with its boundary"),
+        (UNKNOWN, "multipart/form-data; boundary=B", b"--B\r\n\r\n\r\n--B--", 400, "has no name"),
+        (UNKNOWN, "multipart/form-data; boundary=B", b"--B--", 400, "no part that is a file"),
+        (UNKNOWN, "multipart/form-data; boundary=B",
+         b'--B\r\nContent-Disposition: form-data; name="file"\r\n\r\nhalf', 400, "before its closing"),
+        (UNKNOWN, "multipart/form-data; boundary=B",
+         b'--B\r\nContent-Disposition: form-data; name="kind"\r\n\r\nx\r\n--B--', 400, "unknown field 'kind'"),
+        (UNKNOWN, "multipart/form-data; boundary=B",
+         b'--B\r\nContent-Disposition: form-data; name="type"\r\n\r\n' + b"x" * 9000, 413, "at most 8192"),
+        (UNKNOWN, "multipart/form-data; boundary=B",
+         b'--B\r\nContent-Disposition: form-data; name="file"\r\n\r\n\r\n' * 2 + b"--B--", 400, "one file"),
+    ],
+    ids=map(str, count()),
+)  # fmt: skip
+def test_what_cannot_be_taken_is_told_and_leaves_nothing(
+    web: Web, params: dict[str, str], kind: str, data: bytes, status: int, told: str
+) -> None:
+    before = files(web.settings)
+    answer = post(web, data, kind=kind, **params)
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert told in answer.json()["detail"]
+    assert files(web.settings) == before
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "told"),
+    [
+        ("GET", "?level=patient", 400, "level is"),
+        ("GET", "?limit=-1", 400, "limit is a number"),
+        ("GET", "?nonsense=1", 400, "'nonsense'"),
+        ("GET", "?uid=1&uid=2", 400, "stands twice"),
+        ("GET", "/" + "0" * 32, 404, "there is no annotation"),
+        ("GET", "/..%2f..%2fetc", 404, ""),
+        ("GET", "/not-an-id/file", 404, "32 hexadecimal"),
+        ("PUT", "/" + "0" * 32, 404, "there is no annotation"),
+        ("DELETE", "/" + "0" * 32, 404, "there is no annotation"),
+    ],
+)
+def test_what_is_not_there_is_told(web: Web, method: str, path: str, status: int, told: str) -> None:
+    answer = web.client.request(method, url(web, path), content=b"x" if method == "PUT" else None)
+    assert answer.status_code == status, answer.text
+    assert told in answer.json()["detail"]
+
+
+def test_a_body_that_breaks_off_leaves_nothing(web: Web) -> None:
+    before = files(web.settings)
+
+    def body() -> Iterator[bytes]:
+        yield b"x" * 1000
+        raise OSError("gone")
+
+    with pytest.raises(OSError, match="gone"):
+        post(web, body(), **UNKNOWN)
+    web.client.get(url(web))  # the server has seen the end by now, or will without us
+    assert [path for path in files(web.settings) if path not in before and not path.name.startswith(".")] == []
+
+
+def test_read_only_and_roles(web: Web, tmp_path: Path) -> None:
+    with serving_web(archive(tmp_path, web={"read_only": True})) as other:
+        answer = post(other)
+    assert answer.status_code == 403
+    operations = web.client.get(f"http://127.0.0.1:{web.port}/openapi.json").json()["paths"]
+    assert set(operations["/annotations/{annotation}"]) == {"get", "put", "delete"}
+    assert set(ABOUT) <= {one["name"] for one in operations["/annotations"]["post"]["parameters"]}
+
+
+def test_dicom_objects_are_listed_as_annotations_of_what_they_refer_to(web: Web) -> None:
+    uids = {"StudyInstanceUID": FOUND[0].StudyInstanceUID}
+    source = Path(get_testdata_file("reportsi.dcm") or "")
+    evidence = Dataset()
+    evidence.StudyInstanceUID = FOUND[0].StudyInstanceUID
+    series, one = Dataset(), Dataset()
+    one.ReferencedSOPClassUID, one.ReferencedSOPInstanceUID = FOUND[0].SOPClassUID, FOUND[0].SOPInstanceUID
+    series.SeriesInstanceUID, series.ReferencedSOPSequence = FOUND[0].SeriesInstanceUID, [one]
+    evidence.ReferencedSeriesSequence = [series]
+    report = changed(source.read_bytes(), CurrentRequestedProcedureEvidenceSequence=[evidence], **uids)
+    land(web.settings, [new_member(report)])
+    for uid in (FOUND[0].StudyInstanceUID, FOUND[0].SeriesInstanceUID, FOUND[0].SOPInstanceUID):
+        rows = web.client.get(url(web), params={"uid": uid, "type": "SR"}).json()
+        assert [row["instances"] for row in rows] == [[FOUND[0].SOPInstanceUID]], uid
+        assert web.client.get(f"http://127.0.0.1:{web.port}{rows[0]['href']}").status_code == 200
+    assert web.client.get(url(web), params={"uid": FOUND[1].SOPInstanceUID, "type": "SR"}).json() == []
+
+
+def test_headers_that_refer_nowhere_or_wrongly() -> None:
+    assert references({}) == []
+    own = {"0020000D": {"vr": "UI", "Value": ["1.2"]}}
+    broken = {"vr": "SQ", "Value": [None, 5, {"0020000E": {"vr": "UI", "Value": []}}]}
+    assert [one.SeriesInstanceUID for one in references({**own, "00081115": broken})] == [""]
+    for value in (None, 5, {"Value": None}, {"Value": [3]}):
+        assert references({**own, "0040A375": value}) == []
+    assert set(KINDS.values()) == {"SEG", "SR", "PR", "KO"}
+
+
+def test_files_of_pydicom_that_refer(web: Web) -> None:
+    liver = pydicom.dcmread(get_testdata_file("liver_1frame.dcm") or "", stop_before_pixels=True)
+    [found] = references(orjson.loads(liver.to_json()))
+    assert found.SeriesInstanceUID == liver.ReferencedSeriesSequence[0].SeriesInstanceUID
+    assert found.is_of(liver.StudyInstanceUID)
+
+
+def test_another_process_sees_it_at_once(settings: Settings, annotations: Annotations) -> None:
+    id = added(annotations)
+    other = Annotations(settings)
+    assert [one.id for one in other.find()[0]] == [id]
+    elsewhere = settings.model_copy(
+        update={"archive": settings.archive.model_copy(update={"state_dir": settings.archive.state_dir / "host"})}
+    )
+    third = Annotations(elsewhere)
+    draft = third.begin_version(id, About(), made_by="there")
+    draft.write(b"two")
+    draft.commit()
+    assert b"".join(annotations.read(annotations.version(id))) == b"two"
+    assert [one.version for one in other.history(id)] == [2, 1]
+    other.close()
+    third.close()
+
+
+def test_of_two_new_versions_at_once_one_is_made(settings: Settings, annotations: Annotations) -> None:
+    id = added(annotations)
+    others = [Annotations(settings) for _ in range(4)]
+    drafts = [one.begin_version(id, About(), made_by=str(number)) for number, one in enumerate(others)]
+    outcomes: list[str] = []
+
+    def commit(number: int) -> None:
+        drafts[number].write(b"%d" % number)
+        try:
+            outcomes.append(drafts[number].commit().made_by)
+        except Overtaken:
+            drafts[number].discard()
+
+    threads = [threading.Thread(target=commit, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(outcomes) == 1
+    assert [(one.version, one.made_by) for one in annotations.history(id)] == [(2, outcomes[0]), (1, "test")]
+    assert len(files(settings)) == 2
+    for one in others:
+        one.close()
+
+
+def test_a_version_whose_maker_died_is_passed_over_later(
+    settings: Settings, annotations: Annotations, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    id = added(annotations)
+    open_storage(settings.storage.root).write(file_path(id, 2), b"of a process that was killed")
+    with pytest.raises(Overtaken, match="is being made"):
+        annotations.begin_version(id, About(), made_by="x")
+    monkeypatch.setattr("sphere.catalog.annotations.CLAIM_S", 0.0)
+    draft = annotations.begin_version(id, About(), made_by="x")
+    assert draft.commit().version == 3
+
+
+def test_bytes_that_changed_are_not_given(settings: Settings, annotations: Annotations) -> None:
+    version = annotations.version(added(annotations, b"as it was"))
+    storage = open_storage(settings.storage.root)
+    storage.write(version.path, b"AS IT WAS")
+    with pytest.raises(BundleDamaged, match="digest"):
+        list(annotations.read(version))
+    storage.write(version.path, b"short")
+    with pytest.raises(BundleDamaged, match="9 bytes"):
+        annotations.read(version)
+
+
+def test_the_cache_can_go_at_any_time(settings: Settings, annotations: Annotations) -> None:
+    id = added(annotations, name="n")
+    for path in (settings.archive.state_dir / "events").iterdir():
+        path.write_bytes(b"rubbish")
+    again = Annotations(settings)
+    assert [one.id for one in again.find()[0]] == [id]
+    again.close()
+    root = open_storage(settings.storage.root)
+    [journal] = [entry.path for entry in root.walk(JOURNAL)]
+    root.append(journal).write([b'{"id":"torn'])
+    third = Annotations(settings)
+    assert [one.id for one in third.find()[0]] == [id]
+    third.close()
+
+
+def test_what_the_storage_refuses_leaves_nothing(
+    settings: Settings, annotations: Annotations, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise StorageError("no room")
+
+    draft = annotations.begin(About(), made_by="x")
+    draft.write(b"data")
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalStorage, "rename", full)
+        with pytest.raises(StorageError, match="no room"):
+            draft.commit(TARGET)
+    draft.discard()
+    assert files(settings) == []
+    with pytest.raises(NotThere):
+        annotations.version(draft.id)
+
+
+def test_names_lead_nowhere() -> None:
+    named = {
+        "../../etc/passwd": "passwd",
+        "C:\\a\\b.txt": "b.txt",
+        "\0\n": "",
+        "..": "",
+        ".hidden": "hidden",
+        "a" * 300: "a" * 200,
+    }
+    assert {name: file_name(name) for name in named} == named
+    assert replace(TARGET, level="STUDY").uid == "1.2.3.4.5"
