@@ -13,15 +13,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow as pa
+
 from sphere.catalog.cancel import Cancelled
-from sphere.catalog.match import DateRange, Empty, Exact, PersonName, Test
-from sphere.catalog.match_header import moment_holds
+from sphere.catalog.layers import Layer
+from sphere.catalog.match import TRAILING_ONLY_VRS, DateRange, Empty, Exact, PersonName, Test
+from sphere.catalog.match_header import column_value, moment_holds
 from sphere.catalog.overlay import Touched
 from sphere.catalog.plan import Columns, Plan, make_plan
-from sphere.catalog.predicate import AnyItem, Compare, Moment
+from sphere.catalog.predicate import AnyItem, Compare, Moment, Node
 from sphere.catalog.query import Key, Model, Query
 from sphere.catalog.rows import KEYS, Rows, RowStore
-from sphere.catalog.schema import Level
+from sphere.catalog.schema import BY_KEYWORD, Level
 
 MOST = 4000
 """Candidates up to which they are looked at one by one; DuckDB is faster for more."""
@@ -144,6 +147,85 @@ def studies_of(query: Query, store: RowStore) -> Rows | None:
     return found[0] if found else None
 
 
+def files_of(query: Query, layer: Layer, most: int) -> tuple[list[str], list[str]] | None:
+    """The files to look into for instances, and the studies to look for, where the rows of a base tell both."""
+    store = layer.index.rows if layer.name == "base" else None
+    rows = studies_of(query, store) if store else None
+    if store is None or rows is None or len(rows) > most:
+        return None
+    uids, dropped = store.tables["studies"].values("StudyInstanceUID", rows), layer.dropped("STUDY")
+    left = [at for at, uid in enumerate(uids) if uid not in dropped]
+    return layer.index.files.named(store.files_of(rows[left])), [uids[at] for at in left]
+
+
+def part_of(query: Query, layer: Layer, names: Sequence[str]) -> list[tuple[Any, ...]] | None:
+    """The columns `names` of the instances that a query at IMAGE level asks for; None where that is DuckDB's.
+
+    That is where the studies are not known, are many, or are in files that are not of a local disk.
+    """
+    if query.level != "IMAGE" or not layer.reads_files_whole:
+        return None
+    known = files_of(query, layer, FEW_STUDIES)
+    if known is None or not all(path.startswith("/") for path in known[0]):
+        return None
+    nodes = [node for node in query.predicate() if isinstance(node, Compare)]
+    narrowed = {
+        node.keyword: node.test.texts for node in nodes if node.keyword in _NARROW and isinstance(node.test, Exact)
+    }
+    left = [node for node in query.predicate() if not (isinstance(node, Compare) and node.keyword in narrowed)]
+    asked = [name for node in left for name in _keywords(node)]
+    if not all(name in BY_KEYWORD for name in asked) or any(isinstance(node, AnyItem) for node in left):
+        return None
+    every = [*names, *asked]
+    try:
+        rows = layer.index.instances.rows(*known, narrowed, every)
+    except (OSError, pa.ArrowException):
+        return None  # DuckDB says what is wrong
+    tidied = _tidied(rows, every)
+    return [row[: len(names)] for row in tidied if _all_hold(left, row[len(names) :])]
+
+
+_NARROW = ("SeriesInstanceUID", "SOPInstanceUID")
+FEW_STUDIES = 16
+
+
+def _keywords(node: Node) -> tuple[str, ...]:
+    if isinstance(node, AnyItem):
+        return ()
+    return (node.keyword,) if isinstance(node, Compare) else (node.date_keyword, node.time_keyword)
+
+
+def _all_hold(nodes: Sequence[Node], values: Sequence[Any]) -> bool:
+    at = 0
+    for node in nodes:
+        width = len(_keywords(node))
+        if isinstance(node, AnyItem) or not _holds(node, values[at : at + width]):
+            return False
+        at += width
+    return True
+
+
+def _tidied(rows: list[tuple[Any, ...]], names: Sequence[str]) -> list[tuple[Any, ...]]:
+    """Text as the index has it (see sphere.catalog.plan.column_sql): without insignificant spaces, or none."""
+    texts = [at for at, name in enumerate(names) if name in BY_KEYWORD and "string" in str(BY_KEYWORD[name].arrow)]
+    trims = [(at, BY_KEYWORD[names[at]].vr) for at in texts if BY_KEYWORD[names[at]].vr != "UI"]
+    if not trims:
+        return rows
+    tidied = [list(row) for row in rows]
+    for row in tidied:
+        for at, vr in trims:
+            row[at] = _trimmed(row[at], vr)
+    return [tuple(row) for row in tidied]
+
+
+def _trimmed(value: Any, vr: str) -> Any:
+    if isinstance(value, list):
+        return [
+            None if one is None else one.rstrip(" ") if vr in TRAILING_ONLY_VRS else one.strip(" ") for one in value
+        ]
+    return column_value(value, "LT" if vr in TRAILING_ONLY_VRS else "LO")
+
+
 @functools.lru_cache(256)
 def _shape(
     level: Level, model: Model, asked: tuple[tuple[int, str, str, str], ...], instance_columns: frozenset[str]
@@ -174,11 +256,7 @@ def _conditions(query: Query, store: RowStore, *, partly: bool = False) -> list[
     columns = Columns(level, frozenset(), query.timezone)
     conditions: list[_Condition] = []
     for node in query.predicate():
-        if isinstance(node, AnyItem):
-            keywords: tuple[str, ...] = ("",)
-        else:
-            keywords = (node.keyword,) if isinstance(node, Compare) else (node.date_keyword, node.time_keyword)
-        names = tuple(_at_home(f"{_TABLES.get(columns.alias(word) or '', '')}.{word}") for word in keywords)
+        names = tuple(_at_home(f"{_TABLES.get(columns.alias(word) or '', '')}.{word}") for word in _keywords(node))
         if not isinstance(node, AnyItem) and all(_is_kept(store, level, name) for name in names):
             conditions.append((names, node))
         elif not partly:

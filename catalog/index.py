@@ -35,6 +35,7 @@ from sphere.catalog.grant import Grant
 from sphere.catalog.index_build import RebuildNeeded, Snapshots, build_base, build_refresh, selected
 from sphere.catalog.index_files import FileMap
 from sphere.catalog.layers import Index
+from sphere.catalog.parts import InstanceFiles
 from sphere.catalog.recent import Recent, Sources
 from sphere.catalog.schema import TABLES
 from sphere.catalog.tables import CatalogTables
@@ -99,6 +100,7 @@ class IndexCache:
         self._unsettled: tuple[bool, ...] = ()
         self._away_until = 0.0
         self._suspected = False
+        self._instances = InstanceFiles()
         self._past: dict[Path, Index] = {}
         self._past_lock = threading.Lock()
         self._resolved: dict[AsOf, tuple[Path, float]] = {}
@@ -328,7 +330,9 @@ class IndexCache:
         versions = {name: snapshot.version if snapshot else -1 for name, snapshot in snapshots.items()}
         columns = instances.columns if instances else frozenset(TABLES["instances"].schema.names)
         recent = None if past else self._recent(db, columns, files, published)
-        return Index(paths, versions, db, columns, files, published, recent, _rows_of(paths[0]), self._grant)
+        return Index(
+            paths, versions, db, columns, files, published, recent, _rows_of(paths[0]), self._instances, self._grant
+        )
 
     def _recent(
         self, db: duckdb.DuckDBPyConnection, columns: frozenset[str], files: FileMap, published: overlay.Published

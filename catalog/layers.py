@@ -15,6 +15,7 @@ from sphere.catalog.grant import Grant
 from sphere.catalog.index_build import INDEXED, granted
 from sphere.catalog.index_files import FileMap
 from sphere.catalog.overlay import Touched
+from sphere.catalog.parts import InstanceFiles
 from sphere.catalog.recent import Recent, column_of
 from sphere.catalog.rows import RowStore
 from sphere.catalog.schema import Level
@@ -38,6 +39,7 @@ class Index:
     published: overlay.Published
     recent: Recent | None = None
     rows: RowStore | None = None
+    instances: InstanceFiles = field(default_factory=InstanceFiles)
     grant: Grant | None = None
     idle: Mapping[str, list[duckdb.DuckDBPyConnection]] = field(default_factory=lambda: {"base": [], "overlay": []})
 
@@ -106,6 +108,11 @@ class Layer:
         if self.name == "overlay":
             return frozenset()
         return self.touched.patients if level == "PATIENT" else self.touched.studies
+
+    @property
+    def reads_files_whole(self) -> bool:
+        """Whether `instances` gives of a study what its files hold, nothing hidden and nothing beside."""
+        return self.name == "base" and self.index.grant is None
 
     def instances(self, files: Sequence[str], names: Sequence[str]) -> tuple[str, list[Any]] | None:
         """SQL of a relation with the columns `names` of the instances in `files` and of the recent ones, and its

@@ -144,6 +144,16 @@ class Plan:
         """Whether headers must be read to answer."""
         return bool(self.rest or self.header_keys)
 
+    @property
+    def has_no_join(self) -> bool:
+        """Whether one table is asked, and what it says is answered as it stands."""
+        return " " not in self.source.partition(" ")[2] and self.query.timezone is None and not self.rest
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether besides no header is needed."""
+        return self.has_no_join and not self.header_keys
+
     def select(self, *, where: tuple[str, ...] = (), in_order: bool = False) -> str:
         """The SQL that gives rows: the columns of `order`, the dataset (at IMAGE level, if needed), `selected`.
 

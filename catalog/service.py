@@ -18,7 +18,7 @@ import orjson
 from sphere.catalog.answer import Match, constants_of
 from sphere.catalog.asof import AsOf
 from sphere.catalog.cancel import Cancelled, never
-from sphere.catalog.direct import Lookup, look_up, studies_of
+from sphere.catalog.direct import Lookup, files_of, look_up, part_of
 from sphere.catalog.grant import Grant
 from sphere.catalog.headers import attributes_of, read_headers
 from sphere.catalog.index import IndexCache, is_damage
@@ -28,7 +28,6 @@ from sphere.catalog.match import Exact
 from sphere.catalog.match_header import Header, holds
 from sphere.catalog.plan import INSTANCES, Plan, make_plan, studies_sql
 from sphere.catalog.query import Query
-from sphere.catalog.rows import Rows, RowStore
 from sphere.conf.errors import CatalogError
 from sphere.conf.settings import Settings
 
@@ -245,10 +244,8 @@ def _scope(plan: Plan, layer: Layer, cursor: duckdb.DuckDBPyConnection, names: S
 
 def _files(query: Query, layer: Layer, cursor: duckdb.DuckDBPyConnection) -> tuple[list[str], list[str] | None]:
     """The files to look into, and the studies of the layer to look for where they are few."""
-    store = layer.index.rows if layer.name == "base" else None
-    rows = studies_of(query, store) if store else None
-    if store and rows is not None and len(rows) <= STUDIES_LISTED:
-        return _stored_files(store, rows, layer)
+    if (known := files_of(query, layer, STUDIES_LISTED)) is not None:
+        return known
     asked = studies_sql(query, STUDIES_LISTED + 1)
     if asked:
         found = [row[0] for row in cursor.execute(*asked).fetchall()]
@@ -258,13 +255,6 @@ def _files(query: Query, layer: Layer, cursor: duckdb.DuckDBPyConnection) -> tup
             return layer.instance_files(studies), studies
     uids = next((key.test for key in query.keys if key.keyword == "SOPInstanceUID"), None)
     return (layer.files_of_instances(uids.texts) if isinstance(uids, Exact) else layer.instance_files(None)), None
-
-
-def _stored_files(store: RowStore, rows: Rows, layer: Layer) -> tuple[list[str], list[str]]:
-    """The same for studies of the base, by their rows."""
-    uids, dropped = store.tables["studies"].values("StudyInstanceUID", rows), layer.dropped("STUDY")
-    left = [at for at, uid in enumerate(uids) if uid not in dropped]
-    return layer.index.files.named(store.files_of(rows[left])), [uids[at] for at in left]
 
 
 Found = tuple[Row, dict[int, Any], Header, bool]
@@ -300,6 +290,14 @@ def _begun(rows: Iterator[T | None]) -> Iterator[T]:
 
 
 def _matches(plan: Plan, layer: Layer, cancelled: Cancelled) -> Iterator[Found | None]:
+    names = [name.partition(".")[2] for name in plan.order]
+    part = part_of(plan.query, layer, [*names, *(key.keyword for key in plan.selected)]) if plan.is_plain else None
+    if part is not None:
+        yield None
+        tags, width = [key.tag for key in plan.selected], len(names)
+        for row in sorted(part, key=itemgetter(slice(width))):
+            yield row[:width], dict(zip(tags, row[width:], strict=True)), {}, True
+        return
     with layer.cursor() as cursor:
         scope = _scope(plan, layer, cursor, plan.of_instances)
         if scope is None:
@@ -369,6 +367,12 @@ _PLACE = [list(StoredInstance.__dataclass_fields__).index(name) for name in ("bu
 
 
 def _places(plan: Plan, layer: Layer, more: tuple[str, ...]) -> Iterator[Row | None]:
+    wanted = [*StoredInstance.__dataclass_fields__, *more]
+    part = part_of(plan.query, layer, wanted) if plan.has_no_join else None
+    if part is not None:
+        yield None
+        yield from sorted(part, key=itemgetter(*_PLACE))
+        return
     with layer.cursor() as cursor:
         names = dict.fromkeys((*plan.of_instances, *StoredInstance.__dataclass_fields__, *more))
         scope = _scope(plan, layer, cursor, tuple(names))

@@ -134,3 +134,34 @@ def test_without_rows_the_database_answers(
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)
+
+
+IMAGES: tuple[tuple[dict[str, Any], tuple[str, ...]], ...] = (
+    ({}, ("InstanceNumber", "ImageType", "PixelSpacing")),
+    ({"Modality": "CT"}, ("SOPClassUID",)),
+    ({"InstanceNumber": "1"}, ("ConvolutionKernel", "AcquisitionDate")),
+    ({"ImageType": "AXIAL"}, ()),
+)
+
+
+@pytest.mark.parametrize(("match", "more"), IMAGES)
+def test_instances_out_of_one_row_group(
+    made: tuple[Settings, hospital.Hospital],
+    service: QueryService,
+    match: dict[str, Any],
+    more: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The answers, places and headers that DuckDB reads from the same files."""
+    uids = [made[1].study_uid[number].as_py() for number in range(0, 120, 9)]
+    query = Query.build("IMAGE", {"StudyInstanceUID": uids, **match}, return_keys=more)
+    narrow = {"study": uids[:2], "series": [f"{uids[0]}.1", f"{uids[1]}.2"]}
+
+    def everything() -> tuple[Any, ...]:
+        headers = list(service.lookup_headers(study=uids[3]))
+        return found(service, query), list(service.lookup_instances(**narrow)), headers
+
+    mine = everything()
+    assert len(mine[1]) > 0 < len(mine[2])
+    monkeypatch.setattr("sphere.catalog.service.part_of", lambda *_: None)
+    assert everything() == mine
