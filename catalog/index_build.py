@@ -9,6 +9,7 @@ sphere.catalog.overlay). It costs what changed, not what there is.
 from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import duckdb
@@ -39,6 +40,8 @@ SHARE, LEAST = 0.03, 1000
 
 FILES_AT_ONCE = 200
 """Files of `instances` whose rows are in memory together while a base is built."""
+_LONGEST_FIRST = ("series", "study_files", "studies", "patients", "bundles")
+"""Parts of a base, in the order in which they are begun."""
 
 Snapshots = Mapping[str, Snapshot | None]
 
@@ -50,19 +53,27 @@ class RebuildNeeded(Exception):
 def build_base(db: duckdb.DuckDBPyConnection, snapshots: Snapshots, *, grant: Grant | None = None) -> None:
     """Fill an empty database from the tables; with a `grant`, which `db` has attached, roll up what is granted.
 
-    Raises duckdb.Error.
+    The map of files and the tables are made at once: a table of one file keeps one core busy only. Raises duckdb.Error.
     """
-    instances = snapshots["instances"]
-    for name in INDEXED if grant is None else ("bundles",):
-        _copy_table(db, name, snapshots[name])
-    if grant is not None:
-        _roll_up_granted(db, instances, grant)
     _create_map(db)
-    _add_files(db, list(enumerate(instances.files if instances else ())))
-    for name, columns in KEYS.items():
-        for number, column in enumerate(columns):
-            db.execute(f'CREATE INDEX {name}_{number} ON {name} ("{column}")')
+    if grant is not None:
+        _roll_up_granted(db, snapshots["instances"], grant)
+    with ThreadPoolExecutor(2, thread_name_prefix="index-base") as pool:
+        for part in [pool.submit(_base_part, db, name, snapshots, grant) for name in _LONGEST_FIRST]:
+            part.result()
     _note(db, snapshots, settled=grant is not None or _is_settled(snapshots))
+
+
+def _base_part(db: duckdb.DuckDBPyConnection, name: str, snapshots: Snapshots, grant: Grant | None) -> None:
+    """One table of a base, where it is not rolled up already, with its indexes."""
+    with db.cursor() as cursor:
+        if name == "study_files":
+            instances = snapshots["instances"]
+            _add_files(cursor, list(enumerate(instances.files if instances else ())))
+        elif grant is None or name == "bundles":
+            _copy_table(cursor, name, snapshots[name])
+        for number, column in enumerate(KEYS.get(name, ())):
+            cursor.execute(f'CREATE INDEX {name}_{number} ON {name} ("{column}")')
 
 
 def build_refresh(

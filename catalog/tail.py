@@ -11,7 +11,8 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 from sphere.conf.errors import BundleDamaged, StorageError
-from sphere.ingest.journal import BUNDLES, Landed
+from sphere.ingest.folders import BUNDLES, SealedFolders, bundle_of
+from sphere.ingest.journal import Landed
 from sphere.ingest.records import MemberRecord
 from sphere.ingest.spool import SpoolFirst
 from sphere.ingest.storage.base import Readable
@@ -42,6 +43,7 @@ class JournalTail:
         self, storage: Readable, state_dir: Path, positions: Mapping[str, int], sealed: Set[str] = frozenset()
     ) -> None:
         self._near, self._far = _sides(storage)
+        self._state_dir = state_dir
         self._landed = Landed(storage, state_dir)
         self._mirrors = state_dir / "journal"
         self._positions = dict(positions)
@@ -85,7 +87,8 @@ class JournalTail:
             self._next_far = time.monotonic() + AWAY_S
 
     def _walk(self, storage: Readable, prefix: str) -> Iterator[tuple[str, int]]:
-        for entry in storage.walk(prefix):
+        whole = prefix == BUNDLES
+        for entry in SealedFolders(storage, self._state_dir).entries(self._sealed) if whole else storage.walk(prefix):
             if entry.path.endswith(_JOURNAL):
                 bundle = entry.path.removesuffix(_JOURNAL) + ".tar"
                 if bundle not in self._sealed:
@@ -105,8 +108,8 @@ class JournalTail:
 
     def _mirrored(self) -> Iterator[tuple[str, int]]:
         for name in _names(self._mirrors):
-            identity = name.removesuffix(_JOURNAL)  # begins with YYYYMMDD
-            yield f"{BUNDLES}/{name[:4]}/{name[4:6]}/{name[6:8]}/{identity}.tar", _size(f"{self._mirrors}/{name}")
+            identity = name.removesuffix(_JOURNAL)
+            yield bundle_of(identity), _size(f"{self._mirrors}/{name}")
 
     def _changed(self, folder: Path) -> bool:
         try:

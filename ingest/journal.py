@@ -17,11 +17,11 @@ from pathlib import Path
 import orjson
 
 from sphere.conf.errors import BundleDamaged, StorageError, StorageMissing
+from sphere.ingest.folders import BUNDLES, SealedFolders
 from sphere.ingest.records import MemberRecord
 from sphere.ingest.storage.base import Appender, Readable, Storage
 from sphere.ingest.storage.paths import storage_error
 
-BUNDLES = "bundles"  # folder of bundles below the storage root
 _TAR, _JOURNAL = ".tar", ".journal"
 _LAST_LINE = 256  # bytes that hold the sealing line whole
 
@@ -75,22 +75,28 @@ def mirror_path(state_dir: Path, bundle: str) -> Path:
 class Landed:
     """The read side: which bundles there are and what their journals say.
 
-    `state_dir` (None on hosts that receive nothing) is where this host's own, not yet published lines are.
+    `state_dir` (None on hosts that receive nothing) is where this host's own, not yet published lines are; with
+    `folders`, folders are passed over in which every bundle is skipped.
     """
 
-    def __init__(self, storage: Readable, state_dir: Path | None = None) -> None:
+    def __init__(
+        self, storage: Readable, state_dir: Path | None = None, *, folders: SealedFolders | None = None
+    ) -> None:
         self._storage = storage
         self._state_dir = state_dir
+        self._folders = folders
 
     def bundles(self, *, skip: Container[str] = ()) -> Iterator[BundleState]:
-        """Every bundle, in the order in which they were begun, without looking into those of `skip`."""
+        """Every bundle, in the order in which they were begun, without looking into the (sealed) ones of `skip`."""
         journals: dict[str, int] = {}
         tars: dict[str, int] = {}
-        for entry in self._storage.walk(BUNDLES):
+        for entry in self._storage.walk(BUNDLES) if self._folders is None else self._folders.entries(skip):
             if entry.path.endswith(_TAR):
                 tars[entry.path] = entry.size
             elif entry.path.endswith(_JOURNAL):
                 journals[entry.path.removesuffix(_JOURNAL) + _TAR] = entry.size
+        if self._folders is not None:
+            self._folders.remember(skip)
         for bundle in sorted(tars):
             if bundle not in skip:
                 sealed = self.sealed(bundle, journals.get(bundle, 0))

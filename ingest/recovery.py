@@ -13,7 +13,8 @@ from pathlib import Path
 from sphere.conf.errors import BundleDamaged, StorageError, StorageMissing
 from sphere.conf.settings import Settings
 from sphere.ingest import tar
-from sphere.ingest.journal import BUNDLES, Landed, Sealed, bundle_id, journal_path, mirror_path, parse, to_lines
+from sphere.ingest.folders import SealedFolders, bundle_of
+from sphere.ingest.journal import Landed, Sealed, bundle_id, journal_path, mirror_path, parse, to_lines
 from sphere.ingest.lock import BundleLock, locked_bundles
 from sphere.ingest.records import MemberRecord
 from sphere.ingest.storage.base import Readable, Storage
@@ -71,8 +72,10 @@ def recover(storage: Storage, settings: Settings, *, now: Callable[[], float] = 
 
 def _candidates(storage: Storage, state_dir: Path, idle_since: float) -> Iterator[str]:
     left_behind = locked_bundles(state_dir)
-    entries = {entry.path: entry for entry in storage.walk(BUNDLES)}
+    folders = SealedFolders(storage, state_dir)
+    entries = {entry.path: entry for entry in folders.entries()}
     landed = Landed(storage)
+    sealed: set[str] = set()
     for path in sorted(entries):
         if not path.endswith(".tar"):
             continue
@@ -82,9 +85,17 @@ def _candidates(storage: Storage, state_dir: Path, idle_since: float) -> Iterato
             continue
         journal = entries.get(journal_path(path))
         touched = max(entries[path].mtime, journal.mtime if journal else 0.0)
-        if touched < idle_since and not landed.sealed(path, journal.size if journal else 0):
+        if touched < idle_since and not folders.is_sealed(path):
+            if landed.sealed(path, journal.size if journal else 0):
+                sealed.add(path)
+            else:
+                yield path
+    folders.remember(sealed)
+    for name in left_behind:  # of a folder that was passed over, or locks whose bundle was never made, or was removed
+        path = bundle_of(name)
+        if storage.exists(path):
             yield path
-    for name in left_behind:  # locks whose bundle was never made, or was removed
+            continue
         lock = BundleLock.take(state_dir, name)
         if lock is not None:
             lock.release()

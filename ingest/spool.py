@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -90,9 +90,10 @@ class SpoolFirst(Readable):
     def exists(self, path: str) -> bool:
         return self.spool.exists(path) or self.storage.exists(path)
 
-    def walk(self, prefix: str = "") -> Iterator[Entry]:
-        entries = {entry.path: entry for entry in self.spool.walk(prefix)}  # first: nothing can slip by
-        entries |= {entry.path: entry for entry in self.storage.walk(prefix) if entry.path not in entries}
+    def walk(self, prefix: str = "", *, enter: Callable[[Entry], bool] | None = None) -> Iterator[Entry]:
+        entries = {entry.path: entry for entry in self.spool.walk(prefix, enter=enter)}  # first: nothing can slip by
+        further = self.storage.walk(prefix, enter=enter)
+        entries |= {entry.path: entry for entry in further if entry.path not in entries}
         yield from (entries[path] for path in sorted(entries))
 
 

@@ -21,6 +21,7 @@ from pyspark.sql import SparkSession
 from sphere.catalog.lock import CatalogLock
 from sphere.conf.errors import JobFailed, StorageError
 from sphere.conf.settings import Settings
+from sphere.ingest.folders import SealedFolders
 from sphere.ingest.journal import Landed
 from sphere.ingest.records import MemberRecord
 from sphere.ingest.recovery import recover
@@ -122,7 +123,7 @@ class _Extraction:
         self._tables = Tables(settings)
         self._storage = open_storage(settings.storage.root, user=settings.storage.user)
         self._catalog = open_storage(settings.catalog_root, user=settings.storage.user)
-        self._landed = Landed(self._storage)
+        self._landed = Landed(self._storage, folders=SealedFolders(self._storage, settings.archive.state_dir))
 
     def run(self) -> Report:
         self._steps.begin("recover")

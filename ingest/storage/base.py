@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 Buffer = bytes | bytearray | memoryview
@@ -73,8 +73,12 @@ class Readable(ABC):
         """Whether a file of that name is there."""
 
     @abstractmethod
-    def walk(self, prefix: str = "") -> Iterator[Entry]:
-        """Every file below the folder `prefix`, in the order of their paths; nothing where it does not exist."""
+    def walk(self, prefix: str = "", *, enter: Callable[[Entry], bool] | None = None) -> Iterator[Entry]:
+        """Every file below the folder `prefix`, in the order of their paths; nothing where it does not exist.
+
+        `enter` is asked for each folder below it (an Entry of size 0) whether it is to be listed. The modification time
+        of a folder changes when a file or folder comes to it or leaves it.
+        """
 
 
 class Storage(Readable):

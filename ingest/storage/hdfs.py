@@ -169,17 +169,26 @@ class HdfsStorage(Storage):
             except FileNotFoundError:
                 return False
 
-    def walk(self, prefix: str = "") -> Iterator[Entry]:
+    def walk(self, prefix: str = "", *, enter: Callable[[Entry], bool] | None = None) -> Iterator[Entry]:
         prefix = checked_prefix(prefix)
-        folder = f"{self._root}/{prefix}".rstrip("/") or "/"
-        cut = len(self._root) + 1
+        entries = self._list(f"{self._root}/{prefix}".rstrip("/") or "/", enter)
+        yield from sorted((entry for entry in entries if not is_temporary(entry.path)), key=lambda entry: entry.path)
+
+    def _list(self, folder: str, enter: Callable[[Entry], bool] | None) -> list[Entry]:
+        """The files below a folder: with one call (of the client), or folder by folder."""
         with _told(f"listing {folder}"):
             try:
-                found = [status for status in self._client.list_status(folder, True) if not status.isdir]
+                found = list(self._client.list_status(folder, enter is None))
             except FileNotFoundError:
-                return
-        entries = [Entry(item.path[cut:], item.length, item.modification_time / 1000) for item in found]
-        yield from sorted((entry for entry in entries if not is_temporary(entry.path)), key=lambda entry: entry.path)
+                return []
+        entries: list[Entry] = []
+        for item in found:
+            entry = Entry(item.path[len(self._root) + 1 :], item.length, item.modification_time / 1000)
+            if not item.isdir:
+                entries.append(entry)
+            elif enter is not None and enter(Entry(entry.path, 0, entry.mtime)):
+                entries += self._list(f"{self._root}/{entry.path}", enter)
+        return entries
 
     def truncate(self, path: str, size: int) -> None:
         full = self._path(path)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
@@ -148,10 +148,10 @@ class LocalStorage(Storage):
     def exists(self, path: str) -> bool:
         return self._path(path).is_file()
 
-    def walk(self, prefix: str = "") -> Iterator[Entry]:
+    def walk(self, prefix: str = "", *, enter: Callable[[Entry], bool] | None = None) -> Iterator[Entry]:
         prefix = checked_prefix(prefix)
         with _told(f"listing {self.root / prefix}"):
-            yield from _walk(self.root / prefix, f"{prefix}/" if prefix else "")
+            yield from _walk(self.root / prefix, f"{prefix}/" if prefix else "", enter)
 
     def truncate(self, path: str, size: int) -> None:
         full = self._path(path)
@@ -246,7 +246,7 @@ def _sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
-def _walk(folder: Path, below: str) -> Iterator[Entry]:
+def _walk(folder: Path, below: str, enter: Callable[[Entry], bool] | None) -> Iterator[Entry]:
     """Files in the order of their whole paths: a folder sorts with its "/"."""
     try:
         with os.scandir(folder) as found:
@@ -254,11 +254,14 @@ def _walk(folder: Path, below: str) -> Iterator[Entry]:
     except (FileNotFoundError, NotADirectoryError):
         return
     for name, item in items:
-        if name.endswith("/"):
-            yield from _walk(folder / item.name, below + name)
+        if name.endswith("/") and enter is None:
+            yield from _walk(folder / item.name, below + name, enter)
         elif not is_temporary(name):
             try:
                 stat = item.stat()
             except FileNotFoundError:  # removed since the folder was read
                 continue
-            yield Entry(below + name, stat.st_size, stat.st_mtime)
+            if not name.endswith("/"):
+                yield Entry(below + name, stat.st_size, stat.st_mtime)
+            elif enter is not None and enter(Entry(below + item.name, 0, stat.st_mtime)):
+                yield from _walk(folder / item.name, below + name, enter)

@@ -140,12 +140,12 @@ class WebHdfsStorage(Storage):
             status = self._client().status(full, strict=False)
         return status is not None and status["type"] == "FILE"
 
-    def walk(self, prefix: str = "") -> Iterator[Entry]:
+    def walk(self, prefix: str = "", *, enter: Callable[[Entry], bool] | None = None) -> Iterator[Entry]:
         prefix = checked_prefix(prefix)
-        found = list(self._list(prefix))
+        found = list(self._list(prefix, enter))
         yield from sorted((entry for entry in found if not is_temporary(entry.path)), key=lambda entry: entry.path)
 
-    def _list(self, folder: str) -> Iterator[Entry]:
+    def _list(self, folder: str, enter: Callable[[Entry], bool] | None) -> Iterator[Entry]:
         full = f"{self._root}/{folder}".rstrip("/") or "/"
         try:
             with _told(f"listing {full}"):
@@ -153,11 +153,11 @@ class WebHdfsStorage(Storage):
         except StorageMissing:
             return
         for name, status in items:
-            path = f"{folder}/{name}" if folder else name
-            if status["type"] == "DIRECTORY":
-                yield from self._list(path)
-            else:
-                yield Entry(path, int(status["length"]), status["modificationTime"] / 1000)
+            path, changed = f"{folder}/{name}" if folder else name, status["modificationTime"] / 1000
+            if status["type"] != "DIRECTORY":
+                yield Entry(path, int(status["length"]), changed)
+            elif enter is None or enter(Entry(path, 0, changed)):
+                yield from self._list(path, enter)
 
     def truncate(self, path: str, size: int) -> None:
         full = self._path(path)

@@ -578,7 +578,7 @@ def main() -> None:
         f"{hospital.patients:,} patients in {time.perf_counter() - began:.0f} s ({time.process_time() - cpu:.0f} s CPU)"
     )
     for name in TABLES:
-        if name not in ("quarantine", "conflicts"):
+        if (options.folder / "storage/catalog" / name).is_dir():
             files, size = size_of(settings, name)
             print(f"  {name:10} {files:6,} files {size / 1e6:10,.1f} MB")
     sys.stdout.flush()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 
 from sphere.conf.errors import StorageError, StorageMissing
-from sphere.ingest.storage import Storage, open_storage
+from sphere.ingest.storage import Entry, Storage, open_storage
 from tests.contract.backends import Backend, Hdfs, Local, WebHdfs
 
 BAD_PATHS = ["/abs", "../up", "a/../b", "a//b", "./a", "a/.", "", "a\0b", "a/"]
@@ -147,6 +148,28 @@ class StorageContract(Backend):
         assert [entry.path for entry in storage.walk("a")] == ["a/b.x", "a/b/c"]
         assert [entry.path for entry in storage.walk("a/")] == ["a/b.x", "a/b/c"]
         assert list(storage.walk("nothing")) == []
+
+    def test_walk_lists_the_folders_that_it_is_to_enter(self, storage: Storage) -> None:
+        for path in ("a/b/one", "a/c/two", "a/d.x/three", "top"):
+            storage.write(path, b"x")
+        asked: list[Entry] = []
+
+        def enter(folder: Entry) -> bool:
+            asked.append(folder)
+            return folder.path != "a/c"
+
+        assert [entry.path for entry in storage.walk(enter=enter)] == ["a/b/one", "a/d.x/three", "top"]
+        assert sorted(folder.path for folder in asked) == ["a", "a/b", "a/c", "a/d.x"]
+        assert all(folder.size == 0 and folder.mtime > 1.7e9 for folder in asked)
+        assert [entry.path for entry in storage.walk("a/c", enter=enter)] == ["a/c/two"]
+        before = {folder.path: folder.mtime for folder in asked}
+        asked.clear()
+        time.sleep(0.02)  # as fine as the folders' times are
+        storage.write("a/b/more", b"x")
+        list(storage.walk("a", enter=enter))
+        after = {folder.path: folder.mtime for folder in asked}
+        assert after["a/b"] > before["a/b"]
+        assert after["a/c"] == before["a/c"]
 
     def test_an_empty_root_has_nothing(self, storage: Storage) -> None:
         assert list(storage.walk()) == []

@@ -113,9 +113,9 @@ class Failing(Storage):
             return object.__getattribute__(self, name)
         fail, inner = self._fail, self._inner
 
-        def call(path: str = "", *arguments: Any) -> Any:
+        def call(path: str = "", *arguments: Any, **options: Any) -> Any:
             fail(name, path)
-            done = getattr(inner, name)(path, *arguments)
+            done = getattr(inner, name)(path, *arguments, **options)
             return _FailingAppender(done, path, fail) if name in ("create", "append") else done
 
         return call

@@ -183,8 +183,8 @@ class _FailingAfter(Failing):
             return object.__getattribute__(self, name)
         function: Callable[..., Any] = getattr(self._inner, name)
 
-        def call(path: str = "", *arguments: Any) -> Any:
-            answer = function(path, *arguments)
+        def call(path: str = "", *arguments: Any, **options: Any) -> Any:
+            answer = function(path, *arguments, **options)
             self._fail(name, path)
             return _AppenderFailingAfter(answer, path, self._fail) if name == "create" else answer
 

@@ -174,7 +174,7 @@ class Closed(Readable):
     def exists(self, path: str) -> bool:
         raise AssertionError(path)
 
-    def walk(self, prefix: str = "") -> Iterator[Any]:
+    def walk(self, prefix: str = "", *, enter: Any = None) -> Iterator[Any]:
         raise AssertionError(prefix)
 
 
