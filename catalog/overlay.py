@@ -25,6 +25,8 @@ ROLLED = ("patients", "studies", "series")
 VALUES = ("StudyInstanceUID", "PatientID", "AccessionNumber")
 FEW = 100
 """Keys up to which a condition lists them, so that indexes and zone maps are used; more are joined."""
+LOOKED_UP = 2000
+"""Keys up to which looking them up, FEW at a time, is less work than a scan of a million rows."""
 
 Selected = Callable[[str], str]
 """From a column of a roll-up to the expression by which an index holds it."""
@@ -79,6 +81,14 @@ def among(column: str, keys: Sequence[str]) -> tuple[str, list[Any]]:
     if len(keys) <= FEW:
         return (f"{column} IN ({', '.join('?' * len(keys))})", list(keys)) if keys else ("false", [])
     return f"{column} IN (SELECT unnest(?::VARCHAR[]))", [list(keys)]
+
+
+def among_pieces(column: str, keys: Sequence[str]) -> Iterator[tuple[str, list[Any]]]:
+    """Conditions that together find the rows that have one of the values, each once, in a table where the column has an
+    index: by it, or where keys are many, by one scan."""
+    at_once = FEW if len(keys) <= LOOKED_UP else len(keys)
+    for start in range(0, len(keys), at_once):
+        yield among(column, keys[start : start + at_once])
 
 
 def create(db: duckdb.DuckDBPyConnection, like: str) -> None:
@@ -153,13 +163,17 @@ def _adopt(db: duckdb.DuckDBPyConnection, keys: Sequence[str]) -> Touched:
     """Take over patients from the file, with everything of theirs; unknown ones have nothing there."""
     if not keys:
         return Touched()
-    of_keys, values = among("patient_key", keys)
-    found = db.execute(f"SELECT StudyInstanceUID FROM base.studies WHERE {of_keys}", values).fetchall()
+    found = [
+        row
+        for of_keys, values in among_pieces("patient_key", keys)
+        for row in db.execute(f"SELECT StudyInstanceUID FROM base.studies WHERE {of_keys}", values).fetchall()
+    ]
     uids, taken = sorted(row[0] for row in found), frozenset[str]()
-    if uids:
-        of_uids, bound = among("StudyInstanceUID", uids)
+    for of_uids, bound in among_pieces("StudyInstanceUID", uids):
         for name in ("studies", "series"):
             db.execute(f"INSERT INTO {SCHEMA}.{name} SELECT * FROM base.{name} WHERE {of_uids}", bound)
+    if uids:
+        of_uids, bound = among("StudyInstanceUID", uids)
         db.execute(f"INSERT INTO {SCHEMA}.touched SELECT unnest(?::VARCHAR[])", [uids])
         taken = _values(db, f"{SCHEMA}.studies", of_uids, bound)
     db.execute(f"INSERT INTO {SCHEMA}.touched_patients SELECT unnest(?::VARCHAR[])", [list(keys)])
