@@ -23,7 +23,7 @@ from typing import Any, Literal, Protocol
 from sphere.catalog.tail import JournalTail
 from sphere.conf.errors import SphereError
 from sphere.conf.settings import Settings
-from sphere.ingest.journal import BUNDLES
+from sphere.ingest.folders import BUNDLES
 from sphere.ingest.records import MemberRecord
 from sphere.ingest.spool import open_readable
 

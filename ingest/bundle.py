@@ -15,8 +15,8 @@ from datetime import datetime, timezone
 
 from sphere.conf.errors import StorageError, StorageFull
 from sphere.conf.settings import Settings
+from sphere.ingest.folders import BUNDLES
 from sphere.ingest.groups import GroupCommit
-from sphere.ingest.journal import BUNDLES
 from sphere.ingest.lock import BundleLock
 from sphere.ingest.members import FileRange, NewMember, Prepared, prepare
 from sphere.ingest.open_bundle import OpenBundle

@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from sphere.conf import serving
 from sphere.conf.errors import BundleDamaged, SphereError, StorageError
 from sphere.conf.settings import Settings
-from sphere.ingest.journal import BUNDLES, Landed, journal_path
+from sphere.ingest.folders import BUNDLES
+from sphere.ingest.journal import Landed, journal_path
 from sphere.ingest.recovery import recover, verify
 from sphere.ingest.spool import backlog, remove_empty_folders, spool_settings, spool_storage
 from sphere.ingest.storage import Readable, open_storage

@@ -19,7 +19,8 @@ from pathlib import Path
 from sphere.conf.errors import StorageFull, StorageMissing
 from sphere.conf.settings import Settings
 from sphere.ingest.bundle import BundleWriter, NewMember
-from sphere.ingest.journal import BUNDLES, bundle_id
+from sphere.ingest.folders import BUNDLES
+from sphere.ingest.journal import bundle_id
 from sphere.ingest.records import MemberRecord
 from sphere.ingest.recovery import RecoveryReport, recover
 from sphere.ingest.storage import Entry, Readable, open_storage
