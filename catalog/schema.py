@@ -345,6 +345,26 @@ _FORWARDS = pa.schema(
     ]
 )
 
+_AUDIT = pa.schema(
+    [
+        ("file", pa.string()),  # of the audit journal, below the storage root
+        ("position", pa.int64()),  # the byte after the record's line
+        ("at", TIMESTAMP),
+        ("who", pa.string()),  # local, token:ID:NAME, oidc:SUBJECT, ae:TITLE
+        ("role", pa.string()),  # over HTTP; over DIMSE the name of the peer, or strangers
+        ("address", pa.string()),
+        ("method", pa.string()),  # GET, POST ..., C-STORE, C-FIND, C-MOVE, C-GET, N-ACTION
+        ("path", pa.string()),  # of the URL; over DIMSE the called AE title and the SOP class
+        ("query", pa.string()),  # of the URL; over DIMSE the identifier as DICOM JSON
+        ("status", pa.int64()),  # of HTTP, or of the last DIMSE response
+        ("outcome", pa.string()),  # done, refused, failed, broken off, unreadable
+        ("entities", pa.int64()),  # found, sent or stored
+        ("failed", pa.int64()),  # of them, over DIMSE, those that failed
+        ("bytes", pa.int64()),  # of the response body
+        ("seconds", pa.float64()),
+    ]
+)
+
 TABLES: Mapping[str, Table] = {
     table.name: table
     for table in (
@@ -361,6 +381,7 @@ TABLES: Mapping[str, Table] = {
         Table("quarantine", _QUARANTINE, ("bundle", "offset")),
         Table("conflicts", _CONFLICTS, ("bundle", "offset", "kind")),
         Table("forwards", _FORWARDS, ("forward", "StudyInstanceUID", "version")),
+        Table("audit", _AUDIT, ("file", "position"), properties={"delta.appendOnly": "true"}),
         Table("bundles", _BUNDLES, ("bundle",)),
     )
 }

@@ -62,10 +62,14 @@ class Caller:
         self.limits = limits
         self._folder = folder
         self._slot = slot
+        self.at_end: Callable[[], None] | None = None
 
     def close(self) -> None:
         """The association is over."""
         self._slot.release()
+        if self.at_end is not None:
+            self.at_end()
+            self.at_end = None
 
     @contextmanager
     def query(self) -> Iterator[bool]:

@@ -7,10 +7,12 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from sphere.catalog.audit import AuditJournal
 from sphere.conf.logs import hashed
 from sphere.conf.settings import NOT_AUTHORIZED, Right
 from sphere.scp import contexts
 from sphere.scp.answers import AnswerEncoder
+from sphere.scp.audit import Records
 from sphere.scp.callers import Caller, Callers
 from sphere.scp.decode import MAX_IDENTIFIER
 from sphere.scp.find import UNABLE, FindAnswer, FindRequest, FindService, internal_error
@@ -36,17 +38,22 @@ class Handlers:
         store: StoreService,
         find: FindService,
         more: Mapping[int, Service] | None = None,
+        *,
+        journal: AuditJournal | None = None,
     ) -> None:
-        """`more` are services that live elsewhere."""
+        """`more` are services that live elsewhere; what is asked and stored is recorded in `journal`."""
         self._callers = callers
         self._store = store
         self._find = find
         self._more = more or {}
+        self._records = Records(journal) if journal else None
 
     def services(self) -> Mapping[int, Service]:
         """By the command field of the request."""
         services: dict[int, Service] = {C_STORE_RQ: self.on_store, C_FIND_RQ: self.on_find, **self._more}
         guarded = {field: _guarded(service, RIGHTS.get(field, "store")) for field, service in services.items()}
+        if self._records:
+            guarded = {field: self._records.recorded(field, service) for field, service in guarded.items()}
         return {C_ECHO_RQ: self.on_echo, **guarded}
 
     def admit(self, proposal: Proposal, address: str) -> Caller:

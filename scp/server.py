@@ -8,11 +8,13 @@ import threading
 from collections.abc import Callable
 from contextlib import closing
 
+from sphere.catalog.audit import AuditJournal
 from sphere.catalog.known import KnownInstances
 from sphere.catalog.queries import LateQueries
 from sphere.conf.errors import SphereError
 from sphere.conf.settings import Settings
 from sphere.ingest.spool import open_readable, open_writer, recover_all
+from sphere.ingest.storage import open_storage
 from sphere.scp.callers import Callers
 from sphere.scp.commitment.service import Commitment
 from sphere.scp.find import FindService
@@ -45,7 +47,11 @@ def run_receiver(settings: Settings, *, ready: Callable[[int], None]) -> None:
     writer = open_writer(settings)
     threading.Thread(target=_recover, args=(settings,), daemon=True, name="recovery").start()
     try:
-        with LateQueries(settings) as finder, closing(Transcoder()) as transcoder:
+        with (
+            LateQueries(settings) as finder,
+            closing(Transcoder()) as transcoder,
+            closing(_journal(settings)) as journal,
+        ):
             locator = Locator(finder, settings.snapshots)
             readable = open_readable(settings)
             retrieve = RetrieveHandlers(RetrieveService(settings, readable, locator, transcoder)).services()
@@ -55,7 +61,7 @@ def run_receiver(settings: Settings, *, ready: Callable[[int], None]) -> None:
             find = FindService(finder, settings.snapshots)
             commitment = Commitment(settings, finder, readable)
             callers = Callers(settings, calling)
-            handlers = Handlers(callers, store, find, {**retrieve, **commitment.handlers.services()})
+            handlers = Handlers(callers, store, find, {**retrieve, **commitment.handlers.services()}, journal=journal)
             with commitment:
                 _serve(listen(settings, handlers), stop, ready)
     finally:
@@ -73,6 +79,11 @@ def _serve(server: Server, stop: threading.Event, ready: Callable[[int], None]) 
             raise SphereError("nothing accepts connections any more; this receiver has to be started again")
     server.stop()
     server.drain(DRAIN_S)
+
+
+def _journal(settings: Settings) -> AuditJournal:
+    storage = open_storage(settings.storage.root, user=settings.storage.user)
+    return AuditJournal(storage, settings.archive.state_dir / "audit.jsonl")
 
 
 def _recover(settings: Settings) -> None:

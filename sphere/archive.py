@@ -181,7 +181,15 @@ class Archive:
         """Catalogue what landed and is not yet in the tables; raises LockHeld while another process does so."""
         from sphere.jobs.extract import run
 
-        return run(self._session(), self.settings, on_step=on_step)
+        report = run(self._session(), self.settings, on_step=on_step)
+        self.load_audit()
+        return report
+
+    def load_audit(self) -> int:
+        """Bring the audit journal into table `audit`; returns how many records came. Raises LockHeld, JobFailed."""
+        from sphere.jobs.audit import run
+
+        return run(self.settings)
 
     def status(self) -> Status:
         """What is here, what waits for extraction, and what failed."""

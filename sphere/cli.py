@@ -238,7 +238,7 @@ def verify(ctx: click.Context, bundles: tuple[str, ...]) -> None:
 @format_options
 @click.pass_context
 def sql(ctx: click.Context, statement: str, format_: Format, output: Path | None) -> None:
-    """Ask the catalog in Spark SQL; tables: instances, series, studies, patients, quarantine, conflicts, bundles.
+    """Ask the catalog in Spark SQL: instances, series, studies, patients, quarantine, conflicts, bundles, audit.
 
     \b
     Examples:

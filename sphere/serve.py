@@ -278,6 +278,8 @@ def extract_regularly(settings: Settings, ready: Callable[[int], None]) -> None:
         try:
             if archive.waiting():
                 log.info("extracted %s", archive.extract())
+            else:
+                archive.load_audit()
         except SphereError as error:
             log.error("extraction: %s", error)
     archive.close()

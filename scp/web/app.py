@@ -14,6 +14,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sphere.catalog.annotations import Annotations
+from sphere.catalog.audit import AuditJournal
 from sphere.catalog.cohorts import Cohorts
 from sphere.catalog.queries import Queries
 from sphere.conf.errors import SphereError
@@ -35,7 +36,7 @@ from sphere.scp.web import (
 )
 from sphere.scp.web.access import Access
 from sphere.scp.web.archive import Archive
-from sphere.scp.web.audit import Audited, AuditJournal
+from sphere.scp.web.audit import Audited
 from sphere.scp.web.oidc import Oidc
 from sphere.scp.web.pixels import PixelReader
 from sphere.scp.web.problem import problem

@@ -1,117 +1,15 @@
-"""The audit journal: one JSON line for each request that touches data, appended and synced below ``<root>/audit/``."""
+"""What is recorded of a request over HTTP."""
 
 from __future__ import annotations
 
-import logging
-import os
-import queue
-import re
-import secrets
-import socket
-import threading
 import time
-from collections.abc import Callable
-from datetime import datetime, timezone
-from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-import orjson
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from sphere.conf.errors import StorageError
-from sphere.ingest.storage.base import Appender, Storage
+from sphere.catalog.audit import MAX_TEXT, AuditJournal
 
-log = logging.getLogger(__name__)
-
-FOLDER: Final = "audit"
-PAUSE_S: Final = 0.2  # seconds in which records gather before they are written and synced together
-MAX_WAITING: Final = 100_000  # records
 TOUCHING: Final = ("/dicom-web/", "/wado", "/annotations")  # paths whose requests touch data
-MAX_TEXT: Final = 2000  # characters of a path or a query
-
-
-class AuditJournal:
-    """Appends records to a file of this process and day. Thread-safe; what the storage refuses goes to `fallback`."""
-
-    def __init__(
-        self,
-        storage: Storage,
-        fallback: Path,
-        *,
-        clock: Callable[[], datetime] = lambda: datetime.now(timezone.utc),
-    ) -> None:
-        self._storage, self._fallback, self._clock = storage, fallback, clock
-        self._waiting: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-        self._appender: Appender | None = None
-        self._day = ""
-        self._stop = threading.Event()
-        self._writing = threading.Lock()
-        self._thread = threading.Thread(target=self._run, daemon=True, name="audit")
-        self._thread.start()
-
-    def add(self, **record: Any) -> None:
-        """One record; it is durable within about PAUSE_S, or when `close` returns."""
-        at = self._clock().isoformat(timespec="milliseconds")
-        self._waiting.put(orjson.dumps({"at": at, **record}, option=orjson.OPT_APPEND_NEWLINE))
-
-    def close(self) -> None:
-        """Write what waits, and let go of the file."""
-        self._stop.set()
-        self._thread.join()
-        self.flush()
-        with self._writing:
-            self._let_go()
-
-    def flush(self) -> None:
-        """Write and sync what waits."""
-        with self._writing:
-            lines: list[bytes] = []
-            while not self._waiting.empty() and len(lines) < MAX_WAITING:
-                lines.append(self._waiting.get())
-            if lines:
-                self._write(lines)
-
-    def _run(self) -> None:
-        while not self._stop.wait(PAUSE_S):
-            try:
-                self.flush()
-            except Exception as error:  # noqa: BLE001  the journal outlives whatever went wrong
-                log.error("audit: %s", type(error).__name__)
-
-    def _write(self, lines: list[bytes]) -> None:
-        try:
-            appender = self._file()
-            appender.write(lines)
-            appender.sync()
-        except StorageError as error:
-            log.error("audit journal: %s; records go to %s", error, self._fallback)
-            if self._appender is not None:
-                self._appender.abandon()
-                self._appender = None
-            self._fallback.parent.mkdir(parents=True, exist_ok=True)
-            with self._fallback.open("ab") as file:
-                file.writelines(lines)
-                file.flush()
-                os.fsync(file.fileno())
-
-    def _file(self) -> Appender:
-        """That of today; raises StorageError."""
-        now = self._clock()
-        day = f"{now:%Y/%m/%d}"
-        if self._appender is None or day != self._day:
-            self._let_go()
-            host = re.sub(r"[^A-Za-z0-9-]+", "-", socket.gethostname())[:40] or "host"
-            name = f"{now:%Y%m%dT%H%M%S}Z-{host}-{os.getpid()}-{secrets.token_hex(4)}"
-            self._appender, self._day = self._storage.create(f"{FOLDER}/{day}/{name}.jsonl"), day
-        return self._appender
-
-    def _let_go(self) -> None:
-        if self._appender is not None:
-            try:
-                self._appender.close()
-            except StorageError as error:
-                log.error("audit journal: %s", error)
-            self._appender = None
 
 
 class Audited:

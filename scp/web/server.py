@@ -12,6 +12,7 @@ from contextlib import closing, contextmanager
 import uvicorn
 
 from sphere.catalog.annotations import Annotations
+from sphere.catalog.audit import AuditJournal
 from sphere.catalog.cohorts import Cohorts
 from sphere.catalog.known import KnownInstances
 from sphere.catalog.queries import open_queries
@@ -27,7 +28,6 @@ from sphere.scp.upper.tls import web_context
 from sphere.scp.web.access import LOCAL_NAMES
 from sphere.scp.web.app import Services, make_app
 from sphere.scp.web.archive import Archive
-from sphere.scp.web.audit import AuditJournal
 from sphere.scp.web.known import KnownSeries
 from sphere.scp.web.protocol import BoundedHttp
 from sphere.scp.web.tokens import Tokens

@@ -17,12 +17,12 @@ from click.testing import CliRunner
 from cryptography.hazmat.primitives.asymmetric import rsa
 from starlette.testclient import TestClient
 
+from sphere.catalog.audit import FOLDER, AuditJournal
 from sphere.cli import main
 from sphere.conf.errors import SettingsError, StorageError
 from sphere.conf.settings import Settings, from_dict
 from sphere.ingest.storage import open_storage
 from sphere.scp.web.app import make_app
-from sphere.scp.web.audit import FOLDER, AuditJournal
 from sphere.scp.web.oidc import Known, Oidc
 from sphere.scp.web.server import services_of
 from sphere.scp.web.tokens import PATH, Role, Tokens

@@ -1,0 +1,131 @@
+"""The audit journal: one JSON line for each request that touches data, appended and synced below ``<root>/audit/``.
+
+Extraction loads the lines into table `audit` (see sphere.jobs.audit).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import re
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Final
+
+import orjson
+
+from sphere.conf.errors import StorageError
+from sphere.ingest.storage.base import Appender, Storage
+
+log = logging.getLogger(__name__)
+
+FOLDER: Final = "audit"
+PAUSE_S: Final = 0.2  # seconds in which records gather before they are written and synced together
+PUBLISH_S: Final = 30.0  # seconds between times at which all hosts can read what was written, where that costs more
+MAX_WAITING: Final = 100_000  # records
+MAX_TEXT: Final = 2000  # characters of a path or a query
+
+
+class AuditJournal:
+    """Appends records to a file of this process and day. Thread-safe; what the storage refuses goes to `fallback`."""
+
+    def __init__(
+        self,
+        storage: Storage,
+        fallback: Path,
+        *,
+        clock: Callable[[], datetime] = lambda: datetime.now(timezone.utc),
+    ) -> None:
+        self._storage, self._fallback, self._clock = storage, fallback, clock
+        self._waiting: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        self._appender: Appender | None = None
+        self._day = ""
+        self._hidden_since: float | None = None  # monotonic time of the first record that other hosts cannot read yet
+        self._stop = threading.Event()
+        self._writing = threading.Lock()
+        self._thread = threading.Thread(target=self._run, daemon=True, name="audit")
+        self._thread.start()
+
+    def add(self, **record: Any) -> None:
+        """One record; it is durable within about PAUSE_S, or when `close` returns."""
+        at = self._clock().isoformat(timespec="milliseconds")
+        self._waiting.put(orjson.dumps({"at": at, **record}, option=orjson.OPT_APPEND_NEWLINE))
+
+    def close(self) -> None:
+        """Write what waits, and let go of the file."""
+        self._stop.set()
+        self._thread.join()
+        self.flush()
+        with self._writing:
+            self._let_go()
+
+    def flush(self) -> None:
+        """Write and sync what waits."""
+        with self._writing:
+            lines: list[bytes] = []
+            while not self._waiting.empty() and len(lines) < MAX_WAITING:
+                lines.append(self._waiting.get())
+            if lines:
+                self._write(lines)
+            elif self._hidden_since is not None and time.monotonic() - self._hidden_since > PUBLISH_S:
+                self._write([])
+
+    def _run(self) -> None:
+        while not self._stop.wait(PAUSE_S):
+            try:
+                self.flush()
+            except Exception as error:  # noqa: BLE001  the journal outlives whatever went wrong
+                log.error("audit: %s", type(error).__name__)
+
+    def _write(self, lines: list[bytes]) -> None:
+        try:
+            appender = self._file()
+            appender.write(lines)
+            self._make_durable(appender)
+        except StorageError as error:
+            log.error("audit journal: %s; records go to %s", error, self._fallback)
+            if self._appender is not None:
+                self._appender.abandon()
+                self._appender = None
+            self._fallback.parent.mkdir(parents=True, exist_ok=True)
+            with self._fallback.open("ab") as file:
+                file.writelines(lines)
+                file.flush()
+                os.fsync(file.fileno())
+
+    def _make_durable(self, appender: Appender) -> None:
+        """Sync, and from time to time publish where others cannot read a file that is being written (HDFS)."""
+        now = time.monotonic()
+        if self._hidden_since is None:
+            self._hidden_since = now
+        if self._storage.visible_at_once or now - self._hidden_since <= PUBLISH_S:
+            appender.sync()
+        else:
+            appender.publish()
+        if self._storage.visible_at_once or now - self._hidden_since > PUBLISH_S:
+            self._hidden_since = None
+
+    def _file(self) -> Appender:
+        """That of today; raises StorageError."""
+        now = self._clock()
+        day = f"{now:%Y/%m/%d}"
+        if self._appender is None or day != self._day:
+            self._let_go()
+            host = re.sub(r"[^A-Za-z0-9-]+", "-", socket.gethostname())[:40] or "host"
+            name = f"{now:%Y%m%dT%H%M%S}Z-{host}-{os.getpid()}-{secrets.token_hex(4)}"
+            self._appender, self._day = self._storage.create(f"{FOLDER}/{day}/{name}.jsonl"), day
+        return self._appender
+
+    def _let_go(self) -> None:
+        if self._appender is not None:
+            try:
+                self._appender.close()
+            except StorageError as error:
+                log.error("audit journal: %s", error)
+            self._appender = None
