@@ -4,13 +4,16 @@ Sender: DCMTK's storescu, one process an association, (a) as shipped and (b) wit
 Every receiver ends a run with everything on disk: SPHERE, Orthanc and the pynetdicom server before each Success,
 storescp by one syncfs at the end, whose time is counted in. Times run from the start of the senders to the exit of the
 last. Receivers take turns, round by round, so that what else the machine does hits all of them; ratios are medians of
-the ratios within a round. CPU time is that of the processes, and does not depend on the load of the machine.
+the ratios within a round. CPU time is that of the processes, and does not depend on the load of the machine. Every
+run sends instances that nobody has seen: a copy need not be stored. Each association sends as many.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import random
+import re
 import resource
 import shutil
 import statistics
@@ -25,7 +28,6 @@ from pathlib import Path
 import numpy as np
 import pydicom
 from pydicom.data import get_testdata_file
-from pydicom.uid import generate_uid
 from rich.console import Console
 from rich.table import Table
 
@@ -56,16 +58,23 @@ console = Console(width=150)
 
 @dataclass(frozen=True)
 class Load:
-    """Files in one folder per association, all of one size."""
+    """Files of one size, as many in the folder of each association; `places` are where their instance UID stands."""
 
     folders: tuple[Path, ...]
-    count: int
-    size: int  # bytes of all of them
+    each: int  # files a folder
+    size: int  # bytes of a file
+    places: tuple[int, ...]
 
-    @property
-    def each(self) -> float:
-        """Bytes of one."""
-        return self.size / self.count
+    def renew(self) -> None:
+        """Make other instances of them, on disk before this returns: nobody else's sync has to bring them there."""
+        for folder in self.folders:
+            for path in folder.iterdir():
+                uid = new_uid().encode()
+                with path.open("r+b", buffering=0) as file:
+                    for place in self.places:
+                        file.seek(place)
+                        file.write(uid)
+        os.sync()
 
 
 @dataclass
@@ -84,34 +93,38 @@ class Runs:
 Found = dict[tuple[str, str, str, int], Runs]  # by client, size, target, associations
 
 
-def make_load(folder: Path, rows: int, count: int) -> Load:
-    """`count` CT instances of one study, over 16 folders."""
+def new_uid() -> str:
+    """A UID (PS3.5 B.2) that always has 44 characters."""
+    return f"2.25.1{random.randrange(10**38):038d}"
+
+
+def make_load(folder: Path, rows: int, each: int) -> Load:
+    """`each` CT instances, of one study, for every association."""
     source = pydicom.dcmread(str(get_testdata_file("CT_small.dcm")))
     if rows != source.Rows:
         source.Rows = source.Columns = rows
         source.PixelData = np.random.default_rng(rows).integers(0, 2000, (rows, rows), dtype="uint16").tobytes()
+    uid = source.SOPInstanceUID = source.file_meta.MediaStorageSOPInstanceUID = new_uid()
+    folder.mkdir(parents=True)
+    source.save_as(folder / "first.dcm")
+    data = (folder / "first.dcm").read_bytes()
     folders = tuple(folder / f"{number:02d}" for number in range(max(ASSOCIATIONS)))
     for path in folders:
-        path.mkdir(parents=True)
-    size = 0
-    for number in range(count):
-        source.SOPInstanceUID = source.file_meta.MediaStorageSOPInstanceUID = generate_uid()
-        path = folders[number % len(folders)] / f"{number:05d}.dcm"
-        source.save_as(path)
-        size += path.stat().st_size
-    return Load(folders, count, size)
+        path.mkdir()
+        for number in range(each):
+            (path / f"{number:05d}.dcm").write_bytes(data)
+    return Load(folders, each, len(data), tuple(match.start() for match in re.finditer(uid.encode(), data)))
 
 
 def send(load: Load, port: int, associations: int, environment: dict[str, str]) -> None:
-    """Send all of `load` over that many associations at once; raises when storescu reports a failure."""
-    share = len(load.folders) // associations
+    """Send over that many associations at once, a folder each; raises when storescu reports a failure."""
     plain = {name: value for name, value in os.environ.items() if name not in servers.NODELAY}
     running = [
         subprocess.Popen(
-            [require_tool("storescu"), "+sd", "-R", "127.0.0.1", str(port), *map(str, load.folders[at : at + share])],
+            [require_tool("storescu"), "+sd", "-R", "127.0.0.1", str(port), str(folder)],
             env=plain | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )
-        for at in range(0, len(load.folders), share)
+        for folder in load.folders[:associations]
     ]  # fmt: skip
     for process in running:
         output = process.communicate()[0]
@@ -121,14 +134,15 @@ def send(load: Load, port: int, associations: int, environment: dict[str, str]) 
 
 
 def run(load: Load, server: servers.Server, associations: int, environment: dict[str, str], runs: Runs) -> None:
-    """One run."""
+    """One run, of instances that the server has not seen if `load` was renewed."""
     port, processes, sync = server
+    count = load.each * associations
     sending, serving, started = _children_s(), servers.cpu_s(processes), time.perf_counter()
     send(load, port, associations, environment)
     sync()
-    runs.rates.append(load.count / (time.perf_counter() - started))
-    runs.sender_ms.append(1000 * (_children_s() - sending) / load.count)
-    runs.server_ms.append(1000 * (servers.cpu_s(processes) - serving) / load.count)
+    runs.rates.append(count / (time.perf_counter() - started))
+    runs.sender_ms.append(1000 * (_children_s() - sending) / count)
+    runs.server_ms.append(1000 * (servers.cpu_s(processes) - serving) / count)
 
 
 def _children_s() -> float:
@@ -144,13 +158,13 @@ def fresh(base: Path) -> Iterator[Path]:
     shutil.rmtree(folder.parent)
 
 
-def measure(base: Path, size: str, count: int, rounds: int, found: Found) -> None:
-    """All receivers, clients and numbers of associations for one size of instance.
+def measure(base: Path, size: str, each: int, rounds: int, found: Found) -> None:
+    """All receivers, clients and numbers of associations for one size of instance; `each` instances an association.
 
     Receivers that wait for delayed ACKs get a sixteenth of the load, once: 45 ms an instance do not vary. Slow ones get
     a quarter.
     """
-    loads = {part: make_load(base / f"{size} {part}", SIZES[size], max(16, count // part)) for part in (1, 4, 16)}
+    loads = {part: make_load(base / f"{size} {part}", SIZES[size], max(4, each // part)) for part in (1, 4, 16)}
     with ExitStack() as stack:
         running = {}
         for target, start in TARGETS.items():
@@ -158,6 +172,8 @@ def measure(base: Path, size: str, count: int, rounds: int, found: Found) -> Non
         for client, environment in CLIENTS.items():
             for number in range(rounds):
                 for n in ASSOCIATIONS:
+                    for load in loads.values():
+                        load.renew()
                     for target, server in running.items():
                         stalled = target in STALLED or (client == SHIPPED and target not in (OURS, NULL))
                         if stalled and number:
@@ -249,11 +265,11 @@ def disk(base: Path, size: int) -> float:
     return rate
 
 
-def hdfs(base: Path, count: int, rounds: int) -> None:
+def hdfs(base: Path, each: int, rounds: int) -> None:
     """Landing on HDFS against one raw stream of hdfs-native that syncs after as many instances as we did on average."""
     from tests.support.hdfs import HdfsCluster
 
-    load = make_load(base / "hdfs load", SIZES["526 kB"], count)
+    load = make_load(base / "hdfs load", SIZES["526 kB"], each)
     with (
         HdfsCluster(base / "hdfs") as cluster,
         fresh(base) as folder,
@@ -262,13 +278,18 @@ def hdfs(base: Path, count: int, rounds: int) -> None:
         for associations in (1, 16):
             ours, raw, groups = Runs(), Runs(), []
             for number in range(rounds):
+                load.renew()
                 members, syncs = servers.counted(folder)
                 run(load, server, associations, servers.NODELAY, ours)
                 after = servers.counted(folder)
                 groups.append(max(1, round((after[0] - members) / (after[1] - syncs))))
-                raw.rates.append(_raw_stream(cluster.hdfs_url, f"{associations}-{number}", load, groups[-1]))
+                raw.rates.append(
+                    _raw_stream(
+                        cluster.hdfs_url, f"{associations}-{number}", load.each * associations, load.size, groups[-1]
+                    )
+                )
             share = 100 * ratio(ours, raw)
-            what = f"{associations} associations: {ours.rate:,.0f}/s, {ours.rate * load.each / 1e6:,.0f} MB/s"
+            what = f"{associations} associations: {ours.rate:,.0f}/s, {ours.rate * load.size / 1e6:,.0f} MB/s"
             rival = f"{share:.0f} % of {raw.rate:,.0f}/s of a raw stream, hsync per {statistics.median(groups):.0f}"
             say(f"HDFS, 526 kB, {what}; {rival}", share >= 80, "80 %")
             console.print(
@@ -277,23 +298,23 @@ def hdfs(base: Path, count: int, rounds: int) -> None:
             )
 
 
-def _raw_stream(url: str, name: str, load: Load, group: int) -> float:
-    data = os.urandom(int(load.each))
+def _raw_stream(url: str, name: str, count: int, size: int, group: int) -> float:
+    data = os.urandom(size)
     appender = open_storage(url).create(f"raw-{name}.bin")
     started = time.perf_counter()
-    for instance in range(1, load.count + 1):
+    for instance in range(1, count + 1):
         appender.write([data])
         if instance % group == 0:
             appender.sync()
     appender.close()
-    return load.count / (time.perf_counter() - started)
+    return count / (time.perf_counter() - started)
 
 
 def main() -> None:
     """Run all of it and print the tables."""
     parser = argparse.ArgumentParser(prog="make bench-landing LANDING=", description=__doc__)
-    parser.add_argument("--small", type=int, default=2400, help="instances of 39 kB a run")
-    parser.add_argument("--large", type=int, default=640, help="instances of 526 kB a run")
+    parser.add_argument("--small", type=int, default=400, help="instances of 39 kB an association")
+    parser.add_argument("--large", type=int, default=120, help="instances of 526 kB an association")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of which the median counts")
     parser.add_argument("--huge-mib", type=int, default=4096, help="MiB of the one large instance; 0: no memory part")
     parser.add_argument("--no-speed", action="store_true", help="leave the rivals out")
@@ -303,9 +324,9 @@ def main() -> None:
     keep = nullcontext(str(options.dir)) if options.dir else tempfile.TemporaryDirectory(prefix="sphere-landing-")
     with keep as name, tempfile.TemporaryDirectory(dir=name) as work:
         base, found = Path(work), Found()
-        for size, count in () if options.no_speed else (("39 kB", options.small), ("526 kB", options.large)):
+        for size, each in () if options.no_speed else (("39 kB", options.small), ("526 kB", options.large)):
             before = disk(base, instance_bytes(size))
-            measure(base, size, count, options.rounds, found)
+            measure(base, size, each, options.rounds, found)
             report(found, size)
             aims(found, size, statistics.mean([before, disk(base, instance_bytes(size))]))
         if options.huge_mib:
