@@ -16,6 +16,7 @@ from typing import NoReturn
 
 from sphere.conf.errors import StorageError
 from sphere.ingest.storage.base import Appender, Buffer, Entry, Storage
+from sphere.ingest.storage.direct import DirectWriter
 from sphere.ingest.storage.paths import TEMPORARY, checked, checked_prefix, is_temporary, storage_error
 
 _IOV_MAX = min(os.sysconf("SC_IOV_MAX"), 1024)
@@ -30,6 +31,7 @@ class LocalAppender(Appender):
         self._fd = fd
         self._path = path
         self._size = size
+        self._direct = DirectWriter(path)
 
     def tell(self) -> int:
         return self._size
@@ -37,20 +39,14 @@ class LocalAppender(Appender):
     def write(self, buffers: Sequence[Buffer]) -> None:
         views = [view for view in map(_bytes_view, buffers) if view.nbytes]
         with _told(f"writing {self._path}"):
-            for start in range(0, len(views), _IOV_MAX):
-                self._write_all(views[start : start + _IOV_MAX])
-
-    def _write_all(self, views: list[memoryview]) -> None:
-        while views:
-            written = os.writev(self._fd, views)
-            self._size += written
-            done = 0
-            while done < len(views) and written >= views[done].nbytes:
-                written -= views[done].nbytes
-                done += 1
-            views = views[done:]
-            if written:
-                views[0] = views[0][written:]
+            if self._direct.fits(self._size, sum(view.nbytes for view in views)):
+                written = self._direct.write(views, self._size)
+                self._size += written
+                views = _after(views, written)
+            while views:
+                written = os.writev(self._fd, views[:_IOV_MAX])
+                self._size += written
+                views = _after(views, written)
 
     def sync(self) -> None:
         with _told(f"syncing {self._path}"):
@@ -71,6 +67,7 @@ class LocalAppender(Appender):
         fd, self._fd = self._fd, -1
         if fd >= 0:
             try:
+                self._direct.close()
                 os.close(fd)
             except OSError:  # a late write error of a file that nothing is promised of any more
                 return
@@ -193,6 +190,18 @@ def _raise(error: OSError, doing: str) -> NoReturn:
 def _bytes_view(buffer: Buffer) -> memoryview:
     view = memoryview(buffer)
     return view if view.itemsize == 1 and view.ndim == 1 else view.cast("B")
+
+
+def _after(views: list[memoryview], written: int) -> list[memoryview]:
+    """What is left of `views` (bytes) when their first `written` bytes are taken off."""
+    done = 0
+    while done < len(views) and written >= len(views[done]):
+        written -= len(views[done])
+        done += 1
+    left = views[done:]
+    if written:
+        left[0] = left[0][written:]
+    return left
 
 
 def _pread(fd: int, offset: int, length: int) -> bytes:

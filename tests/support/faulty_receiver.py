@@ -20,7 +20,7 @@ FAULT = "fault"
 def main() -> None:
     """As tests.support.receiver, with failing system calls."""
     plan = Path(sys.argv[2]) / FAULT
-    writev, fdatasync, fsync = os.writev, os.fdatasync, os.fsync
+    writev, pwrite, fdatasync, fsync = os.writev, os.pwrite, os.fdatasync, os.fsync
 
     def failing(call: str) -> OSError | None:
         try:
@@ -36,6 +36,11 @@ def main() -> None:
             raise error
         return writev(fd, buffers)
 
+    def faulty_pwrite(fd: int, data: Any, offset: int) -> int:
+        if error := failing("write"):
+            raise error
+        return pwrite(fd, data, offset)
+
     def faulty_fdatasync(fd: int) -> None:
         if error := failing("fsync"):
             raise error
@@ -46,7 +51,7 @@ def main() -> None:
             raise error
         fsync(fd)
 
-    os.writev, os.fdatasync, os.fsync = faulty_writev, faulty_fdatasync, faulty_fsync  # type: ignore[assignment]
+    os.writev, os.pwrite, os.fdatasync, os.fsync = faulty_writev, faulty_pwrite, faulty_fdatasync, faulty_fsync  # type: ignore[assignment]
     receiver.main()
 
 
