@@ -10,14 +10,22 @@ from sphere.ingest.header.dictionary import PIXEL_DATA, UNDEFINED
 from sphere.ingest.header.element import HEAD, inner_encoding, read_head, skip_undefined
 from sphere.ingest.header.layout import Layout, find_layout
 from sphere.ingest.header.window import HeaderTooLarge, InflateFailed
-from sphere.ingest.part10 import SHORT_VRS
+from sphere.ingest.part10 import LONG_VRS, SHORT_VRS
 
 _SOP_CLASS: Final = 0x00080016
 _SOP_INSTANCE: Final = 0x00080018
 _STUDY: Final = 0x0020000D
 _SERIES: Final = 0x0020000E
 _WANTED: Final = frozenset((_SOP_CLASS, _SOP_INSTANCE, _STUDY, _SERIES))
-_SHORT_HEAD: Final = {order: struct.Struct(order + "HH2sH") for order in "<>"}
+_IN_GROUP_8: Final = frozenset((_SOP_CLASS & 0xFFFF, _SOP_INSTANCE & 0xFFFF))
+_HEADS: Final = {  # of explicit VR: group, element, VR and 16-bit length; a 32-bit length; VRs as those numbers
+    order: (
+        struct.Struct(order + "HHHH").unpack_from,
+        struct.Struct(order + "I").unpack_from,
+        *(frozenset(struct.unpack(order + "H", vr)[0] for vr in vrs) for vrs in (SHORT_VRS, LONG_VRS)),
+    )
+    for order in "<>"
+}
 _MAX_ELEMENTS: Final = 20_000  # followed before giving up: real headers have some hundred before SeriesInstanceUID
 _MAX_INFLATED: Final = 4 * 1024 * 1024  # bytes of a deflated data set looked at
 
@@ -110,12 +118,17 @@ def _walk(layout: Layout) -> tuple[dict[int, str], bool]:
 
 
 def _pass_over(buf: bytes, index: int, order: str) -> int:
-    """The index of the next element from ``buf[index]`` on that may matter; all before it have 16-bit lengths."""
-    unpack = _SHORT_HEAD[order].unpack_from
-    last = len(buf) - 8
+    """The index of the next element from ``buf[index]`` on that may matter, or whose length is not plain."""
+    unpack, long_length, short_vrs, long_vrs = _HEADS[order]
+    last = len(buf) - HEAD
     while index <= last:
         group, element, vr, length = unpack(buf, index)
-        if group >= 0x0020 or vr not in SHORT_VRS or (group << 16 | element) in _WANTED:
+        if group >= 0x0020 or (group == 0x0008 and element in _IN_GROUP_8):
             break
-        index += 8 + length
+        if vr in short_vrs:
+            index += 8 + length
+        elif vr in long_vrs and (length := long_length(buf, index + 8)[0]) != UNDEFINED:
+            index += 12 + length
+        else:
+            break
     return index
