@@ -30,12 +30,11 @@ def file_meta(*, sop_class_uid: str, sop_instance_uid: str, transfer_syntax_uid:
     `source_aet` is the calling AE title, left out where empty. Characters outside ASCII become "?".
     """
     elements = [
-        _long(0x0001, b"OB", b"\x00\x01"),
+        _VERSION,
         _short(_MEDIA_STORAGE_SOP_CLASS, b"UI", sop_class_uid, b"\0"),
         _short(_MEDIA_STORAGE_SOP_INSTANCE, b"UI", sop_instance_uid, b"\0"),
         _short(_TRANSFER_SYNTAX, b"UI", transfer_syntax_uid, b"\0"),
-        _short(0x0012, b"UI", IMPLEMENTATION_CLASS_UID, b"\0"),
-        _short(0x0013, b"SH", IMPLEMENTATION_VERSION_NAME, b" "),
+        _IMPLEMENTATION,
     ]
     if source_aet:
         elements.append(_short(0x0016, b"AE", source_aet, b" "))
@@ -52,6 +51,12 @@ def _short(element: int, vr: bytes, text: str, pad: bytes) -> bytes:
 
 def _long(element: int, vr: bytes, value: bytes) -> bytes:
     return struct.pack("<HH2sHI", 2, element, vr, 0, len(value)) + value
+
+
+_VERSION: Final = _long(0x0001, b"OB", b"\x00\x01")
+_IMPLEMENTATION: Final = _short(0x0012, b"UI", IMPLEMENTATION_CLASS_UID, b"\0") + _short(
+    0x0013, b"SH", IMPLEMENTATION_VERSION_NAME, b" "
+)
 
 
 @dataclass(frozen=True, slots=True)

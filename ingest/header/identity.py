@@ -18,14 +18,16 @@ _STUDY: Final = 0x0020000D
 _SERIES: Final = 0x0020000E
 _WANTED: Final = frozenset((_SOP_CLASS, _SOP_INSTANCE, _STUDY, _SERIES))
 _IN_GROUP_8: Final = frozenset((_SOP_CLASS & 0xFFFF, _SOP_INSTANCE & 0xFFFF))
-_HEADS: Final = {  # of explicit VR: group, element, VR and 16-bit length; a 32-bit length; VRs as those numbers
-    order: (
-        struct.Struct(order + "HHHH").unpack_from,
-        struct.Struct(order + "I").unpack_from,
-        *(frozenset(struct.unpack(order + "H", vr)[0] for vr in vrs) for vrs in (SHORT_VRS, LONG_VRS)),
-    )
-    for order in "<>"
-}
+_HEAD: Final = {order: struct.Struct(order + "HHHH").unpack_from for order in "<>"}  # VR and 16-bit length as numbers
+_LONG_LENGTH: Final = {order: struct.Struct(order + "I").unpack_from for order in "<>"}
+
+
+def _numbers(vrs: frozenset[bytes], order: str) -> frozenset[int]:
+    return frozenset(struct.unpack(order + "H", vr)[0] for vr in vrs)
+
+
+_SHORT: Final = {order: _numbers(SHORT_VRS, order) for order in "<>"}
+_LONG: Final = {order: _numbers(LONG_VRS, order) for order in "<>"}
 _MAX_ELEMENTS: Final = 20_000  # followed before giving up: real headers have some hundred before SeriesInstanceUID
 _MAX_INFLATED: Final = 4 * 1024 * 1024  # bytes of a deflated data set looked at
 
@@ -119,7 +121,7 @@ def _walk(layout: Layout) -> tuple[dict[int, str], bool]:
 
 def _pass_over(buf: bytes, index: int, order: str) -> int:
     """The index of the next element from ``buf[index]`` on that may matter, or whose length is not plain."""
-    unpack, long_length, short_vrs, long_vrs = _HEADS[order]
+    unpack, long_length, short_vrs, long_vrs = _HEAD[order], _LONG_LENGTH[order], _SHORT[order], _LONG[order]
     last = len(buf) - HEAD
     while index <= last:
         group, element, vr, length = unpack(buf, index)

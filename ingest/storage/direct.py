@@ -7,7 +7,7 @@ import mmap
 import os
 from collections.abc import Sequence
 
-LEAST = 128 << 10  # bytes from which on it is faster
+LEAST = 1 << 14  # bytes from which on it is faster
 _ALIGN = 512  # bytes: blocks of a tar, and of most disks; one with larger blocks says EINVAL
 _BUFFER = 1 << 20  # bytes gathered for one write
 

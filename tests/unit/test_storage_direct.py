@@ -14,7 +14,7 @@ from sphere.ingest.storage.local import LocalStorage
 
 pytestmark = pytest.mark.unit
 
-PARTS = [os.urandom(size) for size in (342, 2 * LEAST, 513, (1 << 20) + LEAST, 169)]  # together whole blocks
+PARTS = [os.urandom(size) for size in (342, 1 << 18, 513, 9 << 17, 169)]  # together whole blocks
 GROUP = b"".join([*PARTS, bytes(-sum(map(len, PARTS)) % 512)])
 
 
