@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -130,6 +131,8 @@ class Archive:
         fuzzy_names: bool = False,
         combined_datetime: bool = False,
         timezone: str = "",
+        limit: int | None = None,
+        offset: int = 0,
     ) -> Iterator[dict[str, Any]]:
         """Entities of a level that match the keys (keyword to value, as in a C-FIND identifier), one dict of plain
         Python values each: `pandas.DataFrame(archive.find("STUDY", {"PatientName": "DOE*"}))`.
@@ -137,11 +140,14 @@ class Archive:
         `""` as text in quotes (`'""'`) finds what has no value, a list what has all of its values. A private attribute
         is named "GGGGEEEE,CREATOR". `as_of` asks an earlier catalog: a version of table `bundles`, which counts batches
         of extraction, or a time (UTC where it has no zone). `fuzzy_names`, `combined_datetime` and `timezone` ("+0100")
-        are what C-FIND negotiates. Raises QueryError for keys that break PS3.4 C.2.2.2, CatalogError for a version that
+        are what C-FIND negotiates. `offset` answers are passed over, then at most `limit` given, in the order of unique
+        keys. Raises QueryError for keys that break PS3.4 C.2.2.2, CatalogError for a version that
         is not known.
         """
         from sphere.catalog.query import Query
 
+        if offset < 0 or (limit is not None and limit < 0):
+            raise QueryError("offset and limit count answers: they are not negative")
         query = Query.build(
             level,
             dict(keys or {}),
@@ -152,7 +158,8 @@ class Archive:
             multiple_values=True,
             timezone=timezone,
         )
-        for match in self.queries().find(query, as_of=as_of):
+        found = self.queries().find(query, as_of=as_of)
+        for match in islice(found, offset, None if limit is None else offset + limit):
             yield plain_values(match.identifier())
 
     def import_files(self, paths: Iterable[Path], *, only_dicom: bool = False) -> Iterator[Imported]:

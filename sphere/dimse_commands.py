@@ -74,6 +74,7 @@ def name_failure(message: str) -> None:
 @click.option("--timezone", default="", metavar="&ZZXX", help="Dates and times are meant, and shown, in this zone.")
 @click.option("--as-of", metavar="VERSION|TIME", help="Ask this archive's catalog as it was (no PEER).")
 @click.option("--limit", type=click.IntRange(min=1), help="Stop after so many answers.")
+@click.option("--offset", type=click.IntRange(min=0), default=0, help="Pass over so many answers first.")
 @format_options
 @click.pass_context
 def find(
@@ -88,6 +89,7 @@ def find(
     timezone: str,
     as_of: str | None,
     limit: int | None,
+    offset: int,
     format_: Format,
     output: Path | None,
 ) -> None:
@@ -100,6 +102,7 @@ def find(
     Examples:
       sphere find ward -k PatientName='DOE*' -k StudyDate=20240101- -k StudyDescription
       sphere find -k PatientName='DOE*' --format csv -o studies.csv
+      sphere find -k StudyDate=20240101- --offset 1000 --limit 100
       sphere find -k StudyDate=20240101- --as-of 2026-01-31T12:00:00Z
       sphere find ward --level SERIES -k StudyInstanceUID=1.2.3 -k Modality -k NumberOfSeriesRelatedInstances
     """
@@ -120,7 +123,7 @@ def find(
     else:
         answers = find_there(peer.resolve(settings), wanted, settings=settings, level=level, model=MODELS[model],
                              features=features, timezone=timezone)  # fmt: skip
-    found = list(islice(answers, limit))
+    found = list(islice(answers, offset, None if limit is None else offset + limit))
     write_rows(answers_table(found), format=format_, output=output)
 
 

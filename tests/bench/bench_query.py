@@ -27,8 +27,8 @@ from sphere.catalog.service import QueryService
 from sphere.conf.settings import Settings
 from tests.bench import landing_servers
 from tests.bench.hospital import DAYS, KINDS, Hospital, kept, nightly
-from tests.bench.query_client import ask, association, percentile, question, together
-from tests.bench.query_servers import load, memory_mib, orthanc, postgres
+from tests.bench.query_client import Web, association, percentile, question, together
+from tests.bench.query_servers import load, memory_mib, orthanc, postgres, web
 
 NIGHT = 800
 """Studies of a nightly batch: about 20,000 instances."""
@@ -62,9 +62,9 @@ class Questions:
         """A maker of one encoded identifier for each kind of question."""
         study = self._study
         return {
-            "PatientID": lambda: study(PatientID=self._value("PatientID")),
-            "AccessionNumber": lambda: study(AccessionNumber=self._value("AccessionNumber")),
-            "StudyInstanceUID": lambda: study(StudyInstanceUID=self._value("StudyInstanceUID")),
+            "PatientID": lambda: study(PatientID=self.value("PatientID")),
+            "AccessionNumber": lambda: study(AccessionNumber=self.value("AccessionNumber")),
+            "StudyInstanceUID": lambda: study(StudyInstanceUID=self.value("StudyInstanceUID")),
             "100 by date and modality": lambda: study(StudyDate=self._days(100), ModalitiesInStudy="MR"),
             "name wild card": lambda: study(PatientName=self._name()),
             "series of a study": self._series,
@@ -81,11 +81,12 @@ class Questions:
     def _pick(self) -> int:
         return int(self._chance.choice(self._studies))
 
-    def _value(self, keyword: str) -> str:
+    def value(self, keyword: str) -> str:
+        """That of some study."""
         return str(self._h.study_values[keyword][self._pick()].as_py())
 
     def _name(self) -> str:
-        family, _, given = self._value("PatientName").partition("=")[0].partition("^")
+        family, _, given = self.value("PatientName").partition("=")[0].partition("^")
         return f"{family.lower()}^{given[:1]}*"
 
     def _days(self, answers: int, *, share: float = KINDS[1].share) -> str:
@@ -98,10 +99,10 @@ class Questions:
 
     def _series(self) -> bytes:
         keys = ("SeriesInstanceUID", "Modality", "SeriesNumber", "SeriesDescription")
-        return question("SERIES", dict.fromkeys(keys, "") | {"StudyInstanceUID": self._value("StudyInstanceUID")})
+        return question("SERIES", dict.fromkeys(keys, "") | {"StudyInstanceUID": self.value("StudyInstanceUID")})
 
     def _instances(self) -> bytes:
-        uid = self._value("StudyInstanceUID")
+        uid = self.value("StudyInstanceUID")
         keys = {"StudyInstanceUID": uid, "SeriesInstanceUID": f"{uid}.1", "SOPInstanceUID": "", "InstanceNumber": ""}
         return question("IMAGE", keys)
 
@@ -126,13 +127,13 @@ def measure(name: str, port: int, ae_title: str, asked: Questions, options: argp
             line = lines[what] = Line()
             total = 0
             for turn in range(options.repeat + 3):
-                found = ask(requested, make())
+                found = requested.ask(make())
                 if turn >= 3:  # the first ones warm caches up
                     line.times.append(found.last_s * 1000)
                     total += found.answers
             line.answers = total / options.repeat
             print(f"  {name:22} {what:26} {line}", flush=True)
-        broad = min((ask(requested, asked.broad()) for _ in range(3)), key=lambda one: one.last_s)
+        broad = min((requested.ask(asked.broad()) for _ in range(3)), key=lambda one: one.last_s)
     mix = [makers[what]() for what in ("PatientID", "AccessionNumber", "StudyInstanceUID") for _ in range(200)]
     rate = together(port, ae_title, mix, clients=16, seconds=options.seconds)
     result = Result(name, lines, broad.first_s * 1000, broad.answers / broad.last_s, rate)
@@ -142,6 +143,23 @@ def measure(name: str, port: int, ae_title: str, asked: Questions, options: argp
         flush=True,
     )
     return result
+
+
+def over_qido(settings: Settings, asked: Questions, repeat: int) -> None:
+    """The lines of single keys over QIDO-RS, beside the receivers."""
+    with web(settings) as (port, process):
+        client = Web(port)
+        for keyword in ("PatientID", "AccessionNumber", "StudyInstanceUID"):
+            line, total = Line(), 0
+            for turn in range(repeat + 3):
+                found = client.ask(f"/dicom-web/studies?{keyword}={asked.value(keyword)}")
+                if turn >= 3:
+                    line.times.append(found.last_s * 1000)
+                    total += found.answers
+            line.answers = total / repeat
+            print(f"  {'SPHERE, QIDO-RS':22} {keyword:26} {line}", flush=True)
+        client.close()
+        print(f"  memory of the web server: {memory_mib([process]):,.0f} MiB (PSS, shared with the receivers)")
 
 
 def bench_size(studies: int, options: argparse.Namespace) -> tuple[Settings, Hospital]:
@@ -164,6 +182,7 @@ def bench_size(studies: int, options: argparse.Namespace) -> tuple[Settings, Hos
         print(f"  {'byte ranges of 1,000':22} {'(Python call)':26} {_ranges(service, hospital, options.repeat)}")
     with landing_servers.sphere(settings.archive.state_dir.parent) as (port, processes, _):
         options.results[studies] = measure("SPHERE", port, "SPHERE", Questions(hospital, range(studies)), options)
+        over_qido(settings, Questions(hospital, range(studies)), options.repeat)
         print(f"  memory of the two receivers: {memory_mib([process.pid for process in processes]):,.0f} MiB (PSS)")
     _nightly(settings, hospital)
     return settings, hospital

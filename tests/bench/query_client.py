@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import multiprocessing
 import random
+import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from pydicom.uid import ImplicitVRLittleEndian
 from pynetdicom.dsutils import encode
 
 from sphere.catalog.schema import Level
-from sphere.conf.settings import Peer, from_dict
 from sphere.scp.identifier import build_identifier
 from sphere.scp.upper.command import C_FIND_RQ
-from sphere.scp.upper.outgoing import Outgoing
-from sphere.scp.upper.requestor import Proposed, Requested, connect
+from sphere.scp.upper.command import encode as encode_command
+from tests.support.raw_peer import RawPeer, associate_rq, p_data, pdv
 
 STUDY_ROOT_FIND = "1.2.840.10008.5.1.4.1.2.2.1"
 PENDING = (0xFF00, 0xFF01)
+STATUS = b"\0\0\0\x09\x02\0\0\0"  # the head of (0000,0900), as a command set has it
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,31 +42,88 @@ def question(level: Level, keys: dict[str, str]) -> bytes:
     return encoded
 
 
+class Association:
+    """The least that asks a query: it shares the processors with the servers, and what it takes is in every figure."""
+
+    def __init__(self, peer: RawPeer) -> None:
+        self._sock = peer.sock
+        self._number = 0
+        self._received = memoryview(bytearray(1 << 18))
+
+    def ask(self, identifier: bytes) -> Asked:
+        """Put one question and read its answers to the end."""
+        self._number = self._number % 0xFFFF + 1
+        fields = {
+            "AffectedSOPClassUID": STUDY_ROOT_FIND, "CommandField": C_FIND_RQ, "MessageID": self._number,
+            "Priority": 0, "CommandDataSetType": 0,
+        }  # fmt: skip
+        message = p_data(pdv(1, 3, encode_command(fields))) + p_data(pdv(1, 2, identifier))
+        began = time.perf_counter()
+        self._sock.sendall(message)
+        first = 0.0
+        for answers, status in enumerate(self._statuses()):
+            first = first or time.perf_counter() - began
+            if status not in PENDING:
+                assert status == 0, f"0x{status:04X}"
+                return Asked(first, time.perf_counter() - began, answers)
+        raise AssertionError
+
+    def _statuses(self) -> Iterator[int]:
+        """Of each response, as its command set comes; data sets are passed over."""
+        view, at, end = self._received, 0, 0
+        while True:
+            while end - at < 6 or end - at < 6 + int.from_bytes(view[at + 2 : at + 6], "big"):
+                view[: end - at] = view[at:end]
+                at, end = 0, end - at
+                count = self._sock.recv_into(view[end:])
+                assert count, "the server closed the association"
+                end += count
+            body = bytes(view[at : at + 6 + int.from_bytes(view[at + 2 : at + 6], "big")])
+            assert body[0] == 4, f"PDU type {body[0]}"
+            at += len(body)
+            if body[11] & 1:  # a command set, whole in its PDU
+                place = body.rindex(STATUS) + len(STATUS)
+                yield int.from_bytes(body[place : place + 2], "little")
+
+
 @contextmanager
-def association(port: int, ae_title: str) -> Iterator[Requested]:
+def association(port: int, ae_title: str) -> Iterator[Association]:
     """An association with a server of this machine."""
-    peer = Peer(name="bench", ae_title=ae_title, host="127.0.0.1", port=port)
-    proposed = [Proposed(STUDY_ROOT_FIND, (str(ImplicitVRLittleEndian),))]
-    with connect(peer, from_dict({"archive": {"ae_title": "BENCH"}}, base=Path.cwd()), proposed) as requested:
-        yield requested
+    peer = RawPeer.connect(port, timeout=120)
+    peer.associate(associate_rq([STUDY_ROOT_FIND], called=ae_title, syntax=ImplicitVRLittleEndian, max_pdu=1 << 17))
+    try:
+        yield Association(peer)
+        peer.release()
+    finally:
+        peer.close()
 
 
-def ask(requested: Requested, identifier: bytes) -> Asked:
-    """Put one question and read its answers to the end."""
-    [context] = requested.user_contexts
-    command = {"CommandField": C_FIND_RQ, "Priority": 0, "AffectedSOPClassUID": STUDY_ROOT_FIND}
-    began = time.perf_counter()
-    number = requested.send(context, command, Outgoing.of(identifier))
-    first, answers = 0.0, 0
-    while True:
-        message = requested.response(C_FIND_RQ, number)
-        status = message.command["Status"]
-        requested.finish(message)
-        first = first or time.perf_counter() - began
-        if status not in PENDING:
-            assert status == 0, f"0x{status:04X}"
-            return Asked(first, time.perf_counter() - began, answers)
-        answers += 1
+class Web:
+    """A connection that asks QIDO-RS, kept open."""
+
+    def __init__(self, port: int) -> None:
+        self._sock = socket.create_connection(("127.0.0.1", port), timeout=120)
+        self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def ask(self, path: str) -> Asked:
+        """GET, and read the answers to the end."""
+        request = f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nAccept: application/dicom+json\r\n\r\n".encode()
+        began = time.perf_counter()
+        self._sock.sendall(request)
+        received = b""
+        while b"\r\n\r\n" not in received:
+            received += self._sock.recv(1 << 16)
+        head, _, body = received.partition(b"\r\n\r\n")
+        first, lines = time.perf_counter() - began, head.lower().split(b"\r\n")
+        assert b" 200 " in lines[0] or b" 204 " in lines[0], lines[0]
+        length = next((int(line[15:]) for line in lines if line.startswith(b"content-length:")), 0)
+        while len(body) < length:
+            body += self._sock.recv(1 << 16)
+        return Asked(first, time.perf_counter() - began, body.count(b'"0020000D"'))
+
+    def close(self) -> None:
+        """End the connection."""
+        self._sock.close()
 
 
 def together(port: int, ae_title: str, questions: Sequence[bytes], *, clients: int, seconds: float) -> float:
@@ -97,7 +154,7 @@ def _clients(
             gate.wait()
             until = time.perf_counter() + seconds
             while time.perf_counter() < until:
-                ask(requested, chance.choice(questions))
+                requested.ask(chance.choice(questions))
                 counts[number] += 1
 
     gate = threading.Barrier(clients + 1)

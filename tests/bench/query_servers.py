@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
 import time
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import orjson
 import psutil  # type: ignore[import-untyped]
@@ -24,11 +27,13 @@ from sphere.conf.settings import Peer, Settings, from_dict
 from sphere.scp.upper.command import C_STORE_RQ
 from sphere.scp.upper.outgoing import Outgoing
 from sphere.scp.upper.requestor import MAX_CONTEXTS, Proposed, connect
+from sphere.scp.web.server import run_web
 from tests.bench.hospital import KINDS
 from tests.support.dicom_tools import require_tool, running, wait_for_port
 from tests.support.receiver import free_port
 
 PLUGIN = Path("/usr/share/orthanc/plugins/libOrthancPostgreSQLIndex.so")
+SPREAD = 20
 POSTGRES = Path("/usr/lib/postgresql/15/bin")
 
 
@@ -77,6 +82,26 @@ def postgres(folder: Path) -> Iterator[int]:
         yield port
 
 
+@contextmanager
+def web(settings: Settings) -> Iterator[tuple[int, int]]:
+    """Port and process id of the web server of an archive."""
+    settings = settings.model_copy(update={"web": settings.web.model_copy(update={"port": 0})})
+    context = multiprocessing.get_context("spawn")
+    ports: Any = context.Queue()
+    process = context.Process(target=_serve_web, args=(settings, ports))
+    process.start()
+    try:
+        assert process.pid is not None
+        yield ports.get(timeout=60), process.pid
+    finally:
+        process.terminate()
+        process.join()
+
+
+def _serve_web(settings: Settings, ports: Any) -> None:
+    run_web(settings, ready=ports.put)
+
+
 def load(port: int, settings: Settings, *, seconds: float) -> tuple[set[str], int]:
     """C-STORE instances of the catalog without their pixels, study by study, for so long; the studies, and how many
     instances were sent."""
@@ -106,13 +131,19 @@ def load(port: int, settings: Settings, *, seconds: float) -> tuple[set[str], in
 
 
 def _headers(settings: Settings) -> Iterator[dict[str, dict[str, list[str]]]]:
-    """The headers of the catalog in the order of its first files, which are sorted by study."""
+    """The headers of the catalog, study by study, in turns that each take some studies of every file.
+
+    A file is sorted by study, and the UIDs of a modality begin alike: its first studies are all of one modality.
+    """
     actions = pa.table(DeltaTable(f"{settings.catalog_root}/instances").get_add_actions(flatten=True))
     order = sorted(zip(actions["min.received_at"].to_pylist(), actions["path"].to_pylist(), strict=True))
     folder = Path(settings.catalog_root.removeprefix("file://")) / "instances"
-    for _, path in order:
-        for batch in pq.ParquetFile(folder / path).iter_batches(2048, columns=["dataset"]):
-            yield from map(orjson.loads, batch["dataset"].to_pylist())
+    for turn in range(SPREAD):
+        for _, path in order:
+            for batch in pq.ParquetFile(folder / path).iter_batches(2048, columns=["StudyInstanceUID", "dataset"]):
+                for uid, dataset in zip(batch[0].to_pylist(), batch[1].to_pylist(), strict=True):
+                    if zlib.crc32(uid.encode()) % SPREAD == turn:
+                        yield orjson.loads(dataset)
 
 
 def memory_mib(pids: list[int]) -> float:

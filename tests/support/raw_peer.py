@@ -20,13 +20,18 @@ ABORTED = 0x07
 
 
 def associate_rq(
-    classes: Sequence[str] = (VERIFICATION, CT), *, max_pdu: int = 16384, ours: Iterable[Any] = ()
+    classes: Sequence[str] = (VERIFICATION, CT),
+    *,
+    max_pdu: int = 16384,
+    ours: Iterable[Any] = (),
+    called: str = "SPHERE",
+    syntax: str = EXPLICIT,
 ) -> bytes:
-    """An A-ASSOCIATE-RQ by pynetdicom: contexts 1, 3, 5, ... for `classes`, in Explicit VR Little Endian."""
+    """An A-ASSOCIATE-RQ by pynetdicom: contexts 1, 3, 5, ... for `classes`, in one transfer syntax."""
     request = A_ASSOCIATE()
     request.application_context_name = "1.2.840.10008.3.1.1.1"
-    request.calling_ae_title, request.called_ae_title = "RAW", "SPHERE"
-    contexts = [build_context(uid, EXPLICIT) for uid in classes]
+    request.calling_ae_title, request.called_ae_title = "RAW", called
+    contexts = [build_context(uid, syntax) for uid in classes]
     for number, context in enumerate(contexts):
         context.context_id = 2 * number + 1
     request.presentation_context_definition_list = contexts

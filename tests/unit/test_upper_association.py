@@ -7,6 +7,7 @@ import random
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ OUT_OF_ORDER = (protocol.PROVIDER, protocol.UNEXPECTED_PARAMETER)
 SILENT = (protocol.PROVIDER, protocol.UNSPECIFIED)
 MANY = 0x0020  # a request that is answered a thousand times
 ASKS = 0x0FE1  # a service that asks the peer
+FLOODS = 0x0FE2  # a service that has FLOOD answers at hand, of 1 KiB each
+FLOOD = 32_768
 
 
 class Bench:
@@ -50,7 +53,7 @@ class Bench:
             message_s=self.settings.dimse.dimse_timeout_s,
         )
         acceptor = Acceptor(
-            services={0x30: self.echo, 0x01: self.store, MANY: self.many, ASKS: self.asks},
+            services={0x30: self.echo, 0x01: self.store, MANY: self.many, ASKS: self.asks, FLOODS: self.flood},
             admit=self.admit,
             places=self.places,
             max_pdu=self.settings.dimse.max_pdu,
@@ -83,6 +86,12 @@ class Bench:
                 return
             self.answered = number + 1
             yield Response(0xFF00, dataset=b"\0" * 64)
+        yield Response(0)
+
+    def flood(self, message: Message, association: Association) -> Iterator[Response]:
+        for number in range(FLOOD):
+            self.answered = number + 1
+            yield Response(0xFF00, dataset=bytes(1024), more=True)
         yield Response(0)
 
     def asks(self, message: Message, association: Association) -> Iterator[Response]:
@@ -234,6 +243,22 @@ def test_cancel(bench: Bench) -> None:
     assert statuses(peer, 1001) == [0xFF00] * 1000 + [0]
     peer.send(cancel_rq(5) + echo_rq())  # too late: not answered
     assert statuses(peer, 1) == [0]
+    peer.release()
+
+
+def test_what_is_at_hand_waits_for_who_reads_slowly(bench: Bench) -> None:
+    """However much is at hand, a peer that does not read has the kernel's buffers full and HELD bytes more made."""
+    peer = bench.associated()
+    fields = {"CommandField": FLOODS, "MessageID": 5, "CommandDataSetType": 0x0101}
+    peer.send(p_data(pdv(1, 3, command.encode(fields))))
+    made, before = 0, -1
+    while made != before or not made:
+        before = made
+        time.sleep(0.2)
+        made = bench.answered
+    buffers = sum(peer.sock.getsockopt(socket.SOL_SOCKET, which) for which in (socket.SO_RCVBUF, socket.SO_SNDBUF))
+    assert made * 1024 < 2 * buffers + (8 << 20) < FLOOD * 1024
+    assert statuses(peer, FLOOD + 1) == [0xFF00] * FLOOD + [0]
     peer.release()
 
 
