@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
+from sphere.archive import Archive
 from sphere.catalog import direct
 from sphere.catalog import rows as rows_module
 from sphere.catalog.direct import look_up
@@ -17,6 +19,8 @@ from sphere.catalog.query import Query
 from sphere.catalog.rows import RowStore
 from sphere.catalog.schema import Level
 from sphere.catalog.service import QueryService
+from sphere.cli import main
+from sphere.conf.errors import QueryError
 from sphere.conf.settings import Settings
 from tests.bench import hospital
 
@@ -165,3 +169,21 @@ def test_instances_out_of_one_row_group(
     assert len(mine[1]) > 0 < len(mine[2])
     monkeypatch.setattr("sphere.catalog.service.part_of", lambda *_: None)
     assert everything() == mine
+
+
+def test_a_part_of_the_answers(made: tuple[Settings, hospital.Hospital]) -> None:
+    """By number, in the order of unique keys: from Python and from the command line."""
+    settings, _ = made
+    uids = sorted(made[1].study_uid.to_pylist())
+    with Archive(settings) as opened:
+        found = list(opened.find("STUDY", return_keys=("PatientID",), limit=7, offset=5))
+        assert [one["StudyInstanceUID"] for one in found] == uids[5:12]
+        assert list(opened.find("STUDY", limit=0)) == []
+        for wrong in ({"limit": -1}, {"offset": -1}):
+            with pytest.raises(QueryError, match="not negative"):
+                list(opened.find("STUDY", **wrong))
+    config = settings.archive.state_dir.parent / "sphere.toml"
+    config.write_text('[storage]\nroot = "file:storage"\n')
+    told = ["find", "-k", "StudyInstanceUID", "--offset", "118", "--limit", "7", "--format", "csv"]
+    result = CliRunner().invoke(main, ["--config", str(config), *told])
+    assert result.stdout.split()[1:] == uids[118:], result.output
