@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import time
@@ -151,7 +152,13 @@ def _sides(storage: Readable) -> tuple[LocalStorage | None, Readable | None]:
 
 
 def _days() -> tuple[str, str]:
-    now = datetime.now(timezone.utc)
+    """The folders of yesterday and today."""
+    return _days_of(int(time.time() // 86_400))
+
+
+@functools.lru_cache(2)
+def _days_of(day: int) -> tuple[str, str]:
+    now = datetime.fromtimestamp(day * 86_400, timezone.utc)
     return f"{BUNDLES}/{now - timedelta(days=1):%Y/%m/%d}", f"{BUNDLES}/{now:%Y/%m/%d}"
 
 
