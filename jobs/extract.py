@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
+import pyarrow.compute as pc
 from deltalake.exceptions import DeltaError
 from pyspark.errors import PySparkException
 from pyspark.sql import SparkSession
@@ -55,6 +56,7 @@ STEPS = (
 )
 """Names that `on_step` is called with, in the order of a batch that needs them all."""
 
+_SEALED: dict[str, Any] = {"sealed": True}
 _log = logging.getLogger(__name__)
 
 
@@ -138,9 +140,12 @@ class _Extraction:
         return report
 
     def _catalogued(self) -> dict[str, dict[str, Any]]:
-        columns = ("bundle", "journal_bytes", "members", "sealed")
-        table = self._tables.open("bundles")
-        return {row["bundle"]: row for piece in read(table, columns) for row in piece.to_pylist()}
+        """The rows of `bundles`; of sealed ones, which are many, only that they are."""
+        done: dict[str, dict[str, Any]] = {}
+        for piece in read(self._tables.open("bundles"), ("bundle", "journal_bytes", "members", "sealed")):
+            done |= dict.fromkeys(piece.filter(piece["sealed"])["bundle"].to_pylist(), _SEALED)
+            done |= {row["bundle"]: row for row in piece.filter(pc.invert(piece["sealed"])).to_pylist()}
+        return done
 
     def _sweep(self) -> None:
         """Remove what earlier batches staged."""
