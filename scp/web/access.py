@@ -18,7 +18,8 @@ from sphere.scp.web.oidc import Known, Oidc
 from sphere.scp.web.problem import problem
 from sphere.scp.web.tokens import PREFIX, ROLES, Role, Token, Tokens
 
-OPEN: Final = frozenset(("/healthz", "/readyz", "/openapi.json"))  # nothing in them is of patients
+OPEN: Final = frozenset(("/", "/healthz", "/readyz", "/openapi.json"))  # nothing in them is of patients
+OPEN_BELOW: Final = ("/page/",)  # the files of the page: what it shows, it asks for with a token
 NEEDED: Final[dict[str, Role]] = {**dict.fromkeys(("GET", "HEAD", "OPTIONS"), "researcher"), "POST": "writer"}
 """The least role for a method; any other needs an admin. What a researcher may get, operations say (`in_part`)."""
 ANNOTATING: Final = ("/annotations", frozenset(("PUT", "DELETE")))
@@ -56,7 +57,7 @@ class Access:
         self._tokens, self._cohorts, self._oidc = tokens, cohorts, oidc
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in OPEN:
+        if scope["type"] != "http" or scope["path"] in OPEN or scope["path"].startswith(OPEN_BELOW):
             await self._app(scope, receive, send)
             return
         try:

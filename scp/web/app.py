@@ -28,6 +28,7 @@ from sphere.scp.web import (
     health,
     metadata,
     operations,
+    page,
     rendered,
     retrieve,
     search,
@@ -83,7 +84,7 @@ def make_app(settings: Settings, services: Services) -> Starlette:
     offered.append(operations.openapi(offered))
     oidc = Oidc(settings.web) if settings.web.oidc_jwks else None
     app = Starlette(
-        routes=operations.routes(offered),
+        routes=[*operations.routes(offered), *page.routes()],
         middleware=[
             Middleware(health.Measured, metrics=metrics),
             Middleware(Audited, journal=services.journal),

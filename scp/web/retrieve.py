@@ -16,6 +16,7 @@ from sphere.ingest.part10 import file_meta
 from sphere.scp.retrieve.outbound import range_of, syntax_of
 from sphere.scp.retrieve.read_ahead import Range
 from sphere.scp.retrieve.transcode import CONVERTIBLE, TARGETS, NotConverted
+from sphere.scp.web import zipped
 from sphere.scp.web.accept import MediaRange, accepted
 from sphere.scp.web.archive import Archive, etag, not_modified
 from sphere.scp.web.multipart import Parts
@@ -33,13 +34,17 @@ def offered(archive: Archive) -> list[Operation]:
     """The three of PS3.18 Table 10.4.1-1 that give whole instances."""
 
     def retrieve(request: Request) -> Response:
+        if zipped.is_wanted(accepted(request)):
+            return zipped.answer(archive, request)
         return answer(archive, request, archive.instances(request))
 
     paths = {"study": "/studies/{study}", "series": "/studies/{study}/series/{series}"}
     paths["instance"] = paths["series"] + "/instances/{instance}"
-    types = (f'multipart/related; type="{DICOM}"', DICOM)
+    types = (f'multipart/related; type="{DICOM}"', DICOM, zipped.ZIP)
     return [
-        Operation("GET", PREFIX + path, retrieve, f"Retrieve a {name}", "WADO-RS", types, in_part=True)
+        Operation(
+            "GET", PREFIX + path, retrieve, f"Retrieve a {name}", "WADO-RS", types, (zipped.DICOMDIR,), in_part=True
+        )
         for name, path in paths.items()
     ]
 

@@ -1,0 +1,130 @@
+"""The page in a real Chromium: list, filters, thumbnails, headers, keys, dark and light, a phone, hostile values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from playwright.sync_api import Page, expect
+
+from tests.support.browser import WAIT_MS
+from tests.support.extracted import extract
+from tests.support.landing import archive, changed, land, new_member, slices
+from tests.support.web import Web, serving_web
+
+pytestmark = pytest.mark.web
+
+HOSTILE = '<img src=x onerror="window.hit=1"><script>window.hit=1</script>'
+expect.set_options(timeout=WAIT_MS)
+
+
+@pytest.fixture(scope="module")
+def web(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Web]:
+    settings = archive(tmp_path_factory.mktemp("page"))
+    first = slices(3, rows=32, columns=32)
+    other = [changed(one, PatientName=HOSTILE, StudyDescription="</td><b>KNEE", PatientID="X1",
+                     StudyInstanceUID="1.2.9", SeriesInstanceUID="1.2.9.1",
+                     SOPInstanceUID=f"1.2.9.1.{number}", StudyDate="20200102")
+             for number, one in enumerate(slices(2, rows=32, columns=32))]  # fmt: skip
+    land(settings, [new_member(one) for one in (*first, *other)])
+    extract(settings)
+    with serving_web(settings) as running:
+        yield running
+
+
+@pytest.fixture
+def studies(page: Page, web: Web) -> Page:
+    page.goto(f"http://127.0.0.1:{web.port}/")
+    expect(page.locator("tbody tr")).to_have_count(2)
+    return page
+
+
+def test_filters_answer_as_one_types(studies: Page) -> None:
+    rows = studies.locator("tbody tr")
+    studies.get_by_label("Patient ID").fill("X1")
+    expect(rows).to_have_count(1)
+    studies.get_by_label("Patient ID").fill("nobody")
+    expect(rows).to_have_count(0)
+    studies.get_by_role("button", name="Clear").click()
+    expect(rows).to_have_count(2)
+    studies.get_by_label("Description").fill("knee")
+    expect(rows).to_have_count(1)
+    assert "StudyDescription=knee" in studies.url
+    studies.reload()
+    expect(rows).to_have_count(1)
+    studies.get_by_label("From").fill("2020-01-03")
+    expect(rows).to_have_count(0)
+    studies.get_by_label("From").fill("2020-01-01")
+    studies.get_by_label("To").fill("2020-01-02")
+    expect(rows).to_have_count(1)
+
+
+def test_values_are_text(studies: Page) -> None:
+    studies.get_by_label("Patient ID").fill("X1")
+    expect(studies.locator("tbody tr")).to_have_count(1)
+    assert HOSTILE in studies.locator("tbody tr").inner_text()
+    studies.locator("tbody tr").click()
+    expect(studies.locator("h1")).to_have_text(HOSTILE)
+    studies.goto(f"{studies.url}/series/1.2.9.1/instance/1.2.9.1.0")
+    expect(studies.locator(".header")).to_contain_text(HOSTILE)
+    assert studies.evaluate("window.hit") is None
+
+
+def test_from_a_study_to_a_header_by_keys(studies: Page) -> None:
+    studies.keyboard.press("/")
+    expect(studies.get_by_label("Patient name")).to_be_focused()
+    studies.keyboard.press("Escape")
+    studies.keyboard.press("j")
+    studies.keyboard.press("j")
+    studies.keyboard.press("k")
+    studies.keyboard.press("Enter")
+    expect(studies.locator(".card")).to_have_count(1)
+    expect(studies.locator(".card img")).to_have_js_property("complete", True)
+    studies.keyboard.press("j")
+    studies.keyboard.press("Enter")
+    pictures = studies.locator(".card img")
+    expect(pictures.first).to_be_visible()
+    assert pictures.first.evaluate("image => image.decode().then(() => image.naturalWidth)") > 0
+    studies.keyboard.press("j")
+    studies.keyboard.press("Enter")
+    expect(studies.locator(".two img")).to_be_visible()
+    studies.keyboard.press("/")
+    studies.keyboard.type("patient's name")
+    expect(studies.locator(".header tr:visible")).to_have_count(1)
+    studies.keyboard.press("Escape")
+    for heading in ("CT", "(0010", "Studies"):
+        studies.keyboard.press("Escape")
+        if heading == "Studies":
+            expect(studies.locator("h1")).to_have_text("Studies")
+    studies.keyboard.press("?")
+    expect(studies.locator("#help")).to_be_visible()
+
+
+def test_dark_and_light(studies: Page) -> None:
+    def back() -> str:
+        return str(studies.evaluate("getComputedStyle(document.body).backgroundColor"))
+
+    light = back()
+    studies.keyboard.press("t")
+    assert back() != light
+    studies.reload()
+    expect(studies.locator("tbody tr")).to_have_count(2)
+    assert back() != light
+
+
+def test_on_a_phone_nothing_is_cut_off(studies: Page) -> None:
+    studies.set_viewport_size({"width": 360, "height": 740})
+    studies.reload()
+    for target in ("", "tbody tr", ".card", ".card"):
+        if target:
+            studies.locator(target).first.click()
+            expect(studies.locator(".up")).to_be_visible()
+        expect(studies.locator("tbody tr, .card").first).to_be_visible()
+        assert studies.evaluate("document.documentElement.scrollWidth") <= 360, target
+
+
+def test_a_download(studies: Page) -> None:
+    studies.locator("tbody tr").first.click()
+    with studies.expect_download() as started:
+        studies.get_by_role("button", name="ZIP with DICOMDIR").click()
+    assert started.value.path().read_bytes()[:4] == b"PK\3\4"
