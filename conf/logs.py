@@ -6,20 +6,39 @@ import hashlib
 import logging
 import sys
 import time
+from contextlib import suppress
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
 from typing import Literal
 
 Level = Literal["debug", "info", "warning", "error"]
 FORMAT = "%(asctime)s.%(msecs)03dZ %(levelname)-7s %(name)s[%(process)d] %(message)s"
+KEPT = 1 << 18  # bytes
 
 
 def configure(level: Level = "info") -> None:
     """Send the events of this process to standard error, UTC times; libraries from warnings up."""
     handler = logging.StreamHandler(sys.stderr)
-    formatter = logging.Formatter(FORMAT, datefmt="%Y-%m-%dT%H:%M:%S")
-    formatter.converter = time.gmtime
-    handler.setFormatter(formatter)
+    handler.setFormatter(_formatter())
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("sphere").setLevel(level.upper())
+
+
+def keep(file: Path) -> None:
+    """Keep the warnings and errors of this process in a file as well, up to twice KEPT bytes; a disk that refuses is
+    told of by the events on standard error alone."""
+    with suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handler = RotatingFileHandler(file, maxBytes=KEPT, backupCount=1, encoding="utf-8", delay=True)
+        handler.setLevel(logging.WARNING)
+        handler.setFormatter(_formatter())
+        logging.getLogger().addHandler(handler)
+
+
+def _formatter() -> logging.Formatter:
+    formatter = logging.Formatter(FORMAT, datefmt="%Y-%m-%dT%H:%M:%S")
+    formatter.converter = time.gmtime
+    return formatter
 
 
 def hashed(uid: str) -> str:

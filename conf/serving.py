@@ -14,6 +14,7 @@ import orjson
 
 FILE = "serve.json"
 SPOOL_FILE = "spool.json"
+JOB_FILE = "extraction.json"
 STALE_S = 10.0  # seconds without a new state after which its writer is taken for dead or stopped
 
 
@@ -55,6 +56,19 @@ class SpoolState:
         if self.failing_since:
             parts.append(f"failing since {self.failing_since}: {self.error}")
         return ", ".join(parts)
+
+
+@dataclass(frozen=True, slots=True)
+class JobState:
+    """The extraction that runs, or the last one. Times are ISO 8601, UTC; "" for not yet."""
+
+    began_at: str
+    step: str = ""  # of those of sphere.jobs.extract
+    done: int = 0  # members of the step that are done, of `total`
+    total: int = 0  # 0: the step does not count
+    ended_at: str = ""
+    outcome: str = ""  # its report, or why it failed
+    failed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +139,21 @@ def write_spool(state_dir: Path, state: SpoolState) -> None:
         _replace(state_dir, SPOOL_FILE, state)
 
 
-def _replace(state_dir: Path, name: str, state: ServeState | SpoolState) -> None:
+def write_job(state_dir: Path, state: JobState) -> None:
+    """What the extraction says; a disk that is full must not end it."""
+    with suppress(OSError):
+        _replace(state_dir, JOB_FILE, state)
+
+
+def read_job(state_dir: Path) -> JobState | None:
+    """What the extraction said last; None where there was none."""
+    try:
+        return JobState(**orjson.loads((state_dir / JOB_FILE).read_bytes()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _replace(state_dir: Path, name: str, state: ServeState | SpoolState | JobState) -> None:
     state_dir.mkdir(parents=True, exist_ok=True)
     temporary = state_dir / f".{name}.{os.getpid()}"
     temporary.write_bytes(orjson.dumps(asdict(state), option=orjson.OPT_INDENT_2))

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import orjson
 import pyarrow as pa
 
-from sphere.conf.errors import SphereError
-from sphere.conf.settings import Peer, Settings, load
+from sphere.conf.settings import load
 from sphere.output import as_table
 
-AT_ONCE = 16  # peers asked at the same time
+if TYPE_CHECKING:
+    from sphere.scp.client.echoes import Echo
 
 
 @click.command()
@@ -36,10 +35,9 @@ def peers(ctx: click.Context, as_json: bool, timeout: float) -> None:
       sphere peers --json --timeout 2
     """
     settings = load(ctx.obj)
-    limits = {"artim_s": timeout, "dimse_timeout_s": timeout}
-    hurried = settings.model_copy(update={"dimse": settings.dimse.model_copy(update=limits)})
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        asked = list(pool.map(lambda peer: _ask(peer, hurried), settings.peers))
+    from sphere.scp.client.echoes import echo_all
+
+    asked = [_row(one) for one in echo_all(settings, timeout_s=timeout)]
     if as_json:
         click.echo(orjson.dumps(asked, option=orjson.OPT_INDENT_2).decode())
     else:
@@ -50,21 +48,18 @@ def peers(ctx: click.Context, as_json: bool, timeout: float) -> None:
 _SHOWN = pa.schema([(name, pa.string()) for name in ("name", "ae_title", "address", "may", "C-ECHO")])
 
 
-def _ask(peer: Peer, settings: Settings) -> dict[str, Any]:
-    from sphere.scp import client
-
-    row: dict[str, Any] = {
+def _row(one: Echo) -> dict[str, Any]:
+    peer = one.peer
+    return {
         "name": peer.name,
         "ae_title": peer.ae_title,
         "host": peer.host,
         "port": peer.port,
         "may": list(peer.may),
+        "answered": one.ms is not None,
+        "ms": one.ms,
+        "error": one.error,
     }
-    try:
-        seconds = client.echo(peer, settings=settings)
-    except SphereError as error:
-        return {**row, "answered": False, "ms": None, "error": str(error)}
-    return {**row, "answered": True, "ms": round(1000 * seconds, 1), "error": ""}
 
 
 def _shown(row: Mapping[str, Any]) -> dict[str, str]:

@@ -13,11 +13,12 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from multiprocessing import get_context
+from dataclasses import dataclass, field, replace
+from multiprocessing import current_process, get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
-from typing import Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from sphere.conf import logs, serving
 from sphere.conf.errors import SettingsError, SphereError
@@ -25,6 +26,9 @@ from sphere.conf.settings import Settings
 from sphere.ingest.spool import in_use
 from sphere.scp.policy import Policy, check_forwards
 from sphere.scp.upper.tls import check_tls
+
+if TYPE_CHECKING:
+    from sphere.archive import Archive
 
 log = logging.getLogger(__name__)
 
@@ -218,6 +222,7 @@ def _run_child(target: Target, settings: Settings, lifeline: Connection, message
     """The body of every child process."""
     logs.configure("info")
     logging.getLogger("sphere").setLevel(level)
+    logs.keep(settings.archive.state_dir / "log" / f"{current_process().name}.log")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the supervisor decides
     threading.Thread(target=_end_with, args=(lifeline,), daemon=True, name="lifeline").start()
     sending = threading.Lock()
@@ -277,12 +282,30 @@ def extract_regularly(settings: Settings, ready: Callable[[int], None]) -> None:
     while not stop.wait(settings.extract.every_s):
         try:
             if archive.waiting():
-                log.info("extracted %s", archive.extract())
+                _extract(archive, settings.archive.state_dir)
             else:
                 archive.load_audit()
         except SphereError as error:
             log.error("extraction: %s", error)
     archive.close()
+
+
+def _extract(archive: Archive, state_dir: Path) -> None:
+    """One extraction, its steps told to who watches; raises SphereError."""
+    state = serving.JobState(serving.now())
+
+    def tell(step: str, done: int = 0, total: int = 0) -> None:
+        serving.write_job(state_dir, replace(state, step=step, done=done, total=total))
+
+    outcome, failed = "ended by a defect", True
+    try:
+        outcome, failed = str(archive.extract(on_step=tell)), False
+        log.info("extracted %s", outcome)
+    except SphereError as error:
+        outcome = str(error)
+        raise
+    finally:
+        serving.write_job(state_dir, replace(state, ended_at=serving.now(), outcome=outcome, failed=failed))
 
 
 def forward_regularly(settings: Settings, ready: Callable[[int], None]) -> None:

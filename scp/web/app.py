@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from sphere.catalog.annotations import Annotations
 from sphere.catalog.audit import AuditJournal
 from sphere.catalog.cohorts import Cohorts
+from sphere.catalog.overview import Overview
 from sphere.catalog.queries import Queries
 from sphere.conf.errors import SphereError
 from sphere.conf.settings import Settings
@@ -32,12 +33,14 @@ from sphere.scp.web import (
     rendered,
     retrieve,
     search,
+    status,
     stow,
     wado_uri,
 )
 from sphere.scp.web.access import Access
 from sphere.scp.web.archive import Archive
 from sphere.scp.web.audit import Audited
+from sphere.scp.web.landed import Arrivals
 from sphere.scp.web.oidc import Oidc
 from sphere.scp.web.pixels import PixelReader
 from sphere.scp.web.problem import problem
@@ -58,6 +61,7 @@ class Services:
     cohorts: Cohorts
     journal: AuditJournal
     annotations: Annotations
+    overview: Overview
 
 
 def make_app(settings: Settings, services: Services) -> Starlette:
@@ -80,6 +84,8 @@ def make_app(settings: Settings, services: Services) -> Starlette:
     web = settings.web
     linked = annotating.Service(services.annotations, services.archive.catalog, web.idle_s, web.read_only)
     offered += annotating.offered(linked)
+    arrivals = Arrivals(services.archive.storage, settings.archive.state_dir)
+    offered += status.offered(status.State(settings, arrivals, services.overview))
     offered += capabilities.offered(offered)
     offered.append(operations.openapi(offered))
     oidc = Oidc(settings.web) if settings.web.oidc_jwks else None

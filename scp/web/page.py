@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 import orjson
-from pydicom.datadict import DicomDictionary
+from pydicom._dicom_dict import DicomDictionary  # datadict's functions answer for one tag each
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route

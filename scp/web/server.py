@@ -15,6 +15,7 @@ from sphere.catalog.annotations import Annotations
 from sphere.catalog.audit import AuditJournal
 from sphere.catalog.cohorts import Cohorts
 from sphere.catalog.known import KnownInstances
+from sphere.catalog.overview import Overview
 from sphere.catalog.queries import open_queries
 from sphere.conf.errors import SettingsError
 from sphere.conf.settings import Settings
@@ -90,11 +91,13 @@ def services_of(settings: Settings) -> Iterator[Services]:
         closing(open_writer(settings)) as writer,
         closing(AuditJournal(storage, settings.archive.state_dir / "audit.jsonl")) as journal,
         closing(Annotations(settings)) as annotations,
+        closing(Overview(settings)) as overview,
     ):
         archive = Archive(finder, open_readable(settings), transcoder, KnownSeries(finder))
         known, on_conflict = KnownInstances(settings, finder), settings.ingest.on_conflict
         store = StoreService(writer, Policy(settings), known, on_conflict=on_conflict)
-        yield Services(finder, archive, store, Tokens(storage), Cohorts(storage), journal, annotations)
+        tokens, cohorts = Tokens(storage), Cohorts(storage)
+        yield Services(finder, archive, store, tokens, cohorts, journal, annotations, overview)
 
 
 def make_server(settings: Settings, services: Services, ready: Callable[[], None]) -> uvicorn.Server:

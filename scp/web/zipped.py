@@ -97,6 +97,9 @@ class _Sink:
     def flush(self) -> None:
         """Nothing is held back."""
 
+    def close(self) -> None:
+        """Nothing is held."""
+
     def take(self) -> list[bytes | memoryview]:
         taken, self._pieces = self._pieces, []
         return taken
@@ -107,7 +110,7 @@ def _zip(archive: Archive, members: Sequence[tuple[str, StoredInstance]], index:
     sink = _Sink()
     ranges = [Range(one.bundle, one.offset, one.length) for _, one in members]
     with closing(archive.bodies(ranges)) as bodies:
-        file = ZipFile(sink, "w")  # type: ignore[arg-type]  # write and flush are all it needs
+        file = ZipFile(sink, "w")
         if index is not None:
             file.writestr(_info("DICOMDIR", len(index)), index)
         for (name, instance), pieces in zip(members, bodies, strict=True):

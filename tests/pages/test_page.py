@@ -14,7 +14,8 @@ from tests.support.web import Web, serving_web
 
 pytestmark = pytest.mark.web
 
-HOSTILE = '<img src=x onerror="window.hit=1"><script>window.hit=1</script>'
+HOSTILE = "<script>window.hit(1)</script><b>^Doe"
+IMAGE = "<img src=x onerror=window.hit=1>KNEE"
 expect.set_options(timeout=WAIT_MS)
 
 
@@ -22,7 +23,7 @@ expect.set_options(timeout=WAIT_MS)
 def web(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Web]:
     settings = archive(tmp_path_factory.mktemp("page"))
     first = slices(3, rows=32, columns=32)
-    other = [changed(one, PatientName=HOSTILE, StudyDescription="</td><b>KNEE", PatientID="X1",
+    other = [changed(one, PatientName=HOSTILE, StudyDescription=IMAGE, PatientID="X1",
                      StudyInstanceUID="1.2.9", SeriesInstanceUID="1.2.9.1",
                      SOPInstanceUID=f"1.2.9.1.{number}", StudyDate="20200102")
              for number, one in enumerate(slices(2, rows=32, columns=32))]  # fmt: skip
@@ -35,12 +36,12 @@ def web(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Web]:
 @pytest.fixture
 def studies(page: Page, web: Web) -> Page:
     page.goto(f"http://127.0.0.1:{web.port}/")
-    expect(page.locator("tbody tr")).to_have_count(2)
+    expect(page.locator("main tbody tr")).to_have_count(2)
     return page
 
 
 def test_filters_answer_as_one_types(studies: Page) -> None:
-    rows = studies.locator("tbody tr")
+    rows = studies.locator("main tbody tr")
     studies.get_by_label("Patient ID").fill("X1")
     expect(rows).to_have_count(1)
     studies.get_by_label("Patient ID").fill("nobody")
@@ -52,21 +53,23 @@ def test_filters_answer_as_one_types(studies: Page) -> None:
     assert "StudyDescription=knee" in studies.url
     studies.reload()
     expect(rows).to_have_count(1)
-    studies.get_by_label("From").fill("2020-01-03")
+    studies.get_by_label("From", exact=True).fill("2020-01-03")
     expect(rows).to_have_count(0)
-    studies.get_by_label("From").fill("2020-01-01")
-    studies.get_by_label("To").fill("2020-01-02")
+    studies.get_by_label("From", exact=True).fill("2020-01-01")
+    studies.get_by_label("To", exact=True).fill("2020-01-02")
     expect(rows).to_have_count(1)
 
 
 def test_values_are_text(studies: Page) -> None:
     studies.get_by_label("Patient ID").fill("X1")
-    expect(studies.locator("tbody tr")).to_have_count(1)
-    assert HOSTILE in studies.locator("tbody tr").inner_text()
-    studies.locator("tbody tr").click()
+    expect(studies.locator("main tbody tr")).to_have_count(1)
+    expect(studies.locator("main tbody tr")).to_contain_text(HOSTILE)
+    expect(studies.locator("main tbody tr")).to_contain_text(IMAGE)
+    studies.locator("main tbody tr").click()
     expect(studies.locator("h1")).to_have_text(HOSTILE)
     studies.goto(f"{studies.url}/series/1.2.9.1/instance/1.2.9.1.0")
     expect(studies.locator(".header")).to_contain_text(HOSTILE)
+    assert studies.locator("main b, main script, main img[src=x]").count() == 0
     assert studies.evaluate("window.hit") is None
 
 
@@ -78,12 +81,13 @@ def test_from_a_study_to_a_header_by_keys(studies: Page) -> None:
     studies.keyboard.press("j")
     studies.keyboard.press("k")
     studies.keyboard.press("Enter")
-    expect(studies.locator(".card")).to_have_count(1)
-    expect(studies.locator(".card img")).to_have_js_property("complete", True)
+    expect(studies.locator("a.up")).to_have_text("← Studies")
+    expect(studies.locator(".card img")).to_have_count(1)
     studies.keyboard.press("j")
     studies.keyboard.press("Enter")
+    expect(studies.locator("a.up")).to_have_text("← Study")
     pictures = studies.locator(".card img")
-    expect(pictures.first).to_be_visible()
+    expect(pictures).to_have_count(3)
     assert pictures.first.evaluate("image => image.decode().then(() => image.naturalWidth)") > 0
     studies.keyboard.press("j")
     studies.keyboard.press("Enter")
@@ -92,10 +96,10 @@ def test_from_a_study_to_a_header_by_keys(studies: Page) -> None:
     studies.keyboard.type("patient's name")
     expect(studies.locator(".header tr:visible")).to_have_count(1)
     studies.keyboard.press("Escape")
-    for heading in ("CT", "(0010", "Studies"):
+    for above in ("Series", "Study", "Studies"):
+        expect(studies.locator("a.up")).to_have_text(f"← {above}")
         studies.keyboard.press("Escape")
-        if heading == "Studies":
-            expect(studies.locator("h1")).to_have_text("Studies")
+    expect(studies.locator("h1")).to_have_text("Studies")
     studies.keyboard.press("?")
     expect(studies.locator("#help")).to_be_visible()
 
@@ -108,23 +112,52 @@ def test_dark_and_light(studies: Page) -> None:
     studies.keyboard.press("t")
     assert back() != light
     studies.reload()
-    expect(studies.locator("tbody tr")).to_have_count(2)
+    expect(studies.locator("main tbody tr")).to_have_count(2)
     assert back() != light
 
 
 def test_on_a_phone_nothing_is_cut_off(studies: Page) -> None:
     studies.set_viewport_size({"width": 360, "height": 740})
     studies.reload()
-    for target in ("", "tbody tr", ".card", ".card"):
+    for above, target in (("", ""), ("← Studies", "main tbody tr"), ("← Study", ".card"), ("← Series", ".card")):
         if target:
             studies.locator(target).first.click()
-            expect(studies.locator(".up")).to_be_visible()
-        expect(studies.locator("tbody tr, .card").first).to_be_visible()
-        assert studies.evaluate("document.documentElement.scrollWidth") <= 360, target
+            expect(studies.locator("a.up")).to_have_text(above)
+        expect(studies.locator("main tbody tr, .card").first).to_be_visible()
+        assert studies.evaluate("document.documentElement.scrollWidth") <= 360, above
 
 
 def test_a_download(studies: Page) -> None:
-    studies.locator("tbody tr").first.click()
+    studies.locator("main tbody tr").first.click()
     with studies.expect_download() as started:
         studies.get_by_role("button", name="ZIP with DICOMDIR").click()
     assert started.value.path().read_bytes()[:4] == b"PK\3\4"
+
+
+def test_the_state_of_the_archive(studies: Page, web: Web) -> None:
+    expect(studies.locator("#live")).to_contain_text("5 instances")
+    headings = ("Arrivals and jobs", "Quarantine", "Peers", "Storage", "Errors")
+    for key, heading in enumerate(headings, start=2):
+        studies.keyboard.press(str(key))
+        expect(studies.locator("h1")).to_have_text(heading)
+    studies.keyboard.press("2")
+    expect(studies.locator("main table.list").first).to_contain_text(HOSTILE)
+    land(web.settings, [new_member(one) for one in slices(2, seed=9, study=3)])
+    expect(studies.locator("#live")).to_contain_text("7 instances · 2 waiting")
+    expect(studies.locator("main tbody tr")).to_have_count(3)
+
+
+def test_a_token_is_asked_for(page: Page, web: Web) -> None:
+    """As for clients of other hosts: kept in the tab, and sent with every request."""
+    settings = web.settings.model_copy(update={"web": web.settings.web.model_copy(update={"auth": "all"})})
+    secret = web.services.tokens.create("page", "reader", None)
+    with serving_web(settings) as closed:
+        page.goto(f"http://127.0.0.1:{closed.port}/")
+        field = page.locator("#token input")
+        field.fill("sphere_wrong")
+        field.press("Enter")
+        expect(page.locator("#token .error")).to_contain_text("not")
+        field.fill(secret)
+        field.press("Enter")
+        expect(page.locator("main tbody tr").first).to_be_visible()
+        expect(page.locator("nav a:visible")).to_have_count(2)

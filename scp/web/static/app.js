@@ -1,12 +1,22 @@
 // Views by address, keys, and dark or light.
 
 import { h, show } from "./dom.js";
+import * as state from "./state.js";
 import { instance, series, study } from "./study.js";
 import { studies } from "./studies.js";
 
-const VIEWS = [["studies", "Studies"]];
+const VIEWS = [
+  ["studies", "Studies"], ["arrivals", "Arrivals"], ["quarantine", "Quarantine"], ["peers", "Peers"], ["storage", "Storage"],
+  ["errors", "Errors"],
+];
+const OF_WRITERS = ["quarantine", "peers", "storage", "errors"];
 const ROUTES = [
   [/^studies$/, (query) => studies(query)],
+  [/^arrivals$/, () => state.arrivals()],
+  [/^quarantine$/, (query) => state.quarantine(query)],
+  [/^peers$/, () => state.peers()],
+  [/^storage$/, () => state.storage()],
+  [/^errors$/, () => state.errors()],
   [/^study\/([0-9.]+)$/, (_, uid) => study(uid)],
   [/^study\/([0-9.]+)\/series\/([0-9.]+)$/, (_, ...uids) => series(...uids)],
   [/^study\/([0-9.]+)\/series\/([0-9.]+)\/instance\/([0-9.]+)$/, (_, ...uids) => instance(...uids)],
@@ -21,6 +31,7 @@ async function route() {
   for (const [pattern, view] of ROUTES) {
     const match = pattern.exec(path);
     if (!match) continue;
+    state.leave();
     try {
       await view(new URLSearchParams(query), ...match.slice(1));
     } catch (error) {
@@ -76,3 +87,8 @@ document.getElementById("theme").addEventListener("click", turn);
 document.getElementById("keys").addEventListener("click", KEYS["?"]);
 addEventListener("hashchange", route);
 route();
+state.live((role) => {
+  for (const link of document.querySelectorAll("nav a")) {
+    link.hidden = OF_WRITERS.includes(link.hash.slice(2)) && !["writer", "admin"].includes(role);
+  }
+});
