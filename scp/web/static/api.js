@@ -1,6 +1,6 @@
 // What this page asks the server: DICOMweb, and the state of the archive. A token stays in this tab.
 
-const KEY = "sphere-token";
+const KEY = "sphere.token"; // the viewer reads it too
 export const ROOT = "/dicom-web";
 export const ZIP = "accept=application/zip";
 
