@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -62,12 +64,13 @@ class Transactions:
         """
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            before = _read(self._path(transaction))
-            if before is not None and before.references != transaction.references:
-                transaction = replace(transaction, duplicate=True)
-            if before is None and sum(1 for _ in self._folder.glob(f"*{_SUFFIX}")) >= MAX_WAITING:
-                raise TooManyWaiting(f"{MAX_WAITING} transactions wait for their report")
-            self._write(transaction)
+            with self._alone():
+                before = _read(self._path(transaction))
+                if before is not None and before.references != transaction.references:
+                    transaction = replace(transaction, duplicate=True)
+                if before is None and sum(1 for _ in self._folder.glob(f"*{_SUFFIX}")) >= MAX_WAITING:
+                    raise TooManyWaiting(f"{MAX_WAITING} transactions wait for their report")
+                self._write(transaction)
         except OSError as error:
             raise StorageError(f"the transaction cannot be kept: {error.strerror}") from None
         return transaction
@@ -88,6 +91,16 @@ class Transactions:
     def done(self, transaction: Transaction) -> None:
         """It was reported."""
         self._path(transaction).unlink(missing_ok=True)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """No other thread or process accepts meanwhile: two that found a UID unused would keep one request of two."""
+        lock = os.open(self._folder, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(lock)
 
     def _path(self, transaction: Transaction) -> Path:
         named = [transaction.requester, transaction.uid]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sphere.conf.errors import StorageError
+from sphere.scp.commitment import transactions as module
 from sphere.scp.commitment.transactions import Reference, Transaction, Transactions
 
 pytestmark = pytest.mark.unit
@@ -40,6 +43,24 @@ def test_the_same_request_again_while_its_report_is_put_off(tmp_path: Path, monk
     [waiting] = transactions.due()
     assert (waiting.uid, waiting.references) == (WANTED.uid, WANTED.references)
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_two_requests_with_one_uid_at_once_are_both_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where both could look before either has written, one would take the place of the other."""
+    both, read = threading.Barrier(2), module._read
+
+    def read_and_meet(path: Path) -> Transaction | None:
+        found = read(path)
+        with contextlib.suppress(threading.BrokenBarrierError):  # as it should be: the other waits for its turn
+            both.wait(timeout=0.2)
+        return found
+
+    monkeypatch.setattr(module, "_read", read_and_meet)
+    other = replace(WANTED, references=(Reference("1.2", "1.2.2"),))
+    with ThreadPoolExecutor(2) as pool:
+        accepted = list(pool.map(Transactions(tmp_path).accept, (WANTED, other)))
+    assert sorted(one.duplicate for one in accepted) == [False, True]
+    assert {one.references for one in Transactions(tmp_path).due()} == {WANTED.references, other.references}
 
 
 def test_nothing_is_left_of_what_cannot_be_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
