@@ -39,6 +39,7 @@ _DATA = {
     "spark.sql.execution.arrow.maxRecordsPerBatch": "16384",
     "spark.sql.parquet.compression.codec": "zstd",
     "spark.sql.catalogImplementation": "in-memory",
+    "spark.python.daemon.module": "sphere.jobs.python_daemon",
 }
 
 
