@@ -40,27 +40,39 @@ class FileWriter:
     def __init__(self, schema: pa.Schema) -> None:
         self._schema = schema
         self._sink = io.BytesIO()
-        dictionary = [name for name in schema.names if name not in ("dataset", "sha256", "SOPInstanceUID")]
-        self._writer = pq.ParquetWriter(
-            self._sink, schema, compression="zstd", compression_level=1, use_dictionary=dictionary
-        )
+        self._writer: pq.ParquetWriter | None = None
         self._indexed: list[pa.RecordBatch] = []
         self.rows = 0
 
     def add(self, batch: pa.RecordBatch) -> None:
         """Append rows of the schema as one row group."""
+        if self._writer is None:
+            self._writer = _writer(self._sink, batch)
         self._writer.write_batch(batch, row_group_size=len(batch))
         self._indexed.append(batch.select(self._schema.names[:INDEXED]))
         self.rows += len(batch)
 
     def finish(self, storage: Storage, folder: str) -> NewFile:
-        """Write the file under a new name below `folder`; the path in the answer is relative to it."""
+        """Write the file, of one batch at least, under a new name below `folder`; the path given is relative to it."""
+        assert self._writer is not None
         self._writer.close()
         name = f"part-{uuid.uuid4()}.zstd.parquet"
         data = self._sink.getvalue()
         storage.write(f"{folder}/{name}", data)
         stats = statistics(pa.Table.from_batches(self._indexed))
         return NewFile(name, len(data), int(time.time() * 1000), stats)
+
+
+def _writer(sink: io.BytesIO, first: pa.RecordBatch) -> pq.ParquetWriter:
+    """Compressor and dictionary cost time for each column: only those that say something at first have them."""
+    used = [name for name, column in zip(first.schema.names, first.columns, strict=True) if column.null_count < len(column)]
+    return pq.ParquetWriter(
+        sink,
+        first.schema,
+        compression=dict.fromkeys(first.schema.names, "NONE") | dict.fromkeys(used, "zstd"),
+        compression_level=dict.fromkeys(used, 1),
+        use_dictionary=[name for name in used if name not in ("dataset", "sha256", "SOPInstanceUID")],
+    )
 
 
 def statistics(rows: pa.Table) -> str:

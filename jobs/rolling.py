@@ -7,6 +7,7 @@ need and that say something. The SQL is that of every other roll-up.
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
 
@@ -17,6 +18,9 @@ import pyarrow.compute as pc
 from sphere.catalog.rollup import description, roll_up_sql, source_columns
 from sphere.catalog.schema import TABLES
 from sphere.jobs.contradictions import said
+
+# DuckDB's advice for many rows. A relation of `sql` is bound twice, which here costs more than a copy of its few rows.
+warnings.filterwarnings("ignore", message="Arrow output on a DB-API result", category=UserWarning)
 
 COLUMNS = tuple(source_columns("series") | source_columns("studies"))
 """Columns of `instances` that its roll-ups need."""
@@ -87,7 +91,7 @@ def compute(name: str, rows: pa.Table) -> pa.Table:
     with _database().cursor() as db:
         db.execute("SET TimeZone = 'UTC'")
         db.register("source", rows)
-        found = db.sql(roll_up_sql(name, "source", absent=absent)).to_arrow_table()
+        found = db.execute(roll_up_sql(name, "source", absent=absent)).to_arrow_table()
     return found.select(schema.names).cast(schema)
 
 
