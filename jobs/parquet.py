@@ -65,7 +65,9 @@ class FileWriter:
 
 def _writer(sink: io.BytesIO, first: pa.RecordBatch) -> pq.ParquetWriter:
     """Compressor and dictionary cost time for each column: only those that say something at first have them."""
-    used = [name for name, column in zip(first.schema.names, first.columns, strict=True) if column.null_count < len(column)]
+    used = [
+        name for name, column in zip(first.schema.names, first.columns, strict=True) if column.null_count < len(column)
+    ]
     return pq.ParquetWriter(
         sink,
         first.schema,

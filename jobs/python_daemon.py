@@ -16,7 +16,7 @@ from pyspark import daemon
 def main() -> None:
     """Serve forks until Spark closes standard input."""
     zipimport.zipimporter.invalidate_caches = lambda self: None  # type: ignore[method-assign]
-    import sphere.jobs.headers  # noqa: F401, PLC0415  what the tasks import is there once, before the forks
+    import sphere.jobs.headers  # noqa: F401  what the tasks import is there once, before the forks
 
     gc.freeze()  # workers collect garbage after every task, and need not look at modules
     daemon.manager()

@@ -47,7 +47,8 @@ from tests.conftest import CORPUS
 SLICES = 250  # of one series
 COPIES = 20  # of each real header, with SOP Instance UIDs of their own
 WARM_UP = 20_000  # instances of each extraction before the first that counts
-WARM_UPS = 4  # as many of them as it takes for the JVM to have compiled the job, as in a service that runs one a minute
+WARM_UPS = 4
+SMALL_WARM_UPS = 40  # of 1,000 instances: the JVM has compiled the job by then, as in a service that runs one a minute
 SENDERS = 64  # threads that land members, so that many share one sync
 
 
@@ -179,6 +180,10 @@ class Bench:
 
     def warm_up(self) -> None:
         """Start the Python workers, and let the JVM compile what the job uses most."""
+        settings = self._archive()
+        land(settings, ct_like(1000))
+        walls = [self._extract(settings, 1000).timing.wall_s for _ in range(SMALL_WARM_UPS)]
+        print(f"warm-up   {walls[0]:.1f} s for 1000 instances, {walls[-1]:.1f} s the last of {SMALL_WARM_UPS}")
         settings = self._archive()
         land(settings, ct_like(WARM_UP))
         for _ in range(WARM_UPS):

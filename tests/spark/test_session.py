@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
+import sys
+import zipimport
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from pyspark.errors import AnalysisException
 from pyspark.sql import SparkSession
@@ -46,3 +52,19 @@ def test_nothing_is_left_in_the_working_folder(spark: SparkSession) -> None:
     names = {path.name for path in Path.cwd().iterdir()}
     assert not names & {"spark-warehouse", "metastore_db", "derby.log", "artifacts"}
     assert spark.conf.get("spark.ui.enabled") == "false"
+
+
+def test_python_workers_have_everything_before_their_first_task_and_open_no_archive(spark: SparkSession) -> None:
+    """Before each task a worker invalidates the import caches, which made it read the directories of zip files."""
+
+    def seen(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        opened = []
+        read, zipimport._read_directory = zipimport._read_directory, opened.append
+        importlib.invalidate_caches()
+        zipimport._read_directory = read
+        for batch in batches:
+            here = "sphere.jobs.headers" in sys.modules and gc.get_freeze_count() > 0
+            yield pa.RecordBatch.from_pydict({"opened": [len(opened)] * len(batch), "here": [here] * len(batch)})
+
+    rows = spark.range(0, 2, 1, 2).mapInArrow(seen, "opened bigint, here boolean").collect()
+    assert [(row["opened"], row["here"]) for row in rows] == [(0, True)] * 2
