@@ -19,7 +19,7 @@ def main() -> None:
     import sphere.jobs.headers  # noqa: F401  what the tasks import is there once, before the forks
 
     gc.freeze()  # workers collect garbage after every task, and need not look at modules
-    daemon.manager()
+    daemon.manager()  # type: ignore[no-untyped-call]
 
 
 if __name__ == "__main__":

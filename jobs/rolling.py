@@ -92,6 +92,7 @@ def compute(name: str, rows: pa.Table) -> pa.Table:
         db.execute("SET TimeZone = 'UTC'")
         db.register("source", rows)
         found = db.execute(roll_up_sql(name, "source", absent=absent)).to_arrow_table()
+        assert found is not None  # a SELECT has a result
     return found.select(schema.names).cast(schema)
 
 
