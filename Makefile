@@ -8,13 +8,17 @@ PORT ?= 0
 LANES := -n 2 --dist loadgroup --no-loadscope-reorder  # two workers; who runs what: tests/support/lanes.py
 export PYTHONDONTWRITEBYTECODE ?= 1
 
-.PHONY: bench-growth bench-files bench-matching help demo test lint unit bench bench-landing bench-policy bench-retrieve bench-query fuzz hdfs setup clean
+.PHONY: bench-growth bench-files bench-matching help demo viewer test lint unit bench bench-landing bench-policy bench-retrieve bench-query bench-web fuzz hdfs setup clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 16
 
 demo: $(VENV)/.ready ## set up, then serve an archive, send it sample studies, extract, find, count (EXIT=1 stops at the end)
+	@$(BIN)/python -m sphere.conf.viewer || true  # without npm there is no viewer, and all else
 	@$(BIN)/python -m sphere.demo $(if $(EXIT),--exit) --port $(PORT)
+
+viewer: $(VENV)/.ready ## fetch the OHIF viewer, shown under /viewer; needs npm
+	@$(BIN)/python -m sphere.conf.viewer
 
 test: $(VENV)/.ready-test ## set up, then every check and test (SPHERE_REQUIRE_ALL=1: a missing tool is a failure)
 	@$(BIN)/python -m tests.support.install
@@ -52,6 +56,9 @@ bench-query: $(VENV)/.ready-test ## C-FIND over generated catalogs, and Orthanc 
 
 bench-retrieve: $(VENV)/.ready-test ## C-MOVE and C-GET against Orthanc and dcmqrscp; needs DCMTK and Orthanc
 	$(BIN)/python -m tests.bench.bench_retrieve $(RETRIEVE)
+
+bench-web: $(VENV)/.ready-test ## DICOMweb against Orthanc's plugin, and the first image in OHIF; needs orthanc-dicomweb
+	$(BIN)/python -m tests.bench.bench_web $(WEB)
 
 fuzz: $(VENV)/.ready-test ## coverage-guided fuzzing of the decoders (FUZZ="TARGET SECONDS", all 60 by default)
 	$(BIN)/python -m tests.fuzz $(FUZZ)

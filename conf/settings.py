@@ -146,6 +146,11 @@ class Web(Section):
     oidc_cohorts_claim: str = Field(
         "cohorts", description="Claim that lists the cohorts that a researcher may see; empty: none does."
     )
+    viewer_dir: str = Field(
+        "",
+        description="Folder of the OHIF viewer that /viewer shows; empty: where `make viewer` puts it, beside the "
+        "libraries.",
+    )
     idle_s: Annotated[float, Field(ge=1)] = Field(
         30.0, description="Seconds to wait for the head of a request, for more of its body, or for a client that reads."
     )

@@ -18,8 +18,8 @@ from sphere.scp.web.oidc import Known, Oidc
 from sphere.scp.web.problem import problem
 from sphere.scp.web.tokens import PREFIX, ROLES, Role, Token, Tokens
 
-OPEN: Final = frozenset(("/", "/healthz", "/readyz", "/openapi.json"))  # nothing in them is of patients
-OPEN_BELOW: Final = ("/page/",)  # the files of the page: what it shows, it asks for with a token
+OPEN: Final = frozenset(("/", "/healthz", "/readyz", "/openapi.json", "/viewer"))  # nothing in them is of patients
+OPEN_BELOW: Final = ("/page/", "/viewer/")  # files of the pages: what they show, they ask for with a token
 NEEDED: Final[dict[str, Role]] = {**dict.fromkeys(("GET", "HEAD", "OPTIONS"), "researcher"), "POST": "writer"}
 """The least role for a method; any other needs an admin. What a researcher may get, operations say (`in_part`)."""
 ANNOTATING: Final = ("/annotations", frozenset(("PUT", "DELETE")))

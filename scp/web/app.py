@@ -35,6 +35,7 @@ from sphere.scp.web import (
     search,
     status,
     stow,
+    viewer,
     wado_uri,
 )
 from sphere.scp.web.access import Access
@@ -90,7 +91,7 @@ def make_app(settings: Settings, services: Services) -> Starlette:
     offered.append(operations.openapi(offered))
     oidc = Oidc(settings.web) if settings.web.oidc_jwks else None
     app = Starlette(
-        routes=[*operations.routes(offered), *page.routes()],
+        routes=[*operations.routes(offered), *page.routes(), *viewer.routes(settings.web)],
         middleware=[
             Middleware(health.Measured, metrics=metrics),
             Middleware(Audited, journal=services.journal),

@@ -10,6 +10,8 @@ import os
 import shutil
 import subprocess
 
+from sphere.conf import viewer
+from sphere.conf.errors import ExternalMissing
 from tests.support import npm
 
 PACKAGES = {  # program: Debian package
@@ -34,6 +36,10 @@ def main() -> None:
     _install_packages()
     if line := npm.install():
         print(f"tests with dcmjs-dimse will be skipped: {line}")
+    try:
+        viewer.install(viewer.folder())
+    except ExternalMissing as error:
+        print(f"tests with OHIF will be skipped: {error}")
 
 
 def _install_packages() -> None:

@@ -1,0 +1,108 @@
+"""The OHIF viewer under /viewer: its files as conf/viewer.py left them, its settings, and what it may do in a browser.
+
+A study opens at ``/viewer/viewer?StudyInstanceUIDs=UID``. Where no viewer is installed, everything here is 404.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from stat import S_ISREG
+from typing import Final
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import RedirectResponse, Response
+from starlette.routing import Route
+from starlette.staticfiles import StaticFiles
+
+from sphere.conf import viewer
+from sphere.conf.settings import Web
+
+SETTINGS: Final = Path(__file__).with_name("viewer_config.js")
+INDEX: Final = "index.html"
+FOREVER: Final = "public, max-age=31536000, immutable"
+_HASHED: Final = re.compile(r"(.*\.bundle\.)?[0-9a-f]{16}\.(js|wasm|woff2)")  # such a name has one content for ever
+_INLINE: Final = re.compile(r"<script>(.*?)</script>", re.DOTALL)
+TYPES: Final = {
+    ".html": "text/html; charset=utf-8", ".js": "text/javascript; charset=utf-8", ".css": "text/css; charset=utf-8",
+    ".json": "application/json", ".jsonc": "application/json",
+    ".wasm": "application/wasm", ".svg": "image/svg+xml", ".png": "image/png",
+    ".ico": "image/x-icon", ".woff2": "font/woff2", ".xml": "application/xml",
+}  # fmt: skip
+
+
+def installed(settings: Web) -> bool:
+    """Whether /viewer shows something."""
+    return (_folder(settings) / INDEX).is_file()
+
+
+def routes(settings: Web) -> list[Route]:
+    """The viewer's files; every other path whose last part has no suffix is one of its own pages."""
+    files = StaticFiles(directory=_folder(settings), check_dir=False)
+
+    def at_root(request: Request) -> Response:
+        return RedirectResponse(viewer.PREFIX)
+
+    def file(request: Request) -> Response:
+        if not installed(settings):
+            raise HTTPException(404, "no viewer is installed here: make viewer, or python -m sphere.conf.viewer")
+        path = str(request.path_params["path"])
+        if path == "app-config.js":
+            response = Response(SETTINGS.read_bytes(), media_type=TYPES[".js"])
+        else:
+            response = _file(files, path if Path(path).suffix else INDEX, request)
+        response.headers["Cache-Control"] = FOREVER if _HASHED.fullmatch(path) else "no-cache"
+        response.headers["X-Content-Type-Options"] = "nosniff"
+        return response
+
+    return [Route("/viewer", at_root), Route(viewer.PREFIX + "{path:path}", file)]
+
+
+def _folder(settings: Web) -> Path:
+    return Path(settings.viewer_dir) if settings.viewer_dir else viewer.folder()
+
+
+def _file(files: StaticFiles, path: str, request: Request) -> Response:
+    """A file, its compressed copy where the client takes that; raises HTTPException (404)."""
+    compressed = "gzip" in request.headers.get("accept-encoding", "")
+    for name in (f"{path}.gz", path) if compressed else (path,):
+        try:
+            full, stat = files.lookup_path(name)
+        except (OSError, ValueError):  # a name that no file can have
+            break
+        if stat is None or not S_ISREG(stat.st_mode):
+            continue
+        response = files.file_response(full, stat, request.scope)
+        response.headers["Vary"] = "Accept-Encoding"
+        response.headers["Content-Security-Policy"] = policy(_scripts(files) if path == INDEX else ())
+        if response.status_code != 304:
+            response.headers["Content-Type"] = TYPES.get(Path(path).suffix, "application/octet-stream")
+            if name != path:
+                response.headers["Content-Encoding"] = "gzip"
+        return response
+    raise HTTPException(404, "the viewer has no such file")
+
+
+def _scripts(files: StaticFiles) -> list[str]:
+    """The scripts in the page itself."""
+    return _INLINE.findall(Path(files.lookup_path(INDEX)[0]).read_text(encoding="utf-8"))
+
+
+def policy(inline: Iterable[str] = ()) -> str:
+    """The Content-Security-Policy: this origin alone, the scripts `inline`, and what the decoders of images need.
+
+    They are WebAssembly whose glue makes functions from text (unsafe-eval), in workers, some from blobs; styles are
+    set by script.
+    """
+    digests = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in inline)
+    scripts = " ".join(["'self'", "'unsafe-eval'", "blob:", *(f"'sha256-{digest}'" for digest in digests)])
+    return (
+        f"default-src 'none'; script-src {scripts}; worker-src 'self' blob:; connect-src 'self' blob: data:; "
+        "img-src 'self' blob: data:; media-src 'self' blob:; style-src 'self' 'unsafe-inline'; font-src 'self' data:; "
+        "frame-src 'self' blob:; object-src 'self' blob:; manifest-src 'self'; base-uri 'none'; form-action 'none'; "
+        "frame-ancestors 'self'"
+    )

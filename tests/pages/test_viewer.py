@@ -1,0 +1,120 @@
+"""OHIF on this archive, in a real Chromium: what it draws is read back from its canvases."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from playwright.sync_api import Page
+
+from sphere.conf import viewer
+from sphere.ingest.storage import open_storage
+from sphere.scp.web.tokens import Tokens
+from tests.support.browser import WAIT_MS
+from tests.support.extracted import extract
+from tests.support.landing import archive, land, new_member
+from tests.support.viewed import SIZE, gradient_ct, grey, report, segmentation
+from tests.support.web import Web, serving_web
+
+pytestmark = pytest.mark.web
+
+SLICES = 24
+SEEN = "localStorage.setItem('shownTours', '[\"basicViewerTour\"]'); sessionStorage.setItem('sphere.token', '{token}')"
+LINES = """() => Array.from(document.querySelectorAll('canvas.cornerstone-canvas')).map(canvas => {
+    const context = canvas.getContext('2d', {willReadFrequently: true});
+    const middle = [canvas.width >> 1, canvas.height >> 1];
+    const row = context.getImageData(0, middle[1], canvas.width, 1).data;
+    const column = context.getImageData(middle[0], 0, 1, canvas.height).data;
+    return [row, column].map(one => Array.from(one));
+})"""
+BRIGHT = "([row]) => row.some((value, i) => i % 4 < 3 && value > 40)"
+ALL_SHOW = f"number => {{ const all = ({LINES})(); return all.length == number && all.every({BRIGHT}) }}"
+REDDISH = "([row]) => row.some((value, i) => i % 4 == 0 && value > row[i + 1] + 30)"
+CHANGED = f"before => JSON.stringify(({LINES})()[0][0]) != before"
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Web]:
+    """A CT with a segmentation and a report, over HTTP, to those who show a token; and an installed viewer."""
+    if not (viewer.folder() / "index.html").is_file():
+        line = "OHIF is missing: run make viewer"
+        pytest.fail(line, pytrace=False) if os.environ.get("SPHERE_REQUIRE_ALL") == "1" else pytest.skip(line)
+    settings = archive(tmp_path_factory.mktemp("shown"), web={"auth": "all"})
+    images = gradient_ct(SLICES)
+    land(settings, [new_member(data) for data in (*images, segmentation(images), report(images))])
+    extract(settings)
+    token = Tokens(open_storage(settings.storage.root)).create("viewer", "reader", None)
+    with serving_web(settings) as running:
+        running.client.headers["authorization"] = f"Bearer {token}"
+        yield running
+
+
+@pytest.fixture
+def opened(page: Page, shown: Web) -> Iterator[Page]:
+    """The study in the viewer, its first image drawn; at the end, nothing of elsewhere was asked for, nor forbidden."""
+    said: list[str] = []
+    page.on("console", lambda message: said.append(message.text))
+    page.on("request", lambda request: said.append(f"asked {request.url}"))
+    token = str(shown.client.headers["authorization"]).removeprefix("Bearer ")
+    page.add_init_script(SEEN.replace("{token}", token))
+    study = shown.get("/studies").json()[0]["0020000D"]["Value"][0]
+    page.goto(f"http://127.0.0.1:{shown.port}/viewer/viewer?StudyInstanceUIDs={study}")
+    page.wait_for_function(ALL_SHOW, arg=1, polling=100)
+    yield page
+    here = (f"asked http://127.0.0.1:{shown.port}/", "asked blob:", "asked data:")
+    assert not [line for line in said if line.startswith("asked ") and not line.startswith(here)]
+    assert not [line for line in said if "Content Security Policy" in line]
+
+
+def lines(page: Page, viewport: int = 0) -> tuple[Any, Any]:
+    """The middle row and the middle column of a viewport: RGBA of each pixel."""
+    row, column = page.evaluate(LINES)[viewport]
+    return np.array(row).reshape(-1, 4), np.array(column).reshape(-1, 4)
+
+
+def differences(row: Any, width: int, height: int, number: int) -> Any:
+    """By how much the grey levels of a row differ from those of slice `number`, drawn as high as the canvas is."""
+    scale = height / SIZE
+    columns = (np.arange(width) + 0.5 - (width - height) / 2) / scale - 0.5
+    inside = (columns > 1) & (columns < SIZE - 2)
+    return np.abs(row[inside, 0] - grey(columns[inside], number))
+
+
+def test_a_stack_and_its_planes(opened: Page) -> None:
+    row, column = lines(opened)
+    found = [number for number in range(SLICES) if differences(row, len(row), len(column), number).max() < 1.6]
+    assert len(found) == 1 and found[0] in (0, SLICES - 1), "the grey levels of the first or the last slice"
+    assert (row[:, 0] == row[:, 1]).all() and (row[:, 0] == row[:, 2]).all()
+
+    before = opened.evaluate(f"() => JSON.stringify(({LINES})()[0][0])")
+    opened.mouse.move(760, 500)
+    opened.mouse.wheel(0, 100)
+    opened.wait_for_function(CHANGED, arg=before, polling=100)
+    row, column = lines(opened)
+    assert differences(row, len(row), len(column), abs(found[0] - 1)).max() < 1.6, "its neighbour"
+
+    opened.locator("[data-cy=Layout]").click()
+    opened.get_by_text("MPR", exact=True).click()
+    opened.wait_for_function(ALL_SHOW, arg=3, polling=100)
+    along = [np.diff(lines(opened, place)[0][:, 0].astype(int)) for place in range(3)]
+    assert (along[0] >= 0).sum() > 300 and along[0].max() < 20, "axial: brighter from left to right"
+
+
+def test_a_segmentation_and_a_report_are_shown(opened: Page) -> None:
+    others = opened.locator("[data-cy=study-browser-thumbnail-no-image]")
+    others.filter(has_text="SEG").dblclick()
+    opened.wait_for_function(f"() => ({LINES})().some({REDDISH})", polling=100)
+    row, _ = lines(opened)
+    coloured = np.flatnonzero(row[:, 0] > row[:, 1] + 30)
+    assert 0.45 < len(coloured) / 842 < 0.55, "the middle half of the columns"
+    assert coloured[-1] - coloured[0] == len(coloured) - 1
+
+    others.filter(has_text="SR").dblclick()
+    line = opened.locator("svg.svg-layer g[data-annotation-uid]")
+    line.first.wait_for(state="attached", timeout=WAIT_MS)
+    ends = opened.locator("svg.svg-layer line").first
+    length = float(ends.get_attribute("x2") or 0) - float(ends.get_attribute("x1") or 0)
+    assert abs(length / 842 - 40 / SIZE) < 0.01, "from column 10 to column 50"
