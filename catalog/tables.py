@@ -10,17 +10,19 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
 import duckdb
 from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError, TableNotFoundError
-from hdfs_native import Client
-from hdfs_native.fsspec import HdfsFileSystem
 
 from sphere.catalog.rollup import MARK
 from sphere.conf.errors import CatalogError
 from sphere.conf.settings import Settings
+
+if TYPE_CHECKING:
+    from hdfs_native import Client
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,8 @@ class CatalogTables:
         if parts.scheme == "hdfs":
             if settings.storage.user:
                 os.environ["HADOOP_USER_NAME"] = settings.storage.user  # read by the native client, as in ingest
+            from hdfs_native import Client  # 5 MB that an archive on local disk has no use for
+
             self._hdfs = Client(f"hdfs://{parts.netloc}")
         self._netloc = parts.netloc
 
@@ -110,6 +114,8 @@ class CatalogTables:
         if self._hdfs is not None:
             host, _, port = self._netloc.partition(":")
             # Out of fsspec's cache of instances: that is cleared in every forked child, where closing the client hangs.
+            from hdfs_native.fsspec import HdfsFileSystem
+
             files = HdfsFileSystem(host, int(port) if port else None, skip_instance_cache=True)
             connection.register_filesystem(files)
         return connection

@@ -6,6 +6,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from datetime import datetime, timezone
 
@@ -29,8 +30,11 @@ PIECE = 500  # instances looked up, sent and recorded at a time
 def run_forwarder(settings: Settings, stop: threading.Event) -> None:
     """Take up what comes, and send what is due, until `stop`."""
     queue = Queue(settings)
-    with open_queries(settings) as queries, closing(Transcoder()) as transcoder:
-        forwarder = Forwarder(settings, queue, queries, transcoder)
+    with (
+        open_queries(settings) as queries,
+        closing(Transcoder()) as transcoder,
+        closing(Forwarder(settings, queue, queries, transcoder)) as forwarder,
+    ):
         opened = False
         while not stop.is_set():
             try:
@@ -47,7 +51,7 @@ def run_forwarder(settings: Settings, stop: threading.Event) -> None:
 
 
 class Forwarder:
-    """Sends the entries of a queue."""
+    """Sends the entries of a queue: each destination has a thread, so that one that is slow or gone holds up nobody."""
 
     def __init__(self, settings: Settings, queue: Queue, queries: Queries, transcoder: Transcoder) -> None:
         self._settings = settings
@@ -63,15 +67,31 @@ class Forwarder:
         )
         self._peers = {peer.name: peer for peer in settings.peers}
         self._forwards = {forward.name: forward for forward in settings.forwards}
+        self._senders = ThreadPoolExecutor(max(1, len(self._peers)), thread_name_prefix="forward")
+        self._serving: dict[str, Future[None]] = {}  # by name of the destination
+
+    def close(self) -> None:
+        """Wait for what is being sent, which ends soon after `stop`."""
+        self._senders.shutdown()
 
     def send_due(self, stop: threading.Event) -> None:
+        """Begin with what is due at each destination that is not being served; raises what ended one the last time."""
+        for destination in [name for name, serving in self._serving.items() if serving.done()]:
+            self._serving.pop(destination).result()
+        waiting = {self._forwards[one.forward].to for one in self._queue.waiting if one.forward in self._forwards}
+        for destination in sorted(waiting):
+            if destination not in self._serving:
+                self._serving[destination] = self._senders.submit(self._serve, destination, stop)
+
+    def _serve(self, destination: str, stop: threading.Event) -> None:
         """Try every entry that is due, the oldest first; those behind one of their study that waits, wait with it."""
         held: set[tuple[str, str]] = set()
-        for entry in list(self._queue.waiting):
+        mine = {forward.name for forward in self._forwards.values() if forward.to == destination}
+        for entry in [one for one in self._queue.waiting if one.forward in mine]:
             if stop.is_set():
                 return
             due = entry.next_at is None or entry.next_at <= datetime.now(timezone.utc)
-            if due and entry.line not in held and entry.forward in self._forwards:
+            if due and entry.line not in held:
                 self._send(entry, stop)
                 self._queue.record([entry])
             if entry.state == "waiting":

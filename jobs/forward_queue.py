@@ -7,6 +7,7 @@ docs/decisions/0013-forwarding.md.
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -111,7 +112,8 @@ class _Row:
 
 
 class Queue:
-    """The entries that wait, in memory as in the table. For one process, which writes the table under the lock."""
+    """The entries that wait, in memory as in the table. For one process, which writes the table under the lock; its
+    threads take turns."""
 
     def __init__(self, settings: Settings) -> None:
         """Raises SettingsError for a forward that cannot be matched."""
@@ -125,6 +127,7 @@ class Queue:
         ]
         self._taken = -1  # the version of `instances` that was looked at
         self.waiting: list[Entry] = []
+        self._changing = threading.Lock()
 
     def open(self) -> None:
         """Read the table; made for the first time, it begins with what comes from now on.
@@ -144,6 +147,10 @@ class Queue:
 
     def take_up(self) -> int:
         """Queue what came since; returns how many entries. Raises LockHeld and JobFailed."""
+        with self._changing:
+            return self._take_up()
+
+    def _take_up(self) -> int:
         instances = self._tables.open("instances")
         if instances is None or instances.version() <= self._taken:
             return 0
@@ -172,9 +179,10 @@ class Queue:
 
     def record(self, changed: list[Entry]) -> None:
         """Write what became of entries. Raises LockHeld and JobFailed."""
-        with CatalogLock(self._settings, job="forward"):
+        with self._changing, CatalogLock(self._settings, job="forward"):
             self._tables.merge("forwards", [asdict(entry) for entry in changed])
-        self.waiting = [entry for entry in self.waiting if entry.state == "waiting"]
+            recorded = {id(entry) for entry in changed if entry.state != "waiting"}
+            self.waiting = [entry for entry in self.waiting if id(entry) not in recorded]
 
 
 def _has_collection(forward: Forward, row: Mapping[str, Any]) -> bool:

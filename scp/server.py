@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import threading
+import time
 from collections.abc import Callable
 from contextlib import closing
 
@@ -12,6 +13,7 @@ from sphere.catalog.audit import AuditJournal
 from sphere.catalog.known import KnownInstances
 from sphere.catalog.queries import LateQueries
 from sphere.conf.errors import SphereError
+from sphere.conf.footprint import give_back
 from sphere.conf.settings import Settings
 from sphere.ingest.spool import open_readable, open_writer, recover_all
 from sphere.ingest.storage import open_storage
@@ -32,6 +34,7 @@ from sphere.scp.upper.server import Server
 
 log = logging.getLogger(__name__)
 
+GIVE_BACK_S = 10.0  # seconds after which what was freed goes back to the system
 DRAIN_S = 20.0  # seconds that running associations have after SIGTERM
 
 
@@ -74,7 +77,11 @@ def _serve(server: Server, stop: threading.Event, ready: Callable[[int], None]) 
     accepting.start()
     log.info("receiver listens port=%d", server.port)
     ready(server.port)
+    tidied = time.monotonic()
     while not stop.wait(1.0):
+        if time.monotonic() - tidied > GIVE_BACK_S:
+            give_back()
+            tidied = time.monotonic()
         if not accepting.is_alive():
             raise SphereError("nothing accepts connections any more; this receiver has to be started again")
     server.stop()

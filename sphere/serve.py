@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Literal
 
 from sphere.conf import logs, serving
 from sphere.conf.errors import SettingsError, SphereError
+from sphere.conf.footprint import keep_small
 from sphere.conf.settings import Settings
 from sphere.ingest.spool import in_use
 from sphere.scp.policy import Policy, check_forwards
@@ -259,6 +260,7 @@ def _end_with(lifeline: Connection) -> None:
 
 def receive(settings: Settings, ready: Callable[[int], None]) -> None:
     """One receiver process."""
+    keep_small(settings)
     from sphere.scp.server import run_receiver
 
     run_receiver(settings, ready=ready)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
@@ -32,6 +33,7 @@ SOME_FAILED = 0xB000  # warning: sub-operations complete, one or more failures o
 NONE_PERFORMED = 0xA702  # refused: out of resources, unable to perform sub-operations
 UNKNOWN_DESTINATION = 0xA801
 UNABLE = 0xC000
+PENDING_S = 0.02  # seconds between pending responses, which are optional (PS3.4 C.4.2.3.1): each wakes the requester
 MAX_COMMENT = 64  # characters of an Error Comment, LO (PS3.7 Table E.2-1)
 
 
@@ -143,12 +145,14 @@ class RetrieveService:
             return
         counts = Counts(len(instances))
         with closing(perform(instances, counts)) as steps:
+            told = float("-inf")
             for _ in steps:
                 if counts.remaining and cancelled():
                     yield RetrieveAnswer(CANCELLED, counts)
                     return
-                if counts.remaining:
+                if counts.remaining and time.monotonic() - told >= PENDING_S:
                     yield RetrieveAnswer(PENDING, counts)
+                    told = time.monotonic()
         yield _final(counts)
 
     def _delivery(self, origin: dict[str, str | int]) -> Delivery[StoredInstance]:

@@ -3,7 +3,8 @@
 A CT of 1,000 slices of 526 kB from SPHERE, Orthanc and DCMTK's dcmqrscp, in turn, on the same disk: by C-MOVE (movescu)
 to a storescp that writes nothing, and by C-GET (getscu) that writes nothing. All with TCP_NODELAY=1. Times are those of
 the requester from its start to its exit; the median of the rounds, the page cache warm for all. Then, from SPHERE,
-small studies by one list of UIDs, and the time to the first response.
+small studies by one list of UIDs, and the time to the first response; and the CT from HDFS, where the other two cannot
+read, beside one reader of the same bytes in the same windows.
 """
 
 from __future__ import annotations
@@ -26,9 +27,12 @@ from rich.table import Table
 
 from sphere.archive import Archive
 from sphere.conf.settings import from_dict
+from sphere.ingest.storage import open_storage
 from sphere.scp import client
 from sphere.scp.client import retrieve as retrieve_client
+from sphere.scp.retrieve.read_ahead import Range, windows
 from tests.support.dicom_tools import NO_NAGLE, require_tool, running, running_orthanc
+from tests.support.hdfs import HdfsCluster
 from tests.support.receiver import Receiver, free_port, running_receiver
 from tests.support.samples import make_instance
 
@@ -134,7 +138,10 @@ def compare(base: Path, files: list[Path], rounds: int) -> None:
             table.add_row(name, *(f"{rate:.0f}" for rate in rates))
         console.print(table)
         memory = psutil.Process(receiver.process.pid).memory_full_info()
-        console.print(f"SPHERE's receiver: {memory.uss / 1e6:.0f} MB of its own, {memory.rss / 1e6:.0f} MB resident")
+        console.print(
+            f"SPHERE's receiver: {memory.uss / 1e6:.0f} MB of its own, {memory.pss / 1e6:.0f} MB with its share, "
+            f"{memory.rss / 1e6:.0f} MB resident"
+        )
         first = statistics.median(_first_response(receiver) for _ in range(5))
         console.print(f"SPHERE: first instance out and answered after {1000 * first:.0f} ms")
 
@@ -169,16 +176,56 @@ def small_studies(base: Path, count: int) -> None:
     console.print(f"SPHERE: {count} small studies, not yet catalogued, by one list of UIDs: {count / seconds:.0f}/s")
 
 
+def from_hdfs(base: Path, files: list[Path], rounds: int) -> None:
+    """The same study from an HDFS of one NameNode and two DataNodes, beside one reader of the same windows."""
+    size = sum(path.stat().st_size for path in files) / 1e6
+    with ExitStack() as stack:
+        cluster = stack.enter_context(HdfsCluster(base / "hdfs"))
+        destination = stack.enter_context(sink(base))
+        tables = {
+            "storage": {"root": f"{cluster.hdfs_url}/archive"},
+            "peers": [{"name": "dest", "ae_title": "DEST", "host": "127.0.0.1", "port": destination}],
+        }
+        with Archive(from_dict(tables, base=base / "on-hdfs")) as archive:
+            records = [one.record for one in archive.import_files(files)]
+        ranges = [
+            Range(one.bundle, one.offset + one.dataset_offset, one.length - one.dataset_offset)
+            for one in records
+            if one
+        ]
+        assert len(ranges) == len(files)
+        receiver = stack.enter_context(running_receiver(base / "on-hdfs", tables))
+        storage = open_storage(receiver.settings.storage.root)
+        times: dict[str, list[float]] = {"raw": [], "movescu": [], "getscu": []}
+        for _ in range(rounds + 1):  # the first warms caches and is not counted
+            started = time.monotonic()
+            for window in windows(ranges):
+                assert len(storage.read(window.bundle, window.offset, window.length)) == window.length
+            times["raw"].append(time.monotonic() - started)
+            for tool in ("movescu", "getscu"):
+                times[tool].append(ask(tool, receiver.port, "SPHERE"))
+    raw, move, get = (size / statistics.median(seconds[1:]) for seconds in times.values())
+    console.print(
+        f"From HDFS: one reader {raw:.0f} MB/s, C-MOVE {move:.0f} MB/s ({move / raw:.0%}), "
+        f"C-GET {get:.0f} MB/s ({get / raw:.0%})"
+    )
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--slices", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", choices=("local", "hdfs"), help="one part; by default both")
     options = parser.parse_args()
     base = Path(tempfile.mkdtemp(prefix="bench-retrieve-"))
     try:
-        compare(base, make_ct(base / "files", options.slices), options.rounds)
-        small_studies(base, options.slices)
+        files = make_ct(base / "files", options.slices)
+        if options.only != "hdfs":
+            compare(base, files, options.rounds)
+            small_studies(base, options.slices)
+        if options.only != "local":
+            from_hdfs(base, files, options.rounds)
     finally:
         shutil.rmtree(base, ignore_errors=True)
 

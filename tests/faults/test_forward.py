@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from sphere import status
 from sphere.conf.settings import from_dict
 from sphere.jobs.forward_queue import entries
 from sphere.jobs.tables import Tables
-from tests.support.dicom_tools import running_storescp
+from tests.support.dicom_tools import running_orthanc, running_storescp
 from tests.support.forwarder import catalogue, running_forwarder
 from tests.support.landing import land, new_member, slices
 from tests.support.receiver import free_port
@@ -57,3 +59,41 @@ def test_a_destination_that_is_down_and_a_forwarder_that_is_killed(tmp_path: Pat
     [state] = status.take(settings).forwards
     assert (state.sent, state.waiting, state.last_error) == (5, 0, "")
     assert "forward     ct to dest: 5 sent, 0 waiting" in str(status.take(settings))
+
+
+def test_orthanc_gets_each_study_in_order_beside_a_destination_that_says_nothing(tmp_path: Path) -> None:
+    """The forwarder is killed once Orthanc has something; who takes connections and is silent holds up nobody."""
+    silent = socket.create_server(("127.0.0.1", 0))  # the kernel takes connections for it
+    with silent, running_orthanc(tmp_path / "orthanc", {}) as orthanc:
+        ports = {"a-silent": silent.getsockname()[1], "orthanc": orthanc.dicom_port}
+        sections = {
+            "peers": [
+                {"name": name, "ae_title": "ORTHANC", "host": "127.0.0.1", "port": ports[name]} for name in ports
+            ],
+            "forwards": [{"name": f"to-{name}", "to": name} for name in ports],
+            "forwarding": {"every_s": 0.1, "retry_s": 0.2, "retry_max_s": 0.5},
+            "dimse": {"artim_s": 3600.0},  # seconds that an attempt at the silent one takes
+        }
+        settings = from_dict(sections, base=tmp_path / "archive")
+        tables = Tables(settings)
+        studies = [slices(8, study=1), slices(8, seed=5, study=5)]
+        members = [new_member(data, second=n) for n, data in enumerate(chain(*zip(*studies, strict=True)))]
+        with running_forwarder(settings) as forwarder:
+            until(lambda: tables.open("forwards") is not None)
+            catalogue(settings, land(settings, members))
+            until(lambda: bool(orthanc.get("/instances")))
+            forwarder.kill()  # SIGKILL
+        with running_forwarder(settings):
+            until(lambda: sorted(one.state for one in entries(tables)) == ["sent", "sent", "waiting", "waiting"])
+        came = [
+            orthanc.get(change["Path"])["MainDicomTags"]["SOPInstanceUID"]
+            for change in orthanc.get("/changes?limit=1000")["Changes"]
+            if change["ChangeType"] == "NewInstance"
+        ]
+    assert sorted(came) == sorted(member.SOPInstanceUID for member in members)
+    for study in studies:
+        wanted = [new_member(data).SOPInstanceUID for data in study]
+        assert [uid for uid in came if uid in wanted] == wanted
+    by_name = {state.forward: state for state in status.take(settings).forwards}
+    assert (by_name["to-orthanc"].sent, by_name["to-orthanc"].waiting) == (16, 0)
+    assert (by_name["to-a-silent"].sent, by_name["to-a-silent"].waiting) == (0, 16)

@@ -200,9 +200,12 @@ def test_cancel_is_answered_with_what_remains(tmp_path: Path) -> None:
 
 
 def test_memory_is_flat(tmp_path: Path) -> None:
-    """200 instances of 512 kB: the receiver's own memory grows by the windows that are read ahead, no more."""
+    """200 instances of 512 kB: the receiver's own memory grows by the windows that are read ahead, no more.
+
+    Its whole is counted with its share of what other processes map as well (PSS): code of DuckDB, Arrow and delta-rs.
+    """
     port = free_port()
-    peak = 0
+    peak = whole = 0
     with destination(port, lambda event: 0x0000), archive(tmp_path / "a", port, rows=512, total=200) as receiver:
         process = psutil.Process(receiver.process.pid)
         moved(receiver, 200)
@@ -210,9 +213,10 @@ def test_memory_is_flat(tmp_path: Path) -> None:
         stop = threading.Event()
 
         def watch() -> None:
-            nonlocal peak
+            nonlocal peak, whole
             while not stop.wait(0.05):
-                peak = max(peak, process.memory_full_info().uss)
+                now = process.memory_full_info()
+                peak, whole = max(peak, now.uss), max(whole, now.pss)
 
         watcher = threading.Thread(target=watch)
         watcher.start()
@@ -220,7 +224,7 @@ def test_memory_is_flat(tmp_path: Path) -> None:
         stop.set()
         watcher.join()
     assert last.completed == 200
-    assert peak - before < 24 << 20 and peak < 200 << 20
+    assert peak - before < 24 << 20 and peak < 130 << 20 and whole < 200 << 20
 
 
 def test_who_leaves_in_the_middle_of_a_c_get_costs_nothing(tmp_path: Path) -> None:

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from sphere.conf import logs
+from sphere.conf.footprint import keep_small
 from sphere.conf.settings import Peer, Settings, from_dict
 from sphere.ingest.journal import Landed
 from sphere.ingest.records import MemberRecord
 from sphere.ingest.storage import open_storage
-from sphere.scp.server import run_receiver
 
 ROOT = Path(__file__).parents[2]
 STOP_S = 40  # seconds that a receiver may take to stop
@@ -116,6 +116,9 @@ def main() -> None:
     if limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     settings = from_dict(json.loads(sys.argv[1]), base=Path(sys.argv[2]))
+    keep_small(settings)
+    from sphere.scp.server import run_receiver
+
     run_receiver(settings, ready=lambda port: print(port, flush=True))
 
 
