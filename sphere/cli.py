@@ -9,6 +9,7 @@ import click
 
 import sphere
 from sphere.archive import Archive
+from sphere.cohort_commands import cohort
 from sphere.conf import logs
 from sphere.conf.errors import SettingsError, SphereError
 from sphere.conf.settings import Settings, from_dict, load
@@ -266,7 +267,7 @@ def completion(shell: str) -> None:
     click.echo(factory(main, {}, "sphere", "_SPHERE_COMPLETE").source())
 
 
-for command in (peers, echo, store, find, move, get, token):
+for command in (peers, echo, store, find, move, get, token, cohort):
     main.add_command(command)
 
 

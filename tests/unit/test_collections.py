@@ -10,6 +10,7 @@ from typing import Any, get_args
 
 import orjson
 import pytest
+from click.testing import CliRunner
 from starlette.testclient import TestClient
 
 from sphere.catalog.cohorts import Cohorts
@@ -18,6 +19,7 @@ from sphere.catalog.queries import Queries, open_queries
 from sphere.catalog.query import Query
 from sphere.catalog.schema import Level
 from sphere.catalog.service import QueryService
+from sphere.cli import main
 from sphere.conf.errors import CatalogError, SettingsError
 from sphere.conf.settings import Settings
 from sphere.ingest.storage import open_storage
@@ -270,3 +272,22 @@ def test_a_grant_has_one_name_of_its_own() -> None:
     assert len({grant.digest for grant in grants()}) == len(grants())
     one, other = Grant(studies=frozenset(["1.2"])), Grant(series=frozenset(["1.2"]))
     assert one.digest != other.digest and one.digest == Grant(studies=frozenset(["1.2"])).digest
+
+
+def test_the_commands(tmp_path: Path) -> None:
+    config = tmp_path / "sphere.toml"
+    config.write_text('[storage]\nroot = "file:storage"\n')
+
+    def call(*arguments: str, text: str = "") -> Any:
+        return CliRunner().invoke(main, ["--config", str(config), *arguments], input=text)
+
+    made = call("cohort", "create", "lungs", "-", text="StudyInstanceUID\n1.2\n1.3\n")
+    assert (made.exit_code, made.output) == (0, "lungs: 2 of study\n")
+    assert "lungs  2 of study" in call("cohort", "list").output
+    token = ("token", "create", "--name", "anna", "--role")
+    assert call(*token, "researcher", "--cohort", "lungs", "--collection", "A").exit_code == 0
+    assert "sees A, sees lungs" in call("token", "list").output
+    assert "no cohort" in call(*token, "researcher", "--cohort", "none").output
+    assert "needs a collection" in call(*token, "researcher").output
+    assert "needs a collection" in call(*token, "reader", "--collection", "A").output
+    assert call("cohort", "delete", "lungs").exit_code == 0
