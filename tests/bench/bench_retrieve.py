@@ -33,7 +33,8 @@ from sphere.scp.client import retrieve as retrieve_client
 from sphere.scp.retrieve.read_ahead import Range, windows
 from tests.support.dicom_tools import NO_NAGLE, require_tool, running, running_orthanc
 from tests.support.hdfs import HdfsCluster
-from tests.support.receiver import Receiver, free_port, running_receiver
+from tests.support.ports import free_port
+from tests.support.receiver import Receiver, running_receiver
 from tests.support.samples import make_instance
 
 STUDY = "1.2.3.4"

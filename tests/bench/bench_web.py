@@ -33,7 +33,8 @@ from tests.bench.query_servers import load
 from tests.support.dicom_tools import require_tool, running, wait_for_port
 from tests.support.extracted import extract
 from tests.support.landing import archive, land, new_member
-from tests.support.receiver import ROOT, free_port
+from tests.support.ports import free_port
+from tests.support.receiver import ROOT
 
 PLUGIN = Path("/usr/share/orthanc/plugins/libOrthancDicomWeb.so")
 PIECE = 1 << 20  # bytes that a client reads at once

@@ -26,7 +26,7 @@ from sphere.ingest.part10 import file_meta
 from sphere.ingest.records import MemberRecord
 from sphere.scp import server
 from tests.support.dicom_tools import require_tool, wait_for_port
-from tests.support.receiver import free_port
+from tests.support.ports import free_port
 
 NODELAY = {"TCP_NODELAY": "1"}  # read by DCMTK, and so by storescp and Orthanc
 

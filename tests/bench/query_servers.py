@@ -30,7 +30,7 @@ from sphere.scp.upper.requestor import MAX_CONTEXTS, Proposed, connect
 from sphere.scp.web.server import run_web
 from tests.bench.hospital import KINDS
 from tests.support.dicom_tools import require_tool, running, wait_for_port
-from tests.support.receiver import free_port
+from tests.support.ports import free_port
 
 PLUGIN = Path("/usr/share/orthanc/plugins/libOrthancPostgreSQLIndex.so")
 SPREAD = 20

@@ -29,8 +29,9 @@ from sphere.scp.identifier import build_identifier
 from sphere.scp.peers import CallingPolicy
 from sphere.scp.server import listen
 from sphere.scp.store import MISMATCH, OUT_OF_RESOURCES, StoreService
+from tests.support.ports import free_port
 from tests.support.pynetdicom_user import hold_reactor
-from tests.support.receiver import Receiver, free_port, running_receiver
+from tests.support.receiver import Receiver, running_receiver
 from tests.support.samples import CT_STORAGE, dataset_of, make_instance
 
 pytestmark = pytest.mark.faults

@@ -18,7 +18,7 @@ from sphere.jobs.tables import Tables
 from tests.support.dicom_tools import running_orthanc, running_storescp
 from tests.support.forwarder import catalogue, running_forwarder
 from tests.support.landing import land, new_member, slices
-from tests.support.receiver import free_port
+from tests.support.ports import free_port
 
 pytestmark = pytest.mark.faults
 

@@ -23,7 +23,8 @@ from sphere.scp.store import StoreAnswer, StoreRequest
 from sphere.scp.upper.command import C_MOVE_RQ
 from sphere.scp.upper.outgoing import Outgoing
 from sphere.scp.upper.requestor import Proposed, connect
-from tests.support.receiver import Receiver, free_port, running_receiver
+from tests.support.ports import free_port
+from tests.support.receiver import Receiver, running_receiver
 from tests.support.samples import CT_STORAGE, make_instance
 
 pytestmark = pytest.mark.faults

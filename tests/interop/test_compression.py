@@ -19,7 +19,8 @@ from sphere.ingest.part10 import file_meta
 from sphere.scp import client
 from sphere.scp.retrieve.transcode import CONVERTIBLE, DECODERS, ENCODERS, NAMED, NotConverted, convert
 from tests.support.dicom_tools import run_tool
-from tests.support.receiver import free_port, running_receiver
+from tests.support.ports import free_port
+from tests.support.receiver import running_receiver
 from tests.support.samples import CT_STORAGE, dataset_of, make_instance, sendable_files
 
 pytestmark = pytest.mark.interop

@@ -17,7 +17,8 @@ from sphere.scp import client
 from sphere.scp.store import StoreAnswer, StoreRequest
 from tests.support.dicom_tools import RUN_S, require_tool, running
 from tests.support.npm import require_npm
-from tests.support.receiver import Receiver, free_port, running_receiver
+from tests.support.ports import free_port
+from tests.support.receiver import Receiver, running_receiver
 from tests.support.samples import make_instance
 
 pytestmark = pytest.mark.interop

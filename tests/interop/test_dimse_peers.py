@@ -15,7 +15,8 @@ from sphere.cli import main
 from sphere.scp.callers import take_slot
 from sphere.scp.identifier import build_identifier
 from tests.support.dicom_tools import run_tool, running_storescp
-from tests.support.receiver import Receiver, free_port, running_receiver
+from tests.support.ports import free_port
+from tests.support.receiver import Receiver, running_receiver
 from tests.support.samples import make_instance
 
 pytestmark = pytest.mark.interop

@@ -26,7 +26,8 @@ from tests.support.dicom_tools import (
     running_storescp,
 )
 from tests.support.hdfs import HdfsCluster
-from tests.support.receiver import Receiver, free_port, running_receiver
+from tests.support.ports import free_port
+from tests.support.receiver import Receiver, running_receiver
 from tests.support.samples import CT_STORAGE, dataset_of, make_instance, sendable_files
 
 pytestmark = pytest.mark.interop

@@ -22,8 +22,9 @@ from sphere.scp import client
 from sphere.scp.upper.requestor import PeerSilent
 from tests.support.certificates import Authority, Certificate
 from tests.support.dicom_tools import part10_dataset, require_tool, run_tool, running_storescp
+from tests.support.ports import free_port
 from tests.support.raw_peer import RawPeer
-from tests.support.receiver import Receiver, free_port, running_receiver
+from tests.support.receiver import Receiver, running_receiver
 from tests.support.samples import dataset_of, make_instance
 
 pytestmark = pytest.mark.interop

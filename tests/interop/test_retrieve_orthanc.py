@@ -17,7 +17,8 @@ from sphere.ingest.header import identify
 from sphere.scp import client
 from sphere.template import render
 from tests.support.dicom_tools import Orthanc, part10_dataset, running_orthanc
-from tests.support.receiver import Receiver, free_port, running_receiver
+from tests.support.ports import free_port
+from tests.support.receiver import Receiver, running_receiver
 from tests.support.samples import make_instance
 
 pytestmark = pytest.mark.interop

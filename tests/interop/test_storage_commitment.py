@@ -18,8 +18,9 @@ from pynetdicom.association import Association
 
 from sphere.scp import client
 from tests.support.dicom_tools import running_orthanc
+from tests.support.ports import free_port
 from tests.support.pynetdicom_user import hold_reactor
-from tests.support.receiver import Receiver, free_port, running_receiver
+from tests.support.receiver import Receiver, running_receiver
 from tests.support.samples import CT_STORAGE, make_instance
 
 pytestmark = pytest.mark.interop

@@ -18,7 +18,8 @@ from sphere.conf.settings import Peer
 from sphere.scp import client
 from sphere.template import render
 from tests.support.dicom_tools import part10_dataset, running_storescp
-from tests.support.receiver import Receiver, free_port, running_receiver
+from tests.support.ports import free_port
+from tests.support.receiver import Receiver, running_receiver
 from tests.support.samples import CT_STORAGE, dataset_of, make_instance
 
 pytestmark = pytest.mark.interop

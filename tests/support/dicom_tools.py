@@ -18,7 +18,7 @@ import pydicom
 import pytest
 
 from tests.support.install import PACKAGES, program
-from tests.support.receiver import free_port
+from tests.support.ports import free_port
 
 START_S = 30  # seconds that a server may take to listen
 RUN_S = 120  # seconds that a client may take

@@ -6,7 +6,6 @@ import json
 import os
 import resource
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -21,6 +20,7 @@ from sphere.conf.settings import Peer, Settings, from_dict
 from sphere.ingest.journal import Landed
 from sphere.ingest.records import MemberRecord
 from sphere.ingest.storage import open_storage
+from tests.support.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 STOP_S = 40  # seconds that a receiver may take to stop
@@ -65,13 +65,6 @@ class Receiver:
         except subprocess.TimeoutExpired:
             self.process.kill()
             raise
-
-
-def free_port() -> int:
-    """A TCP port of 127.0.0.1 that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextmanager

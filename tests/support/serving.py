@@ -17,7 +17,8 @@ from typing import Any
 from sphere.conf import serving
 from sphere.conf.serving import ChildState, ServeState
 from sphere.conf.settings import Settings, from_dict
-from tests.support.receiver import ROOT, STOP_S, free_port
+from tests.support.ports import free_port
+from tests.support.receiver import ROOT, STOP_S
 
 START_S = 60.0  # seconds for a first start
 

@@ -26,7 +26,7 @@ from sphere.serve import _extract
 from tests.support.catalog import write_table
 from tests.support.extracted import extract
 from tests.support.landing import START, archive, changed, land, new_member, slices
-from tests.support.receiver import free_port
+from tests.support.ports import free_port
 from tests.support.web import Web, serving_web
 
 pytestmark = pytest.mark.unit
