@@ -112,6 +112,7 @@ CREATE INDEX IF NOT EXISTS of_series ON versions (SeriesInstanceUID) WHERE newes
 CREATE INDEX IF NOT EXISTS of_instance ON versions (SOPInstanceUID) WHERE newest;
 CREATE INDEX IF NOT EXISTS by_time ON versions (at, id) WHERE newest;
 CREATE INDEX IF NOT EXISTS by_seq ON versions (seq);
+CREATE TABLE IF NOT EXISTS told (table_id TEXT PRIMARY KEY, seq INTEGER NOT NULL);
 """
 _NAMES = ", ".join(f'"{name}"' for name in COLUMNS)
 _INSERT = (
@@ -181,7 +182,9 @@ class Annotations:
         """
         where, values = ["newest", "action = 'put'"], []
         if uid:
-            where.append("(StudyInstanceUID = ? OR SeriesInstanceUID = ? OR SOPInstanceUID = ?)")
+            named = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID")
+            found = " UNION ".join(f"SELECT id FROM versions WHERE newest AND {name} = ?" for name in named)
+            where.append(f"id IN ({found})")
             values += [uid] * 3
         for name, value in (("level", level), ("type", type), ("author", author)):
             if value:
@@ -249,6 +252,17 @@ class Annotations:
             version = Version(**row)
             states.append((version, "deleted" if version.action == "delete" else "current" if newest else "superseded"))
         return states, last
+
+    def told(self, table_id: str) -> int:
+        """The number up to which this host has told the table of that id; 0 at first."""
+        with self._log.reading() as db:
+            row = db.execute("SELECT seq FROM told WHERE table_id = ?", (table_id,)).fetchone()
+        return int(row[0]) if row else 0
+
+    def tell(self, table_id: str, seq: int) -> None:
+        """Remember that a table was told up to a number that `after` gave."""
+        with self._log.reading() as db:
+            db.execute("INSERT OR REPLACE INTO told VALUES (?, ?)", (table_id, seq))
 
     def _pieces(self, version: Version) -> Generator[bytes, None, None]:
         sha, held = hashlib.sha256(), b""

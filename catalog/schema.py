@@ -365,6 +365,22 @@ _AUDIT = pa.schema(
     ]
 )
 
+_ANNOTATIONS = pa.schema(
+    [
+        ("id", pa.string()),
+        ("version", pa.int64()),
+        *((name, pa.string()) for name in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID")),  # "": not known
+        ("level", pa.string()),  # STUDY, SERIES or IMAGE: which of them it is linked to
+        ("state", pa.string()),  # "current", "superseded", or "deleted"
+        *((name, pa.string()) for name in ("type", "author", "name", "media_type", "description")),
+        ("size", pa.int64()),
+        ("sha256", pa.string()),
+        ("path", pa.string()),  # of its bytes, below storage.root
+        ("at", TIMESTAMP),
+        ("made_by", pa.string()),
+    ]
+)
+
 TABLES: Mapping[str, Table] = {
     table.name: table
     for table in (
@@ -382,6 +398,7 @@ TABLES: Mapping[str, Table] = {
         Table("conflicts", _CONFLICTS, ("bundle", "offset", "kind")),
         Table("forwards", _FORWARDS, ("forward", "StudyInstanceUID", "version")),
         Table("audit", _AUDIT, ("file", "position"), properties={"delta.appendOnly": "true"}),
+        Table("annotations", _ANNOTATIONS, ("id", "version")),
         Table("bundles", _BUNDLES, ("bundle",)),
     )
 }

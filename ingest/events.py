@@ -35,6 +35,8 @@ FAR_S: Final = 1.0
 """Seconds between looks at a storage on which looking costs a call to a server."""
 DAYS: Final = 60
 """Days up to which the folders of the days are looked at one by one, and not all of them."""
+CHUNK: Final = 4 << 20
+"""Bytes of a file read at a time; a line is far shorter."""
 BUSY_S: Final = 30.0
 """Seconds to wait for another process that takes events up."""
 _DDL = """
@@ -179,12 +181,11 @@ class EventLog:
         """Take up the complete lines that nobody of this host has."""
         row = db.execute("SELECT bytes FROM event_files WHERE path = ?", (path,)).fetchone()
         position = row[0] if row else 0
-        data = self._storage.read(path, position)
-        end = data.rfind(b"\n") + 1
-        for line in data[:end].splitlines():
-            try:
-                self._apply(db, orjson.loads(line))
-            except (orjson.JSONDecodeError, KeyError, TypeError) as error:
-                log.error("an event in %s cannot be read: %s", path, type(error).__name__)
-        if end:
-            db.execute("INSERT OR REPLACE INTO event_files VALUES (?, ?)", (path, position + end))
+        while end := (data := self._storage.read(path, position, CHUNK)).rfind(b"\n") + 1:
+            for line in data[:end].splitlines():
+                try:
+                    self._apply(db, orjson.loads(line))
+                except (orjson.JSONDecodeError, KeyError, TypeError) as error:
+                    log.error("an event in %s cannot be read: %s", path, type(error).__name__)
+            position += end
+        db.execute("INSERT OR REPLACE INTO event_files VALUES (?, ?)", (path, position))

@@ -28,6 +28,7 @@ from sphere.ingest.records import MemberRecord
 from sphere.ingest.recovery import recover
 from sphere.ingest.storage import open_storage
 from sphere.jobs import conflicts, rollup
+from sphere.jobs.annotations import follow
 from sphere.jobs.headers import STAGING, HeadersRead, read_headers
 from sphere.jobs.plan import Batch, Members, Plan, batches, known_instances, plan
 from sphere.jobs.progress import watched
@@ -52,6 +53,7 @@ STEPS = (
     "studies",
     "series",
     "bundles",
+    "annotations",
     "done",
 )
 """Names that `on_step` is called with, in the order of a batch that needs them all."""
@@ -137,6 +139,8 @@ class _Extraction:
         for batch in batches(self._landed, self._catalogued(), self._settings.extract.batch):
             report += self._batch(batch)
             self._steps.begin("discover")
+        self._steps.begin("annotations")
+        follow(self._tables, self._settings)
         return report
 
     def _catalogued(self) -> dict[str, dict[str, Any]]:

@@ -209,3 +209,9 @@ class Archive:
         from sphere.status import waiting
 
         return waiting(self.settings)
+
+    def annotated(self) -> bool:
+        """Whether the table `annotations` lags behind what was annotated."""
+        from sphere.jobs.annotations import waiting
+
+        return waiting(self.settings)

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 import sphere
+from sphere.annotate_commands import annotate
 from sphere.archive import Archive
 from sphere.cohort_commands import cohort
 from sphere.conf import logs
@@ -239,7 +240,8 @@ def verify(ctx: click.Context, bundles: tuple[str, ...]) -> None:
 @format_options
 @click.pass_context
 def sql(ctx: click.Context, statement: str, format_: Format, output: Path | None) -> None:
-    """Ask the catalog in Spark SQL: instances, series, studies, patients, quarantine, conflicts, bundles, audit.
+    """Ask the catalog in Spark SQL: instances, series, studies, patients, quarantine, conflicts, bundles, audit,
+    annotations.
 
     \b
     Examples:
@@ -267,7 +269,7 @@ def completion(shell: str) -> None:
     click.echo(factory(main, {}, "sphere", "_SPHERE_COMPLETE").source())
 
 
-for command in (peers, echo, store, find, move, get, token, cohort):
+for command in (peers, echo, store, find, move, get, token, cohort, annotate):
     main.add_command(command)
 
 

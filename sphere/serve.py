@@ -283,7 +283,7 @@ def extract_regularly(settings: Settings, ready: Callable[[int], None]) -> None:
     ready(0)
     while not stop.wait(settings.extract.every_s):
         try:
-            if archive.waiting():
+            if archive.waiting() or archive.annotated():
                 _extract(archive, settings.archive.state_dir)
             else:
                 archive.load_audit()

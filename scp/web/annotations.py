@@ -15,6 +15,7 @@ from starlette.responses import JSONResponse, Response
 
 from sphere.catalog.annotations import (
     Annotations,
+    Target,
     Version,
     level_named,
     locate,
@@ -24,6 +25,7 @@ from sphere.catalog.query import Query
 from sphere.catalog.references import KINDS, references
 from sphere.catalog.service import StoredInstance
 from sphere.conf.errors import BadRequest, NotThere
+from sphere.scp.web.archive import as_seen
 from sphere.scp.web.incoming import pieces
 from sphere.scp.web.operations import PREFIX as DICOM_WEB
 from sphere.scp.web.operations import Operation, parameter
@@ -81,12 +83,12 @@ def offered(service: Service) -> list[Operation]:
     target = tuple(parameter(name, _TEXT, text) for name, text in _OF.items())
     version = (parameter("version", _NUMBER, "The newest by default"),)
     return [
-        Operation("GET", PREFIX, _bound(service, _list), "List annotations", tag, parameters=listed),
+        Operation("GET", PREFIX, _bound(service, _list), "List annotations", tag, parameters=listed, in_part=True),
         Operation("POST", PREFIX, add, "Link a file", tag, parameters=(*target, *about), consumes=kinds, status=201),
-        Operation("GET", one, _bound(service, _describe), "An annotation and all its versions", tag),
+        Operation("GET", one, _bound(service, _describe), "An annotation and all its versions", tag, in_part=True),
         Operation("PUT", one, change, "A new version", tag, parameters=(*about, onto), consumes=kinds),
         Operation("DELETE", one, _bound(service, _delete), "Show it no more", tag, (), (onto,), status=204),
-        Operation("GET", one + "/file", _bound(service, _download), "Its bytes", tag, (ANY,), version),
+        Operation("GET", one + "/file", _bound(service, _download), "Its bytes", tag, (ANY,), version, in_part=True),
     ]
 
 
@@ -116,16 +118,43 @@ def _list(service: Service, request: Request) -> Response:
     uid, level = asked.get("uid", ""), level_named(asked.get("level", ""))
     limit, offset = min(number(asked, "limit", MAX_LIMIT), MAX_LIMIT), number(asked, "offset", 0)
     kept = {name: asked.get(name, "") for name in ("type", "author")}
-    found, total = service.annotations.find(uid=uid, level=level, **kept, limit=limit, offset=offset)
+    catalog = as_seen(service.catalog, request)
+    if catalog is service.catalog:
+        found, total = service.annotations.find(uid=uid, level=level, **kept, limit=limit, offset=offset)
+    else:
+        found, total = _granted(service, catalog, uid, level=level, **kept)
+        found = found[offset : offset + limit]
     rows = [_row(one) for one in found]
     if uid and not kept["author"]:
-        objects = [row for row in _objects(service.catalog, uid) if not level or level_named(row["level"]) == level]
+        objects = [row for row in _objects(catalog, uid) if not level or level_named(row["level"]) == level]
         objects = [row for row in objects if not kept["type"] or row["type"] == kept["type"]]
         start = max(0, offset - total)
         rows += objects[start : start + limit - len(rows)]
         total += len(objects)
     request.state.found = len(rows)
     return JSONResponse(rows, headers={"X-Total-Count": str(total)})
+
+
+def _granted(service: Service, catalog: Queries, uid: str, **kept: Any) -> tuple[list[Version], int]:
+    """All that is linked to what the caller may see, of a study, series or instance."""
+    if not uid:
+        raise BadRequest("uid is required for the role researcher")
+    found = [one for one in service.annotations.find(uid=uid, **kept)[0] if _is_seen(catalog, one)]
+    return found, len(found)
+
+
+def _is_seen(catalog: Queries, version: Version) -> bool:
+    """Whether there is what it is linked to."""
+    target = Target(version.level, version.StudyInstanceUID, version.SeriesInstanceUID, version.SOPInstanceUID)
+    return locate(catalog, target.uid, target.level) is not None
+
+
+def _check(service: Service, request: Request, version: Version) -> Version:
+    """The version, if the caller may see what it is linked to; raises NotThere."""
+    catalog = as_seen(service.catalog, request)
+    if catalog is not service.catalog and not _is_seen(catalog, version):
+        raise NotThere(f"there is no annotation {version.id!r}")
+    return version
 
 
 def _objects(catalog: Queries, uid: str) -> Iterator[dict[str, Any]]:
@@ -166,6 +195,7 @@ def _object_row(instance: StoredInstance, study: str, series: str, referenced: l
 def _describe(service: Service, request: Request) -> Response:
     _parameters(request, ())
     versions = service.annotations.history(_id(request))
+    _check(service, request, versions[0])
     request.state.found = 1
     state = "deleted" if versions[0].action == "delete" else "current"
     return JSONResponse({**_row(versions[0]), "state": state, "versions": [_row(one) for one in versions]})
@@ -174,7 +204,7 @@ def _describe(service: Service, request: Request) -> Response:
 def _download(service: Service, request: Request) -> Response:
     asked = _parameters(request, ("version",))
     wanted = number(asked, "version", 0) or None
-    version = service.annotations.version(_id(request), wanted)
+    version = _check(service, request, service.annotations.version(_id(request), wanted))
     tag = f'"{version.sha256[:32]}"'
     headers = {
         "ETag": tag,

@@ -15,7 +15,7 @@ from pyspark.sql import SparkSession
 
 from sphere.conf.settings import Settings
 from sphere.jobs.extract import STEPS, run
-from tests.support.landing import all_tables, archive, copy_of, land, mixture, new_member, slices
+from tests.support.landing import all_tables, annotate, archive, copy_of, land, mixture, new_member, slices
 from tests.support.spark import QUICK_START
 
 pytestmark = [pytest.mark.faults, pytest.mark.spark]
@@ -33,6 +33,7 @@ def landed(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Set
     land(settings, [new_member(data, second=-10) for data in slices(3, seed=1)])
     run(spark, settings)
     mixture(settings)
+    annotate(settings)
     return settings
 
 

@@ -16,9 +16,11 @@ from sphere.conf.errors import JobFailed, LockHeld
 from sphere.conf.settings import Settings
 from sphere.jobs import extract
 from sphere.jobs.extract import run
+from sphere.jobs.session import register_tables
 from tests.support.catalog import roll_up
 from tests.support.landing import (
     all_tables,
+    annotate,
     archive,
     by_uid,
     changed,
@@ -316,6 +318,18 @@ def test_change_feed_adds_up_to_the_table(spark: SparkSession, tmp_path: Path) -
         left[row["SOPInstanceUID"] + row["sha256"]] = left.get(row["SOPInstanceUID"] + row["sha256"], 0) + step
     expected = {uid + row["sha256"] for uid, row in by_uid(settings).items()}
     assert {key: count for key, count in left.items() if count} == dict.fromkeys(expected, 1)
+
+
+def test_annotations_are_joined_with_studies(spark: SparkSession, settings: Settings) -> None:
+    [record] = land(settings, [new_member(slices(1)[0])])
+    id = annotate(settings, record.StudyInstanceUID)
+    run(spark, settings)
+    register_tables(spark, settings)
+    found = spark.sql(
+        "SELECT a.id, a.version, s.PatientID FROM studies s JOIN annotations a USING (StudyInstanceUID) "
+        "WHERE a.state = 'current'"
+    ).collect()
+    assert [(row.id, row.version) for row in found] == [(id, 2)]
 
 
 def test_collections_are_columns(spark: SparkSession, settings: Settings) -> None:

@@ -14,6 +14,7 @@ from deltalake import DeltaTable, QueryBuilder
 from deltalake.exceptions import TableNotFoundError
 from pydicom import dcmread, dcmwrite
 
+from sphere.catalog.annotations import About, Annotations, Target
 from sphere.catalog.schema import TABLES
 from sphere.conf.settings import Settings, from_dict
 from sphere.ingest.bundle import BundleWriter, NewMember
@@ -85,6 +86,18 @@ def mixture(settings: Settings) -> int:
     for bundle in bundles:
         land(settings, [new_member(data, second=second) for data, second in bundle])
     return sum(len(bundle) for bundle in bundles)
+
+
+def annotate(settings: Settings, study: str = "1.2.3") -> str:
+    """Link a file of two versions to a study; its id."""
+    annotations = Annotations(settings)
+    draft = annotations.begin(About(type="note"), made_by="test")
+    draft.write(b"first")
+    made = draft.commit(Target.unknown("STUDY", study))
+    draft = annotations.begin_version(made.id, About(), made_by="test")
+    draft.commit()
+    annotations.close()
+    return made.id
 
 
 def changed(data: bytes, **attributes: Any) -> bytes:

@@ -14,18 +14,24 @@ import httpx
 import orjson
 import pydicom
 import pytest
+from click.testing import CliRunner
 from pydicom.data import get_testdata_file
 from pydicom.dataset import Dataset
 
 from sphere.catalog.annotations import FILES, JOURNAL, About, Annotations, Target, file_name, file_path
+from sphere.catalog.cohorts import Cohorts
 from sphere.catalog.references import KINDS, references
+from sphere.cli import main
 from sphere.conf.errors import BundleDamaged, NotThere, Overtaken, StorageError
 from sphere.conf.settings import Settings
 from sphere.ingest.header import identify
 from sphere.ingest.storage import open_storage
 from sphere.ingest.storage.local import LocalStorage
-from sphere.scp.web.annotations import ABOUT
-from tests.support.landing import archive, changed, land, new_member, slices
+from sphere.jobs.annotations import follow, waiting
+from sphere.jobs.tables import Tables
+from sphere.scp.web.tokens import Tokens
+from sphere.scp.web.upload import ABOUT
+from tests.support.landing import archive, changed, land, new_member, slices, table_rows
 from tests.support.web import Web, serving_web
 
 pytestmark = pytest.mark.unit
@@ -260,6 +266,30 @@ def test_dicom_objects_are_listed_as_annotations_of_what_they_refer_to(web: Web)
     assert web.client.get(url(web), params={"uid": FOUND[1].SOPInstanceUID, "type": "SR"}).json() == []
 
 
+def test_a_researcher_sees_what_is_linked_to_the_part_granted(web: Web) -> None:
+    storage = open_storage(web.settings.storage.root)
+    Cohorts(storage).create("mine", "series", [FOUND[0].SeriesInstanceUID], "test")
+    secret = Tokens(storage).create("anna", "researcher", None, cohorts=["mine"])
+    shown = {"authorization": f"Bearer {secret}"}
+    seen = post(web, b"seen", uid=FOUND[0].SeriesInstanceUID).json()
+    hidden = post(web, b"hidden", **{**UNKNOWN, "uid": "1.9"}).json()
+
+    def get(path: str) -> httpx.Response:
+        return web.client.get(url(web, path), headers=shown)
+
+    listed = get(f"?uid={FOUND[0].StudyInstanceUID}&limit=1000")
+    assert seen["id"] in [row["id"] for row in listed.json()]
+    assert get("?uid=1.9").json() == []
+    assert get("?uid=1.9").headers["x-total-count"] == "0"
+    assert get("").status_code == 400
+    assert get(f"/{seen['id']}/file").content == b"seen"
+    for path in ("", "/file"):
+        assert get(f"/{hidden['id']}{path}").status_code == 404
+    for method in ("POST", "PUT", "DELETE"):
+        answer = web.client.request(method, url(web, f"/{seen['id']}" if method != "POST" else ""), headers=shown)
+        assert answer.status_code == 403
+
+
 def test_headers_that_refer_nowhere_or_wrongly() -> None:
     assert references({}) == []
     own = {"0020000D": {"vr": "UI", "Value": ["1.2"]}}
@@ -386,3 +416,56 @@ def test_names_lead_nowhere() -> None:
     }
     assert {name: file_name(name) for name in named} == named
     assert replace(TARGET, level="STUDY").uid == "1.2.3.4.5"
+
+
+def test_the_table_follows_and_following_again_changes_nothing(settings: Settings, annotations: Annotations) -> None:
+    assert not waiting(settings)
+    assert follow(Tables(settings), settings) == 0
+    kept, gone = added(annotations, type="t", name="n"), added(annotations)
+    draft = annotations.begin_version(kept, About(), made_by="x")
+    draft.commit()
+    assert waiting(settings)
+    assert follow(Tables(settings), settings) == 3
+    assert not waiting(settings)
+    annotations.delete(gone, made_by="x")
+    assert follow(Tables(settings), settings) == 2
+    rows = table_rows(settings, "annotations")
+    shown = {(row["id"], row["version"]): row["state"] for row in rows}
+    assert shown == {(kept, 1): "superseded", (kept, 2): "current", (gone, 1): "superseded", (gone, 2): "deleted"}
+    for path in (settings.archive.state_dir / "events").iterdir():
+        path.unlink()
+    assert follow(Tables(settings), settings) == 4, "as from another host"
+    assert table_rows(settings, "annotations") == rows
+
+
+@pytest.mark.parametrize("server", [True, False])
+def test_the_command_line_does_the_same_here_and_there(web: Web, tmp_path: Path, server: bool) -> None:
+    config = tmp_path / "sphere.toml"
+    config.write_text(f'[storage]\nroot = "{web.settings.storage.root}"\n[archive]\nstate_dir = "state"\n')
+    there = ["--server", f"http://127.0.0.1:{web.port}"] if server else []
+
+    def call(*arguments: str | Path, status: int = 0) -> str:
+        result = CliRunner().invoke(main, ["--config", str(config), "annotate", *there, *map(str, arguments)])
+        assert result.exit_code == status, result.output
+        return result.output.strip()
+
+    file, out = tmp_path / "data.bin", tmp_path / "out.bin"
+    file.write_bytes(bytes(range(256)) * 20)
+    told = call("add", file, "--uid", "1.2.3.99", status=1)
+    assert "no study, series or instance" in told
+    id = call("add", file, "--uid", FOUND[0].SeriesInstanceUID, "--type", f"cli{server}", "--author", "me")
+    [row] = orjson.loads(call("list", "--type", f"cli{server}", "--format", "json"))
+    assert (row["id"], row["level"], row["name"], row["author"]) == (id, "series", "data.bin", "me")
+    assert row["StudyInstanceUID"] == FOUND[0].StudyInstanceUID
+    assert call("get", id, "-o", out).endswith("version 1, 5120 bytes")
+    assert out.read_bytes() == file.read_bytes()
+    file.write_bytes(b"two")
+    assert call("version", id, file, "--onto", "1").endswith("version 2")
+    assert "at version 2" in call("version", id, file, "--onto", "1", status=1)
+    call("delete", id)
+    assert orjson.loads(call("list", "--type", f"cli{server}", "--format", "json")) == []
+    assert "deleted" in call("get", id, status=1)
+    assert call("get", id, "--version", "2", "-o", out).endswith("3 bytes")
+    assert out.read_bytes() == b"two"
+    assert "no annotation" in call("get", "0" * 32, status=1)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["data.bin", "out.bin", "sphere.toml"]
