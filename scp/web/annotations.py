@@ -88,7 +88,17 @@ def offered(service: Service) -> list[Operation]:
         Operation("GET", one, _bound(service, _describe), "An annotation and all its versions", tag, in_part=True),
         Operation("PUT", one, change, "A new version", tag, parameters=(*about, onto), consumes=kinds),
         Operation("DELETE", one, _bound(service, _delete), "Show it no more", tag, (), (onto,), status=204),
-        Operation("GET", one + "/file", _bound(service, _download), "Its bytes", tag, (ANY,), version, in_part=True),
+        Operation(
+            "GET",
+            one + "/file",
+            _bound(service, _download),
+            "Its bytes",
+            tag,
+            (ANY,),
+            version,
+            others=(304,),
+            in_part=True,
+        ),
     ]
 
 

@@ -38,7 +38,7 @@ def offered(archive: Archive) -> list[Operation]:
 
     types = (f'multipart/related; type="{OCTETS}"', OCTETS)
     what, path = "A value of an instance", INSTANCE + "/bulkdata"
-    return [Operation("GET", path, bulkdata, what, "WADO-RS", types, _PARAMETERS, in_part=True)]
+    return [Operation("GET", path, bulkdata, what, "WADO-RS", types, _PARAMETERS, others=(206, 304), in_part=True)]
 
 
 def answer(archive: Archive, request: Request) -> Response:

@@ -31,7 +31,7 @@ def offered(archive: Archive, reader: PixelReader) -> list[Operation]:
 
     types = (f'multipart/related; type="{OCTETS}"', 'multipart/related; type="image/jpeg"', OCTETS)
     what, path = "Frames, separated by commas", INSTANCE + "/frames/{frames}"
-    return [Operation("GET", path, frames, what, "WADO-RS", types, in_part=True)]
+    return [Operation("GET", path, frames, what, "WADO-RS", types, others=(304,), in_part=True)]
 
 
 def answer(archive: Archive, reader: PixelReader, request: Request) -> Response:

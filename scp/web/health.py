@@ -90,6 +90,8 @@ def offered(settings: Settings, metrics: Metrics) -> list[Operation]:
 
     return [
         Operation("GET", "/healthz", healthz, "Whether this process answers", "service"),
-        Operation("GET", "/readyz", readyz, "Whether every part serves; 503 names those that do not", "service"),
+        Operation(
+            "GET", "/readyz", readyz, "Whether every part serves; 503 names those that do not", "service", others=(503,)
+        ),
         Operation("GET", "/metrics", expose, "Counts in Prometheus' text format", "service", (TEXT_FORMAT,)),
     ]

@@ -36,6 +36,7 @@ def offered(archive: Archive) -> list[Operation]:
             f"The headers of a {name}",
             "WADO-RS",
             (JSON, XML),
+            others=(304,),
             in_part=True,
         )
         for name, path in paths.items()

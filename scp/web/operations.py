@@ -7,6 +7,7 @@ import inspect
 import re
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from importlib.metadata import version
 from typing import Any
 
@@ -34,6 +35,8 @@ PATH_SCHEMAS: Mapping[str, Any] = {
 class Operation:
     """One method of one path; names in braces are its path parameters. `produces`: media types of its responses.
 
+    `others`: statuses beside `status` of responses that are no problem bodies.
+
     `in_part`: its answer holds only what the caller may see (see `sphere.scp.web.archive.Archive.of`). Any other
     operation is refused to callers who may see a part of the archive only.
     """
@@ -47,6 +50,7 @@ class Operation:
     parameters: Sequence[Parameter] = field(default_factory=tuple)
     consumes: Sequence[str] = ()
     status: int = 200
+    others: Sequence[int] = ()
     in_part: bool = False
 
 
@@ -125,6 +129,11 @@ def described(operations: Iterable[Operation]) -> dict[str, Any]:
     return {"openapi": "3.1.0", "info": info, "paths": paths}
 
 
+def _other(status: int, content: Mapping[str, Any]) -> dict[str, Any]:
+    without = status in (HTTPStatus.NO_CONTENT, HTTPStatus.NOT_MODIFIED)
+    return {"description": HTTPStatus(status).phrase, "content": {} if without else content}
+
+
 def _described(one: Operation) -> dict[str, Any]:
     names = re.findall(r"{(\w+)}", one.path)
     schema = {name: PATH_SCHEMAS.get(name, UID_SCHEMA) for name in names}
@@ -136,6 +145,7 @@ def _described(one: Operation) -> dict[str, Any]:
         "parameters": [*in_path, *one.parameters],
         "responses": {
             str(one.status): {"description": "Success", "content": content},
+            **{str(other): _other(other, content) for other in one.others},
             "4XX": {"description": "The request cannot be answered", "content": {MEDIA_TYPE: {}}},
             "5XX": {"description": "The service cannot answer now", "content": {MEDIA_TYPE: {}}},
         },

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import struct
 import threading
+from base64 import b64encode
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Any, Final
@@ -15,7 +17,7 @@ import numpy as np
 import orjson
 from pydicom import dcmread
 from pydicom.datadict import tag_for_keyword
-from pydicom.dataset import Dataset
+from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import encapsulate
 from pydicom.filebase import DicomBytesIO
 from pydicom.filewriter import write_dataset
@@ -31,6 +33,9 @@ EXPLICIT: Final = TARGETS[0]
 OCTETS: Final = "application/octet-stream"
 MAX_FRAME: Final = 1 << 28  # bytes of one frame, decoded
 MAX_FRAMES: Final = 1 << 20
+MAX_TABLE: Final = 1 << 18  # bytes of a lookup table; one of 65,536 entries of 16 bits has half of them
+END_OF_IMAGE: Final = b"\xff\xd9"  # EOI of JPEG, EOC of JPEG 2000: no other marker of theirs ends a codestream
+BIG_ENDIAN: Final = "1.2.840.10008.1.2.2"
 KNOWN: Final = 64  # instances whose frames are remembered
 _IMAGE: Final = {  # the media types of encapsulated frames (PS3.18 Table 8.7.3-5)
     **dict.fromkeys(("1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.51", "1.2.840.10008.1.2.4.57",
@@ -44,15 +49,19 @@ _IMAGE: Final = {  # the media types of encapsulated frames (PS3.18 Table 8.7.3-
 }  # fmt: skip
 _DESCRIPTION: Final = ("SamplesPerPixel", "PhotometricInterpretation", "PlanarConfiguration", "Rows", "Columns",
                        "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation")  # fmt: skip
+_COLOURS: Final = ("Red", "Green", "Blue")
 _SHOWN: Final = (
     "NumberOfFrames", "RescaleSlope", "RescaleIntercept", "ModalityLUTSequence", "WindowCenter", "WindowWidth",
     "VOILUTFunction", "VOILUTSequence", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
-    "PixelPaddingValue", "RedPaletteColorLookupTableDescriptor", "GreenPaletteColorLookupTableDescriptor",
-    "BluePaletteColorLookupTableDescriptor", "RedPaletteColorLookupTableData", "GreenPaletteColorLookupTableData",
-    "BluePaletteColorLookupTableData", "FrameTime", "CineRate", "RecommendedDisplayFrameRate", "PatientName",
+    "PixelPaddingValue", "FrameTime", "CineRate", "RecommendedDisplayFrameRate", "PatientName",
     "PatientID", "PatientBirthDate", "PatientSex", "Modality", "StudyDate", "SeriesDescription", "SliceThickness",
     "KVP", "EchoTime",
+    *(f"{colour}PaletteColorLookupTableDescriptor" for colour in _COLOURS),
+    *(f"{segmented}{colour}PaletteColorLookupTableData" for segmented in ("", "Segmented") for colour in _COLOURS),
 )  # fmt: skip
+_TABLES: Final = frozenset(
+    f"{tag_for_keyword(name):08X}" for name in ("LUTData", *(one for one in _SHOWN if one.endswith("TableData")))
+)
 _WANTED: Final = frozenset(f"{tag_for_keyword(keyword):08X}" for keyword in (*_DESCRIPTION, *_SHOWN))
 _PLACE = re.compile(r"\?offset=(\d+)&length=(\d+)")
 
@@ -112,7 +121,7 @@ class PixelReader:
         element = next((elements[tag] for tag in ("7FE00010", "7FE00008", "7FE00009") if tag in elements), None)
         if element is None:
             raise WebError("the instance has no pixel data", http=404)
-        header = _image_header(elements)
+        header = _image_header(elements, functools.partial(self._table, instance))
         frames = int(header.get("NumberOfFrames") or 1)
         if not 0 < frames <= MAX_FRAMES:
             raise WebError("the instance does not say how many frames it has", http=404)
@@ -123,6 +132,13 @@ class PixelReader:
         if syntax_of(instance) in NATIVE:
             return Pixels(instance, header, offset, length, frames)
         return Pixels(instance, header, offset, length, frames, self._fragments(instance, offset, frames))
+
+    def _table(self, instance: StoredInstance, uri: str) -> bytes:
+        """A lookup table that metadata refer to; nothing where it cannot be read from its place."""
+        place = _PLACE.fullmatch(uri)
+        if place is None or syntax_of(instance) == BIG_ENDIAN or int(place[2]) > MAX_TABLE:
+            return b""
+        return self._archive.read(instance, int(place[1]), int(place[2]))
 
     def _fragments(self, instance: StoredInstance, start: int, frames: int) -> Fragments:
         """The fragments of each frame (PS3.5 A.4): by the Basic Offset Table, else one for each, or all for one."""
@@ -147,7 +163,22 @@ class PixelReader:
             return tuple(tuple(p for p in pieces if begin <= p[0] - 8 < end) for begin, end in pairs)
         if len(pieces) == frames:
             return tuple((piece,) for piece in pieces)
+        groups = self._ended(instance, pieces) if len(pieces) > frames else ()
+        if len(groups) == frames:
+            return groups
         raise WebError("its fragments do not tell its frames apart", http=406)
+
+    def _ended(self, instance: StoredInstance, pieces: Sequence[tuple[int, int]]) -> Fragments:
+        """Fragments put together up to those in which a codestream ends."""
+        groups: list[tuple[tuple[int, int], ...]] = []
+        open_: list[tuple[int, int]] = []
+        for offset, length in pieces:
+            open_.append((offset, length))
+            tail = min(length, 4)  # the marker, and padding (PS3.5 A.4)
+            if END_OF_IMAGE in self._archive.read(instance, offset + length - tail, tail):
+                groups.append(tuple(open_))
+                open_ = []
+        return tuple(groups) if not open_ else ()
 
     def stored(self, pixels: Pixels, frame: int) -> bytes:
         """A frame (from 1) as it lies: an encapsulated one without its item headers."""
@@ -238,22 +269,29 @@ def _read(dataset: bytes) -> Dataset:
     return dcmread(BytesIO(meta_of(nobody, EXPLICIT) + dataset), force=True)
 
 
-def _image_header(elements: Mapping[str, Any]) -> Dataset:
-    """The attributes that pixels are shown by, as far as they have values that pydicom takes."""
+def _image_header(elements: Mapping[str, Any], table: Callable[[str], bytes]) -> Dataset:
+    """The attributes that pixels are shown by, as far as they have values that pydicom takes; little endian.
+
+    `table`: what lies at a BulkDataURI.
+    """
     header = Dataset()
+    header.file_meta = FileMetaDataset()
+    header.file_meta.TransferSyntaxUID = EXPLICIT  # type: ignore[assignment]
     for tag, element in elements.items():
         if tag in _WANTED:
             try:
-                header.update(Dataset.from_json({tag: _without_bulk(element)}))
+                header.update(Dataset.from_json({tag: _with_table(tag, element, table)}))
             except (ValueError, TypeError, OverflowError, KeyError):
                 continue
     return header
 
 
-def _without_bulk(element: Mapping[str, Any]) -> dict[str, Any]:
-    """An element without what lies elsewhere."""
+def _with_table(tag: str, element: Mapping[str, Any], table: Callable[[str], bytes]) -> dict[str, Any]:
+    """An element without what lies elsewhere; a lookup table with it, as far as `table` gives it."""
     kept = {name: value for name, value in element.items() if name != "BulkDataURI"}
+    if value := table(str(element["BulkDataURI"])) if tag in _TABLES and "BulkDataURI" in element else b"":
+        kept["InlineBinary"] = b64encode(value).decode()
     if kept.get("vr") == "SQ":
         items = [item or {} for item in kept.get("Value") or []]
-        kept["Value"] = [{tag: _without_bulk(inner) for tag, inner in item.items()} for item in items]
+        kept["Value"] = [{name: _with_table(name, inner, table) for name, inner in item.items()} for item in items]
     return kept

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageOps
 from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.pixels.processing import apply_color_lut, apply_modality_lut, apply_voi, convert_color_space
+from pydicom.pixels.processing import apply_color_lut, apply_modality_lut, apply_voi
 
 from sphere.scp.web.pixels import EXPLICIT, PixelReader, Pixels
 from sphere.scp.web.problem import WebError
@@ -99,10 +99,8 @@ def _levels(plain: Dataset, header: Dataset, frame: int, look: Look) -> npt.NDAr
     if photometric == "PALETTE COLOR":
         coloured = apply_color_lut(values, header)
         return _scaled(coloured, 0, 65535 if coloured.dtype.itemsize > 1 else 255)
-    if values.ndim == 3:
-        bits = int(plain.BitsStored)
-        colours = convert_color_space(values, photometric, "RGB") if photometric.startswith("YBR_F") else values
-        return _scaled(colours, 0, 2**bits - 1)
+    if values.ndim == 3:  # in RGB: pydicom converts what is stored in YBR_FULL and YBR_FULL_422
+        return _scaled(values, 0, 2 ** int(plain.BitsStored) - 1)
     attributes = frame_attributes(header, frame)
     grey = _grey(apply_modality_lut(values, attributes), attributes, look)
     return 255 - grey if photometric == "MONOCHROME1" else grey
@@ -111,6 +109,7 @@ def _levels(plain: Dataset, header: Dataset, frame: int, look: Look) -> npt.NDAr
 def frame_attributes(header: Dataset, frame: int) -> Dataset:
     """The attributes that hold for a frame: those of functional groups (PS3.3 C.7.6.16) over those of the instance."""
     found = Dataset()
+    found.file_meta = header.file_meta
     found.update(header)
     shared = header.get("SharedFunctionalGroupsSequence") or []
     own = header.get("PerFrameFunctionalGroupsSequence") or []

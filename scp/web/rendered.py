@@ -24,6 +24,8 @@ from sphere.scp.web.streamed import Body, Streamed
 
 log = logging.getLogger(__name__)
 
+Handler = Callable[[Archive, PixelReader, Request], Response]
+
 JPEG, PNG, GIF = "image/jpeg", "image/png", "image/gif"
 THUMBNAIL: Final = 128  # pixels of its longer side
 MAX_MOVING: Final = 64 << 20  # pixels of all frames of a GIF
@@ -39,12 +41,19 @@ _PARAMETERS = (
 def offered(archive: Archive, reader: PixelReader) -> list[Operation]:
     """Rendered instances and frames, whole series and studies in parts, and a thumbnail of each."""
     study, series = PREFIX + "/studies/{study}", PREFIX + "/studies/{study}/series/{series}"
+    in_parts = tuple(f'multipart/related; type="{kind}"' for kind in (JPEG, PNG))
+    types_of: dict[Handler, tuple[str, ...]] = {
+        _instance: (JPEG, PNG, GIF),
+        _frame: (JPEG, PNG, GIF, *in_parts),
+        _many: in_parts,
+    }
 
-    def operation(path: str, handler: Callable[[Archive, PixelReader, Request], Response], what: str) -> Operation:
+    def operation(path: str, handler: Handler, what: str) -> Operation:
         def endpoint(request: Request) -> Response:
             return handler(archive, reader, request)
 
-        return Operation("GET", path, endpoint, what, "WADO-RS", (JPEG, PNG, GIF), _PARAMETERS, in_part=True)
+        types = types_of.get(handler, (JPEG, PNG))
+        return Operation("GET", path, endpoint, what, "WADO-RS", types, _PARAMETERS, others=(304,), in_part=True)
 
     return [
         operation(INSTANCE + "/rendered", _instance, "An instance as an image; of many frames as a moving one"),

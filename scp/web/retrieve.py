@@ -43,7 +43,15 @@ def offered(archive: Archive) -> list[Operation]:
     types = (f'multipart/related; type="{DICOM}"', DICOM, zipped.ZIP)
     return [
         Operation(
-            "GET", PREFIX + path, retrieve, f"Retrieve a {name}", "WADO-RS", types, (zipped.DICOMDIR,), in_part=True
+            "GET",
+            PREFIX + path,
+            retrieve,
+            f"Retrieve a {name}",
+            "WADO-RS",
+            types,
+            (zipped.DICOMDIR,),
+            others=(304,),
+            in_part=True,
         )
         for name, path in paths.items()
     ]

@@ -59,7 +59,9 @@ def offered(finder: Queries) -> list[Operation]:
             scope = {NAMES[name]: uid for name, uid in uids(request).items()}
             return answer(as_seen(finder, request), request, level, scope)
 
-        return Operation("GET", PREFIX + path, search, summary, "QIDO-RS", (JSON, XML), _PARAMETERS, in_part=True)
+        return Operation(
+            "GET", PREFIX + path, search, summary, "QIDO-RS", (JSON, XML), _PARAMETERS, others=(204,), in_part=True
+        )
 
     return [
         resource("STUDY", "/studies", "Search for studies"),

@@ -84,8 +84,8 @@ def offered(landing: Landing) -> list[Operation]:
 
     kinds = tuple(f'multipart/related; type="{kind}"' for kind in (DICOM, JSON, XML))
     return [
-        Operation("POST", f"{PREFIX}/studies", store, "Store instances", "STOW-RS", (JSON, XML), (), kinds),
-        Operation("POST", PREFIX + "/studies/{study}", store, "Store into a study", "STOW-RS", (JSON, XML), (), kinds),
+        Operation("POST", PREFIX + path, store, what, "STOW-RS", (JSON, XML), (), kinds, others=(202, 409))
+        for path, what in (("/studies", "Store instances"), ("/studies/{study}", "Store into a study"))
     ]
 
 

@@ -36,7 +36,7 @@ def offered(archive: Archive, reader: PixelReader) -> list[Operation]:
 
     types = (DICOM, *_IMAGES)
     what = "Retrieve an instance (WADO-URI)"
-    return [Operation("GET", "/wado", wado, what, "WADO-URI", types, _PARAMETERS, in_part=True)]
+    return [Operation("GET", "/wado", wado, what, "WADO-URI", types, _PARAMETERS, others=(304,), in_part=True)]
 
 
 def answer(archive: Archive, reader: PixelReader, request: Request) -> Response:
