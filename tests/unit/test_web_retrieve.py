@@ -381,8 +381,9 @@ def test_a_large_instance_takes_no_more_memory_than_a_small_one(web: Web, tmp_pa
             path = f"/dicom-web/studies/{found.StudyInstanceUID}"
             idle.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
             deadline = time.monotonic() + 30
-            while _is_served(other.port, idle) and time.monotonic() < deadline:
-                time.sleep(0.2)
+            for served in (True, False):  # once it is accepted, until it is broken off
+                while _is_served(other.port, idle) is not served and time.monotonic() < deadline:
+                    time.sleep(0.1)
             assert not _is_served(other.port, idle), "a reader that stands still is broken off"
 
 
