@@ -217,6 +217,36 @@ def test_every_request_that_touches_data_is_recorded(tmp_path: Path) -> None:
     assert [one["outcome"] for one in records] == ["done", "failed", "refused", "failed"]
 
 
+def test_what_is_done_to_annotations_is_recorded(tmp_path: Path) -> None:
+    settings = from_dict({}, base=tmp_path)
+    with services_of(settings) as services:
+        client = TestClient(make_app(settings, services), client=("127.0.0.1", 1), base_url="http://localhost")
+        made = client.post("/annotations?uid=1.2.3&level=study&allow_unknown=true", content=b"AUDIT-2").json()
+        one = f"/annotations/{made['id']}"
+        statuses = [client.put(one, content=b"AUDIT-3").status_code, client.get(f"{one}/file").status_code]
+        statuses += [client.delete(one).status_code, client.get("/annotations?uid=1.2.3").status_code]
+        statuses.append(client.delete(one).status_code)
+        refused = client.delete(one, headers={"authorization": "Bearer x"}).status_code
+    storage = open_storage(settings.storage.root)
+    lines = [line for entry in storage.walk(FOLDER) for line in storage.read(entry.path).splitlines()]
+    records = [orjson.loads(line) for line in lines]
+    assert (statuses, refused) == ([200, 200, 204, 200, 404], 401)
+    told = [(record["method"], record["path"], record["status"], record["outcome"]) for record in records]
+    assert told == [
+        ("POST", "/annotations", 201, "done"),
+        ("PUT", one, 200, "done"),
+        ("GET", f"{one}/file", 200, "done"),
+        ("DELETE", one, 204, "done"),
+        ("GET", "/annotations", 200, "done"),
+        ("DELETE", one, 404, "failed"),
+        ("DELETE", one, 401, "refused"),
+    ]
+    assert [record["entities"] for record in records] == [1, 1, 1, 1, 0, 0, 0]
+    assert records[2]["bytes"] == len(b"AUDIT-3")
+    assert [record["who"] for record in records] == ["local"] * 6 + [""]
+    assert not any(b"AUDIT-" in line for line in lines)  # no content
+
+
 def test_records_outlive_a_storage_that_is_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     storage = open_storage(f"file:{tmp_path}/root")
 
