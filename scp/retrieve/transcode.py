@@ -16,6 +16,7 @@ import numpy as np
 from pydicom import dcmread
 from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset
+from pydicom.encaps import generate_fragments, parse_basic_offsets
 from pydicom.filebase import DicomBytesIO
 from pydicom.filewriter import correct_ambiguous_vr, write_dataset
 from pydicom.pixels.utils import pixel_array
@@ -51,6 +52,8 @@ DECODERS: Final[dict[str, tuple[str, ...]]] = {  # transfer syntax to pydicom's 
 }
 EXTENDED: Final = "1.2.840.10008.1.2.4.51"  # JPEG extended
 ALWAYS_LOSSY: Final = frozenset(("1.2.840.10008.1.2.4.50", EXTENDED))
+LOSSY_JPEG_LS: Final = frozenset(("1.2.840.10008.1.2.4.81",))  # which may be lossless too
+LOSSY_J2K: Final = frozenset(("1.2.840.10008.1.2.4.91", "1.2.840.10008.1.2.4.203"))
 CONVERTIBLE: Final = NATIVE | DECODERS.keys()
 ENCODERS: Final[dict[str, str]] = {  # transfer syntax to pydicom's name of its encoder
     str(RLELossless): "pylibjpeg",
@@ -132,6 +135,8 @@ def _written(dataset: Dataset, target: UID) -> bytes:
 
 
 def _decode(dataset: Dataset, source: UID) -> None:
+    if "PixelData" in dataset and _is_lossy(dataset.PixelData, source):
+        dataset.LossyImageCompression = "01"
     for item in _with_pixels(dataset):
         size = _decoded_size(item)
         if size > MAX_PLAIN:
@@ -139,8 +144,27 @@ def _decode(dataset: Dataset, source: UID) -> None:
         item.file_meta = dataset.file_meta
         _decompress(item, source)
     dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    if source in ALWAYS_LOSSY and "PixelData" in dataset:
-        dataset.LossyImageCompression = "01"
+
+
+def _is_lossy(encapsulated: bytes, source: UID) -> bool:
+    """Whether the first code stream says that it lost something, whatever the data set says.
+
+    JPEG-LS: NEAR of its scan is not 0 (ISO/IEC 14495-1 C.2.3); JPEG 2000: the irreversible 9-7 wavelet (ISO/IEC 15444-1
+    A.6.1). A reversible stream that was cut does not show: there LossyImageCompression stays as it came.
+    """
+    if source in ALWAYS_LOSSY:
+        return True
+    items = BytesIO(encapsulated)
+    parse_basic_offsets(items)
+    stream = next(generate_fragments(items), b"")
+    if source in LOSSY_JPEG_LS:
+        scan = stream.find(b"\xff\xda")
+        near = scan + 5 + 2 * stream[scan + 4] if 0 <= scan < len(stream) - 4 else len(stream)
+        return near < len(stream) and stream[near] > 0
+    if source in LOSSY_J2K:
+        cod = stream.find(b"\xff\x52", max(0, stream.find(b"\xff\x4f\xff\x51")))
+        return 0 <= cod < len(stream) - 13 and stream[cod + 13] == 0
+    return False
 
 
 def _encoded(plain: bytes, target: UID) -> bytes:

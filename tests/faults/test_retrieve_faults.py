@@ -25,7 +25,7 @@ from sphere.scp.upper.outgoing import Outgoing
 from sphere.scp.upper.requestor import Proposed, connect
 from tests.support.ports import free_port
 from tests.support.receiver import Receiver, running_receiver
-from tests.support.samples import CT_STORAGE, make_instance
+from tests.support.samples import CT_STORAGE, dataset_of, make_instance
 
 pytestmark = pytest.mark.faults
 
@@ -48,12 +48,13 @@ def destination(port: int, handler: Handler) -> Iterator[None]:
 
 
 @contextmanager
-def archive(base: Path, port: int, *, rows: int = 16, total: int = TOTAL) -> Iterator[Receiver]:
+def archive(base: Path, port: int, *, rows: int = 16, total: int = TOTAL, seal_mib: int = 256) -> Iterator[Receiver]:
     """An archive with one study of `total` instances that knows a destination on `port`."""
     base.mkdir(exist_ok=True)
     tables = {
         "peers": [{"name": "dest", "ae_title": "DEST", "host": "127.0.0.1", "port": port}],
         "dimse": {"dimse_timeout_s": 2.0, "artim_s": 2.0},
+        "storage": {"seal_mib": seal_mib},
     }
     pixels = {
         "Rows": rows, "Columns": 512, "BitsAllocated": 16, "BitsStored": 16, "HighBit": 15, "SamplesPerPixel": 1,
@@ -222,6 +223,26 @@ def test_memory_is_flat(tmp_path: Path) -> None:
         watcher.join()
     assert last.completed == 200
     assert peak - before < 24 << 20 and peak < 160 << 20
+
+
+def test_a_study_in_many_bundles_comes_whole_and_few_are_open(tmp_path: Path) -> None:
+    """40 instances of 512 kB in bundles of 1 MiB."""
+    port, total = free_port(), 40
+    got: dict[str, bytes] = {}
+    opened: list[int] = []
+
+    def keep(event: Any) -> int:
+        got[str(event.request.AffectedSOPInstanceUID)] = event.request.DataSet.getvalue()
+        opened.append(sum(one.path.endswith(".tar") for one in process.open_files()))
+        return 0x0000
+
+    with destination(port, keep), archive(tmp_path / "a", port, rows=512, total=total, seal_mib=1) as receiver:
+        process = psutil.Process(receiver.process.pid)
+        bundles = {one.bundle for one in receiver.members()}
+        last = moved(receiver, total)
+    assert (last.status, last.completed) == (0x0000, total)
+    assert got == {f"1.2.3.{n}": dataset_of(tmp_path / "a" / f"{n}.dcm") for n in range(1, total + 1)}
+    assert len(bundles) >= 10 and len(opened) == total and max(opened) <= 4
 
 
 def test_who_leaves_in_the_middle_of_a_c_get_costs_nothing(tmp_path: Path) -> None:

@@ -15,15 +15,22 @@ import pydicom
 import pytest
 from pydicom.data import get_testdata_file
 from pydicom.uid import ExplicitVRLittleEndian
+from pynetdicom import AE, evt
+from pynetdicom.presentation import StoragePresentationContexts
+from pynetdicom.service_class import StorageServiceClass
+from pynetdicom.sop_class import uid_to_service_class
 
 from sphere.ingest.header import identify
 from sphere.ingest.part10 import file_meta
 from sphere.scp import client
 from sphere.scp.client import retrieve as retrieve_client
 from sphere.scp.client.retrieve import Progress
-from sphere.scp.contexts import is_storage
+from sphere.scp.contexts import GET_MODELS, MOVE_MODELS, is_storage
 from sphere.scp.retrieve.transcode import CONVERTIBLE, TARGETS, convert
 from sphere.scp.store import StoreAnswer, StoreRequest
+from sphere.scp.upper.command import C_GET_RQ, C_MOVE_RQ
+from sphere.scp.upper.outgoing import Outgoing
+from sphere.scp.upper.requestor import Proposed, connect
 from tests.support.dicom_tools import (
     STORESCU_OPTIONS,
     part10_dataset,
@@ -32,6 +39,7 @@ from tests.support.dicom_tools import (
     running_storescp,
 )
 from tests.support.hdfs import HdfsCluster
+from tests.support.ports import free_port
 from tests.support.receiver import Receiver, running_receiver
 from tests.support.samples import dataset_of, make_instance, sendable_files
 
@@ -45,6 +53,7 @@ NOT_CONVERTED = {  # by one sample each
     "1.2.840.10008.1.2.5",  # RLE of 1 bit
 }
 LOSSY = ("1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.51")
+J2K = "1.2.840.10008.1.2.4.90"
 
 
 @dataclass
@@ -207,6 +216,111 @@ def test_12_bit_jpeg_is_decoded_as_dcmtk_does(tmp_path: Path) -> None:
         result = pydicom.dcmread(BytesIO(meta + plain))
         np.testing.assert_array_equal(result.pixel_array, pydicom.dcmread(reference).pixel_array)
         assert result.LossyImageCompression == "01" and result.pixel_array.max() > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "stated"),
+    [
+        ("SC_rgb_small_odd_jpeg.dcm", True),
+        ("JPEG2000.dcm", True),
+        ("JPEG2000.dcm", False),  # the code stream tells
+        ("JPEGLSNearLossless_08.dcm", True),
+        ("JPEGLSNearLossless_08.dcm", False),
+    ],
+)
+def test_what_was_lossy_says_so_when_it_is_decompressed(tmp_path: Path, name: str, stated: bool) -> None:
+    """LossyImageCompression (PS3.3 C.7.6.1.1.5) is 01 in what is sent, whether or not it was in what was kept."""
+    dataset = pydicom.dcmread(str(get_testdata_file(name, download=False)))
+    if stated:
+        dataset.LossyImageCompression = "01"
+    elif "LossyImageCompression" in dataset:
+        del dataset.LossyImageCompression
+    path = tmp_path / name
+    dataset.save_as(path)
+    for number, target in enumerate(TARGETS):
+        plain = convert(dataset_of(path), syntax_of(path), target)
+        meta = file_meta(sop_class_uid="1.2", sop_instance_uid=f"1.{number}", transfer_syntax_uid=target)
+        assert pydicom.dcmread(BytesIO(meta + plain)).LossyImageCompression == "01"
+
+
+@pytest.mark.parametrize("name", ["SC_rgb_gdcm_KY.dcm", "MR_small_jp2klossless.dcm", "MR_small_jpeg_ls_lossless.dcm"])
+def test_what_may_be_lossless_is_not_called_lossy(tmp_path: Path, name: str) -> None:
+    """The first is in JPEG 2000 that may lose, by the wavelet that does not."""
+    dataset = pydicom.dcmread(str(get_testdata_file(name, download=False)))
+    if "LossyImageCompression" in dataset:
+        del dataset.LossyImageCompression
+    dataset.save_as(tmp_path / name)
+    plain = convert(dataset_of(tmp_path / name), syntax_of(tmp_path / name), TARGETS[0])
+    meta = file_meta(sop_class_uid="1.2", sop_instance_uid="1.3", transfer_syntax_uid=TARGETS[0])
+    assert "LossyImageCompression" not in pydicom.dcmread(BytesIO(meta + plain))
+
+
+@pytest.mark.parametrize(
+    ("models", "field", "more"),
+    [(MOVE_MODELS, C_MOVE_RQ, {"MoveDestination": "DEST"}), (GET_MODELS, C_GET_RQ, {})],
+    ids=["move", "get"],
+)
+def test_nothing_found_is_success_with_zero_counts(
+    tmp_path: Path, models: Mapping[str, str], field: int, more: Mapping[str, str]
+) -> None:
+    """One response, with the counts on the wire (PS3.4 C.4.2.1.6, C.4.3.1.5)."""
+    dest = {"name": "dest", "ae_title": "DEST", "host": "127.0.0.1", "port": free_port()}
+    sop_class = next(uid for uid, model in models.items() if model == "STUDY_ROOT")
+    proposed = [Proposed(sop_class, ("1.2.840.10008.1.2",))]
+    with (
+        running_receiver(tmp_path, {"peers": [dest]}) as receiver,
+        connect(receiver.peer, receiver.settings, proposed) as association,
+    ):
+        command = {"AffectedSOPClassUID": sop_class, "CommandField": field, "Priority": 0, **more}
+        identifier = b"\x08\x00\x52\x00\x06\x00\x00\x00STUDY " + b"\x20\x00\x0d\x00\x08\x00\x00\x00" + b"1.2.3.4\0"
+        context = association.user_contexts[0]
+        message = association.response(field, association.send(context, command, Outgoing.of(identifier)))
+    answer = message.command
+    assert answer["Status"] == 0x0000 and message.dataset is None
+    counts = [answer[f"NumberOf{kind}Suboperations"] for kind in ("Completed", "Failed", "Warning")]
+    assert counts == [0, 0, 0] and "NumberOfRemainingSuboperations" not in answer
+
+
+def test_more_than_128_contexts_take_several_associations(tmp_path: Path) -> None:
+    """70 SOP classes, each compressed: a context for it as it lies, and one for it decompressed."""
+    known = [str(context.abstract_syntax) for context in StoragePresentationContexts]
+    classes = [uid for uid in known if uid_to_service_class(uid) is StorageServiceClass][:70]  # it aborts over others
+    files = [
+        make_instance(
+            tmp_path / f"{n}.dcm", transfer_syntax=J2K, SOPClassUID=uid, SOPInstanceUID=f"1.9.{n}",
+            StudyInstanceUID="1.9",
+        )
+        for n, uid in enumerate(classes, 1)
+    ]  # fmt: skip
+    proposed: list[int] = []
+    got: dict[str, bytes] = {}
+
+    def keep(event: evt.Event) -> int:
+        got[str(event.request.AffectedSOPInstanceUID)] = event.request.DataSet.getvalue()
+        return 0x0000
+
+    def count(event: evt.Event) -> None:
+        proposed.append(len(event.assoc.requestor.requested_contexts))
+
+    ae = AE(ae_title="DEST")
+    for uid in classes:
+        ae.add_supported_context(uid, J2K)
+    port = free_port()
+    handlers = [(evt.EVT_C_STORE, keep), (evt.EVT_ESTABLISHED, count)]
+    server = ae.start_server(("127.0.0.1", port), block=False, evt_handlers=handlers)
+    assert server is not None
+    dest = {"name": "dest", "ae_title": "DEST", "host": "127.0.0.1", "port": port}
+    try:
+        with running_receiver(tmp_path / "archive", {"peers": [dest]}) as receiver:
+            assert all(result.stored for result in client.store(receiver.peer, files, settings=receiver.settings))
+            keys, settings = {"StudyInstanceUID": "1.9"}, receiver.settings
+            responses = retrieve_client.move(receiver.peer, keys, settings=settings, destination="DEST")
+            last = finished(responses, len(files))
+    finally:
+        server.shutdown()
+    assert (last.status, last.completed) == (0x0000, 70), (last, proposed)
+    assert sum(proposed) == 140 and len(proposed) == 2 and max(proposed) <= 128
+    assert got == {f"1.9.{n}": dataset_of(path) for n, path in enumerate(files, 1)}
 
 
 @pytest.mark.hdfs

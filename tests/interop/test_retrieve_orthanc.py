@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import time
 from collections.abc import Iterator
@@ -98,6 +100,26 @@ def test_get_and_move_from_orthanc(tmp_path: Path) -> None:
         assert "3 asked for, 3 already here: 0 instances sent, 0 failed" in result.output
         result = call(config, "move", "orthanc", "--to", "SPHERE", "--level", "PATIENT", "-k", "PatientID=P1")
         assert "4 instances sent" in result.output
+
+
+def test_what_orthanc_has_as_table_csv_and_json(tmp_path: Path) -> None:
+    with both(tmp_path) as (orthanc, _, config):
+        for path in studies(tmp_path / "files")[::4]:
+            orthanc.post("/instances", path.read_bytes())
+        ask = ["find", "orthanc", "-k", "StudyInstanceUID=1.1\\1.3", "-k", "PatientID", "--format"]
+        shown = {kind: call(config, *ask, kind) for kind in ("table", "csv", "json")}
+        none = call(config, "find", "orthanc", "-k", "PatientID=NOBODY", "--format", "json")
+    assert [result.exit_code for result in (*shown.values(), none)] == [0] * 4, shown["table"].output
+    expected = {("1.1", "P1"), ("1.3", "P3")}
+    for rows in (json.loads(shown["json"].stdout), list(csv.DictReader(io.StringIO(shown["csv"].stdout)))):
+        assert len(rows) == 2
+        assert {(row["StudyInstanceUID"], row["PatientID"]) for row in rows} == expected
+    lines = shown["table"].stdout.splitlines()
+    assert lines[-1] == "(2 rows)" and {"StudyInstanceUID", "PatientID"} <= set(lines[0].split())
+    assert all(
+        sum(study in line.split() and patient in line.split() for line in lines) == 1 for study, patient in expected
+    )
+    assert json.loads(none.stdout) == []
 
 
 def test_what_failed_is_listed_with_its_reason(tmp_path: Path) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import struct
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +18,11 @@ from hypothesis import strategies as st
 from pydicom.dataset import Dataset
 from pydicom.uid import UID, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
+from sphere import retrieve_commands
 from sphere.catalog.service import StoredInstance
+from sphere.cli import main
 from sphere.conf.errors import QueryError, StorageError, StorageMissing
+from sphere.scp import client
 from sphere.scp.client import pull
 from sphere.scp.client.pull import Target, find_targets, missing, read_targets, retrieve
 from sphere.scp.client.retrieve import Progress
@@ -356,3 +363,35 @@ def test_tries(answers: list[list[Progress]], tries: int, completed: int, error:
     )  # fmt: skip
     assert (outcome.tries, outcome.completed, outcome.error, len(pauses)) == (tries, completed, error, tries - 1)
     assert len(pull.failures([outcome])) == bool(error)
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("stderr", "shown"), [(Terminal(), True), (io.StringIO(), False)], ids=["terminal", "pipe"])
+def test_a_pause_between_requests_and_a_bar_on_a_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stderr: io.StringIO, shown: bool
+) -> None:
+    config, listed = tmp_path / "sphere.toml", tmp_path / "uids.txt"
+    config.write_text('[[peers]]\nname = "ward"\nae_title = "WARD"\nhost = "127.0.0.1"\n')
+    listed.write_text("1.1\n1.2\n1.3\n")
+    events: list[Any] = []
+
+    def move(peer: Any, keys: Mapping[str, str], **more: Any) -> Iterator[Progress]:
+        events.append(keys["StudyInstanceUID"])
+        return iter([Progress(0xFF00, 1, 1), Progress(0x0000, 0, 2)])
+
+    monkeypatch.setattr(client, "move", move)
+    monkeypatch.setattr(retrieve_commands, "time", SimpleNamespace(sleep=events.append))
+    monkeypatch.setattr(sys, "stderr", stderr)
+    monkeypatch.setenv("TERM", "xterm")
+    arguments = ["--config", str(config), "move", "ward", "--to", "DEST", "--from", str(listed), "--pause", "2.5"]
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main(arguments)
+    assert events == ["1.1", 2.5, "1.2", 2.5, "1.3"]  # none before the first, none after the last
+    text = stderr.getvalue()
+    assert ("3/3" in text and "2 instances" in text) if shown else text == ""
