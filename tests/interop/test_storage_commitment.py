@@ -77,9 +77,11 @@ def requester(port: int) -> Iterator[queue.Queue[Report]]:
         server.shutdown()
 
 
-def asked(receiver: Receiver, *wanted: Dataset, action: int = 1, instance: str = WELL_KNOWN) -> list[int]:
+def asked(
+    receiver: Receiver, *wanted: Dataset, action: int = 1, instance: str = WELL_KNOWN, title: str = "MODALITY"
+) -> list[int]:
     """Requests over one association, which is released at once; their statuses."""
-    ae = AE(ae_title="MODALITY")
+    ae = AE(ae_title=title)
     ae.add_requested_context(PUSH)
     assoc = ae.associate("127.0.0.1", receiver.port)
     hold_reactor(assoc)

@@ -10,10 +10,13 @@ import pytest
 
 from sphere.catalog.audit import FOLDER, AuditJournal
 from sphere.conf.settings import Settings
+from sphere.ingest.header import identify
 from sphere.ingest.storage import open_storage
 from sphere.jobs import audit
 from sphere.scp import client
+from tests.interop.test_storage_commitment import asked, information
 from tests.support.landing import archive, land, new_member, slices, table_rows
+from tests.support.ports import free_port
 from tests.support.receiver import running_receiver
 
 pytestmark = pytest.mark.unit
@@ -126,3 +129,31 @@ def test_requests_of_dimse_are_recorded(tmp_path: Path) -> None:
     assert found["path"] == "SPHERE/1.2.840.10008.5.1.4.1.2.2.1"
     assert (refused["status"], refused["outcome"]) == (0x0124, "refused")
     assert "P*" not in receiver.log
+
+
+def test_what_is_sent_elsewhere_and_what_is_promised_is_recorded(tmp_path: Path) -> None:
+    """C-MOVE, done and to nobody that is known; N-ACTION of Storage Commitment."""
+    [data] = slices(1, study=4)
+    one = identify(data, size=len(data))
+    land(archive(tmp_path / "a"), [new_member(data)])
+    with running_receiver(tmp_path / "other", {"archive": {"ae_title": "OTHER"}}) as other:
+        peers = [{"name": "other", "ae_title": "OTHER", "host": "127.0.0.1", "port": other.port},
+                 {"name": "me", "ae_title": "SPHERE", "host": "127.0.0.1", "port": free_port()}]  # fmt: skip
+        with running_receiver(tmp_path / "a", {"peers": peers, "extract": {"every_s": 0}}) as receiver:
+            settings, keys = receiver.settings, {"StudyInstanceUID": one.StudyInstanceUID}
+            for destination, status in (("OTHER", 0), ("NOBODY", 0xA801)):
+                *_, last = client.move(receiver.peer, keys, settings=settings, destination=destination)
+                assert last.status == status
+            wanted = information((one.SOPClassUID, one.SOPInstanceUID), transaction="1.2.3.4")
+            assert asked(receiver, wanted, title="SPHERE") == [0]
+        assert len(other.members()) == 1
+    assert audit.run(settings) == 3
+    rows = table_rows(settings, "audit")
+    assert {(row["who"], row["role"], row["address"]) for row in rows} == {("ae:SPHERE", "peer-me", "127.0.0.1")}
+    told = {(row["method"], row["status"], row["outcome"], row["entities"], row["failed"]) for row in rows}
+    assert told == {("C-MOVE", 0, "done", 1, 0), ("C-MOVE", 0xA801, "failed", 0, 0), ("N-ACTION", 0, "done", 0, 0)}
+    [promised] = [row for row in rows if row["method"] == "N-ACTION"]
+    assert promised["path"].endswith("/1.2.840.10008.1.20.1")
+    for row in rows:
+        if row["method"] == "C-MOVE":
+            assert orjson.loads(row["query"])["0020000D"]["Value"] == [one.StudyInstanceUID]
