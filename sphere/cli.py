@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import click
 
 import sphere
-from sphere.annotate_commands import annotate
 from sphere.archive import Archive
-from sphere.cohort_commands import cohort
 from sphere.conf import logs
 from sphere.conf.errors import SettingsError, SphereError
 from sphere.conf.settings import Settings, from_dict, load
-from sphere.dimse_commands import echo, find
 from sphere.output import Format, format_options, write_rows
-from sphere.peers_command import peers
-from sphere.progress import import_progress
-from sphere.retrieve_commands import get, move
-from sphere.store_command import store
-from sphere.token_commands import token
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
@@ -37,6 +31,25 @@ class Verbs(click.Group):
         except KeyboardInterrupt:
             click.echo("sphere: interrupted", err=True)
             ctx.exit(130)
+
+
+class Late(click.Command):
+    """A verb of another module, which is imported when the verb is called: every child of `sphere serve` reads this
+    module, and a receiver is to load nothing that it does not need."""
+
+    def __init__(self, name: str, module: str, short_help: str) -> None:
+        super().__init__(name, short_help=short_help)
+        self._module = module
+
+    def load(self) -> click.Command:
+        """The verb itself."""
+        command = getattr(import_module(self._module), self.name or "")
+        assert isinstance(command, click.Command)
+        return command
+
+    def make_context(self, *arguments: Any, **options: Any) -> click.Context:
+        """The context of the verb itself, which click then goes on with."""
+        return self.load().make_context(*arguments, **options)
 
 
 @click.group(cls=Verbs, context_settings=CONTEXT)
@@ -141,6 +154,8 @@ def import_(ctx: click.Context, paths: tuple[Path, ...], only_dicom: bool) -> No
       sphere import /mnt/cd
       sphere import --only-dicom scan1.dcm downloads/
     """
+    from sphere.progress import import_progress
+
     archive = Archive(settings_of(ctx))
     counts = import_progress(archive.import_files(paths, only_dicom=only_dicom), paths)
     click.echo(
@@ -269,8 +284,26 @@ def completion(shell: str) -> None:
     click.echo(factory(main, {}, "sphere", "_SPHERE_COMPLETE").source())
 
 
-for command in (peers, echo, store, find, move, get, token, cohort, annotate):
-    main.add_command(command)
+for verb in (
+    Late("peers", "sphere.peers_command", "List the peers of the settings, and what each answers to C-ECHO."),
+    Late("echo", "sphere.dimse_commands", "Ask a peer whether it answers (C-ECHO)."),
+    Late("store", "sphere.store_command", "Send files and folders, or instances of the archive, to a peer (C-STORE)."),
+    Late(
+        "find",
+        "sphere.dimse_commands",
+        "Ask a peer what it has (C-FIND), or without PEER this archive itself, no server needed.",
+    ),
+    Late("move", "sphere.retrieve_commands", "Have a peer send instances to an AE title that it knows (C-MOVE)."),
+    Late("get", "sphere.retrieve_commands", "Bring instances from a peer straight into the archive (C-GET)."),
+    Late("token", "sphere.token_commands", "API tokens for DICOMweb: made here, shown once, kept as hashes only."),
+    Late(
+        "cohort",
+        "sphere.cohort_commands",
+        "Named lists of studies, series or patients, for `sphere token create --role researcher --cohort`.",
+    ),
+    Late("annotate", "sphere.annotate_commands", "Link files of any type to studies, series and instances."),
+):
+    main.add_command(verb)
 
 
 if __name__ == "__main__":

@@ -34,13 +34,15 @@ def main() -> int:
     with timed("make samples: pydicom's packaged files and a generated CT series"):
         print(f"  {write_samples(samples)} files in {samples}")
     port = options.port or free_port()
-    run("init", str(config.parent), "--port", str(port), "--web-port", "0")
+    web_port = free_port()
+    run("init", str(config.parent), "--port", str(port), "--web-port", str(web_port))
     disable_schedule(config)
     with serving(config) as server:
         tell_story(config, samples, f"SPHERE@127.0.0.1:{port}")
         if options.exit:
             return 0
         print(f"\nThe archive goes on serving: C-STORE and C-FIND to SPHERE@127.0.0.1:{port}; Ctrl-C stops it.")
+        print(f"  its page: http://127.0.0.1:{web_port}/{viewer_note(config, web_port)}")
         print(f"  try: {shown(['--config', str(config), 'sql', 'SELECT * FROM studies LIMIT 3'])}")
         return wait(server)
 
@@ -132,6 +134,15 @@ def disable_schedule(config: Path) -> None:
     """Extraction only when asked, so that the demonstration can show it."""
     text = config.read_text(encoding="utf-8")
     config.write_text(text.replace("# every_s = 60.0", "every_s = 0"), encoding="utf-8")
+
+
+def viewer_note(config: Path, web_port: int) -> str:
+    """Where the viewer is, if it is installed."""
+    from sphere.conf.settings import load
+    from sphere.conf.viewer import PREFIX
+    from sphere.scp.web.viewer import installed
+
+    return f", the viewer: http://127.0.0.1:{web_port}{PREFIX}" if installed(load(config).web) else ""
 
 
 def free_port() -> int:

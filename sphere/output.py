@@ -6,16 +6,13 @@ import csv
 import io
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any, Literal, TypeVar, get_args
+from typing import IO, TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 import click
 import orjson
-import pyarrow as pa
-import pyarrow.parquet as pq
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+
+if TYPE_CHECKING:  # the command line is read by every child of `sphere serve`, and is to stay small
+    import pyarrow as pa
 
 Format = Literal["table", "csv", "json", "parquet"]
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -38,6 +35,8 @@ def write_rows(table: pa.Table, *, format: Format, output: Path | None) -> None:
     if format == "parquet":
         if output is None:
             raise click.UsageError("--format parquet needs -o FILE")
+        import pyarrow.parquet as pq
+
         pq.write_table(table, output)
         return
     text = {"table": as_table, "csv": as_csv, "json": as_json}[format](table)
@@ -65,6 +64,11 @@ def as_json(table: pa.Table) -> str:
 
 def as_table(table: pa.Table) -> str:
     """A table of text, as wide as it needs to be, with the number of rows under it."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
     grid = Table(box=box.SIMPLE_HEAD, show_edge=False)
     for name in table.column_names:
         grid.add_column(Text(name), overflow="fold")

@@ -24,9 +24,6 @@ from sphere.conf import logs, serving
 from sphere.conf.errors import SettingsError, SphereError
 from sphere.conf.footprint import keep_small
 from sphere.conf.settings import Settings
-from sphere.ingest.spool import in_use
-from sphere.scp.policy import Policy, check_forwards
-from sphere.scp.upper.tls import check_tls
 
 if TYPE_CHECKING:
     from sphere.archive import Archive
@@ -82,6 +79,7 @@ class Supervisor:
     children: list[Child] = field(default_factory=list)
     _stop: threading.Event = field(default_factory=threading.Event)
     _announced: bool = False
+    _spools: bool = False
     _told: list[serving.ChildState] = field(default_factory=list)
     _tell_again: float = 0.0
 
@@ -91,6 +89,10 @@ class Supervisor:
         Raises SettingsError when a port is taken, a rule asks for what cannot be matched, or TLS files cannot
         be used.
         """
+        from sphere.ingest.spool import in_use  # here, not above: this module is read by every child
+        from sphere.scp.policy import Policy, check_forwards
+        from sphere.scp.upper.tls import check_tls
+
         check_forwards(self.settings)
         Policy(self.settings)  # a rule that cannot be matched ends this here, not one receiver after the other
         check_tls(self.settings)  # and so do files of TLS that cannot be used
@@ -104,7 +106,8 @@ class Supervisor:
             self.children.append(Child("extract", extract_regularly, JOB_PATIENCE_S))
         if settings.forwards:
             self.children.append(Child("forwarder", forward_regularly, JOB_PATIENCE_S))
-        if in_use(settings):
+        self._spools = in_use(settings)
+        if self._spools:
             self.children.append(Child("shipper", ship_regularly, JOB_PATIENCE_S))
         for child in self.children:
             self._start(child)
@@ -190,7 +193,7 @@ class Supervisor:
         self._told, self._tell_again = told, time.monotonic() + STATE_S
         state_dir, web = self.settings.archive.state_dir, self.settings.web
         try:
-            spool = serving.read_spool(state_dir) if in_use(self.settings) else None
+            spool = serving.read_spool(state_dir) if self._spools else None
             serving.write(
                 state_dir, pid=os.getpid(), port=self.settings.dimse.port, web_port=web.port if web.enabled else 0,
                 stopping=stopping, children=told, spool=spool,
@@ -273,30 +276,52 @@ def serve_http(settings: Settings, ready: Callable[[int], None]) -> None:
     run_web(settings, ready=ready)
 
 
+class _Stopping(BaseException):
+    """SIGTERM came during an extraction; no Exception, so that no step takes it for its own failure."""
+
+
 def extract_regularly(settings: Settings, ready: Callable[[int], None]) -> None:
-    """Extract every `extract.every_s` seconds while something waits; Spark starts with the first need."""
+    """Extract every `extract.every_s` seconds while something waits; Spark starts with the first need.
+
+    SIGTERM ends a running extraction where it is, its Spark jobs with it: it may be killed at any step.
+    """
     from sphere.archive import Archive
 
-    stop = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    stop, at_work = threading.Event(), threading.Event()
     archive = Archive(settings)
+
+    def told(*_: object) -> None:
+        stop.set()
+        if at_work.is_set():
+            at_work.clear()  # raised once: what follows puts in order
+            raise _Stopping
+
+    signal.signal(signal.SIGTERM, told)
     ready(0)
-    while not stop.wait(settings.extract.every_s):
-        try:
-            if archive.waiting() or archive.annotated():
-                _extract(archive, settings.archive.state_dir)
-            else:
-                archive.load_audit()
-        except SphereError as error:
-            log.error("extraction: %s", error)
+    try:
+        while not stop.wait(settings.extract.every_s):
+            at_work.set()
+            try:
+                if archive.waiting() or archive.annotated():
+                    _extract(archive, settings.archive.state_dir, stop)
+                else:
+                    archive.load_audit()
+            except SphereError as error:
+                log.error("extraction: %s", error)
+            finally:
+                at_work.clear()
+    except _Stopping:
+        log.info("extraction stopped before its end: what it had not committed waits for the next one")
     archive.close()
 
 
-def _extract(archive: Archive, state_dir: Path) -> None:
-    """One extraction, its steps told to who watches; raises SphereError."""
+def _extract(archive: Archive, state_dir: Path, stop: threading.Event) -> None:
+    """One extraction, its steps told to who watches; raises SphereError, and _Stopping between steps after `stop`."""
     state = serving.JobState(serving.now())
 
     def tell(step: str, done: int = 0, total: int = 0) -> None:
+        if stop.is_set():  # what the signal raised got lost, as it does in a finalizer
+            raise _Stopping
         serving.write_job(state_dir, replace(state, step=step, done=done, total=total))
 
     outcome, failed = "ended by a defect", True
@@ -305,6 +330,9 @@ def _extract(archive: Archive, state_dir: Path) -> None:
         log.info("extracted %s", outcome)
     except SphereError as error:
         outcome = str(error)
+        raise
+    except _Stopping:
+        outcome, failed = "stopped before its end", False
         raise
     finally:
         serving.write_job(state_dir, replace(state, ended_at=serving.now(), outcome=outcome, failed=failed))
@@ -365,9 +393,16 @@ def banner(settings: Settings) -> str:
     if settings.dimse.tls_port:
         same = settings.dimse.tls_port == settings.dimse.port
         address += " with TLS" if same else f", with TLS on {settings.dimse.tls_port}"
-    scheme = "https" if settings.web.tls_certificate else "http"
-    web = f"DICOMweb on {scheme}://{settings.web.host}:{settings.web.port}/dicom-web; " if settings.web.enabled else ""
     return (
-        f"{settings.archive.ae_title} serves DICOM on {address} ({settings.dimse.workers} receivers, {every}); {web}"
-        f"storage {settings.storage.root}; Ctrl-C stops."
+        f"{settings.archive.ae_title} serves DICOM on {address} ({settings.dimse.workers} receivers, {every}); "
+        f"{_pages(settings)}storage {settings.storage.root}; Ctrl-C stops."
     )
+
+
+def _pages(settings: Settings) -> str:
+    """Where a browser and a DICOMweb client find it; nothing without a web server."""
+    if not settings.web.enabled:
+        return ""
+    host = f"[{settings.web.host}]" if ":" in settings.web.host else settings.web.host
+    page = f"{'https' if settings.web.tls_certificate else 'http'}://{host}:{settings.web.port}/"
+    return f"its page on {page}, DICOMweb on {page}dicom-web; "

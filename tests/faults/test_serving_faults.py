@@ -9,7 +9,10 @@ from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
 import pytest
+from pydicom.data import get_testdata_file
 
+from sphere.archive import Archive
+from sphere.conf import serving as told
 from tests.support.ledger import RESUME_S, Ledger, Senders, audit
 from tests.support.serving import ready, running_supervisor, send_signal
 
@@ -76,6 +79,8 @@ def test_a_receiver_that_does_not_answer_is_replaced(tmp_path: Path) -> None:
         with Senders(ledger, serving.port, count=2):
             ledger.wait_for_success(time.monotonic())
             [child] = serving.state().children
+            loaded = {Path(one.path).parts for one in psutil.Process(child.pid).memory_maps()}
+            assert not {"gdcm", "pandas", "PIL"} & {part for parts in loaded for part in parts}
             stopped = time.monotonic()
             send_signal(child, signal.SIGSTOP)
             state = serving.wait(lambda state: state.children[0].restarts == 1)
@@ -87,3 +92,22 @@ def test_a_receiver_that_does_not_answer_is_replaced(tmp_path: Path) -> None:
         assert serving.stop() == 0
         assert not (serving.settings.archive.state_dir / "serve.json").exists()
     audit(ledger, serving.settings)
+
+
+@pytest.mark.spark
+def test_a_stop_ends_a_running_extraction_and_is_clean(tmp_path: Path) -> None:
+    with running_supervisor(tmp_path, workers=1, extract_every_s=0.1) as serving:
+        _, extract = serving.state().children
+        archive = Archive(serving.settings)
+        assert all(one.record is not None for one in archive.import_files([Path(get_testdata_file("CT_small.dcm"))]))
+        deadline = time.monotonic() + 120
+        while (job := told.read_job(serving.settings.archive.state_dir)) is None or not job.step:
+            assert time.monotonic() < deadline, serving.log_path.read_text()[-3000:]
+            time.sleep(0.01)
+        assert not job.ended_at
+        family = psutil.Process(extract.pid).children(recursive=True)
+        assert serving.stop() == 0
+        assert "extraction stopped before its end" in serving.log_path.read_text()
+        assert "child killed" not in serving.log_path.read_text()
+        gone, alive = psutil.wait_procs(family, timeout=30)
+        assert gone and not alive, "the JVM of the extraction is left"

@@ -76,20 +76,22 @@ def running_supervisor(
     workers: int = 2,
     port: int = 0,
     web: bool = False,
+    extract_every_s: float = 0,
     ingest: Mapping[str, Any] | None = None,
 ) -> Iterator[Serving]:
     """`sphere serve` on an archive in `base`, every part ready; killed at the end where the test has not stopped it."""
     base.mkdir(parents=True, exist_ok=True)
     port = port or free_port()
     config = base / "sphere.toml"
-    text = f'[dimse]\nport = {port}\nworkers = {workers}\n[storage]\nroot = "{root}"\n[extract]\nevery_s = 0\n'
+    text = f'[dimse]\nport = {port}\nworkers = {workers}\n[storage]\nroot = "{root}"\n'
+    text += f"[extract]\nevery_s = {extract_every_s}\n"
     text += "[ingest]\n" + "".join(f"{name} = {json.dumps(value)}\n" for name, value in (ingest or {}).items())
     text += f"[web]\nenabled = {str(web).lower()}\nport = 0\n"
     config.write_text(text)
     tables = {
         "dimse": {"port": port, "workers": workers},
         "storage": {"root": root},
-        "extract": {"every_s": 0},
+        "extract": {"every_s": extract_every_s},
         "ingest": dict(ingest or {}),
     }
     with (base / "serve.log").open("a") as log:

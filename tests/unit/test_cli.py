@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -11,14 +13,15 @@ import pytest
 from click.testing import CliRunner, Result
 from pydicom.data import get_testdata_file
 
-from sphere.cli import main
-from sphere.conf.settings import load
+from sphere.cli import Late, main
+from sphere.conf.settings import from_dict, load
 from sphere.output import as_csv, as_json, as_table
-from sphere.serve import with_ports
+from sphere.serve import banner, with_ports
 
 pytestmark = pytest.mark.unit
 
 VERBS = sorted(main.commands)
+HEAVY = {"deltalake", "duckdb", "gdcm", "numpy", "pandas", "PIL", "pyarrow", "pydicom", "pynetdicom", "pyspark", "rich"}
 
 
 def call(*arguments: str | Path, config: Path | None = None) -> Result:
@@ -75,6 +78,28 @@ def test_a_missing_settings_file_is_status_2(tmp_path: Path) -> None:
     result = call("status", config=tmp_path / "none.toml")
     assert result.exit_code == 2
     assert "sphere init DIR" in result.output
+
+
+def test_help_loads_no_library_of_the_work_and_neither_does_a_child_of_serve() -> None:
+    code = (
+        "import sys, sphere.serve, sphere.cli as cli; cli.main(['--help'], standalone_mode=False); print(*sys.modules)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not HEAVY & set(run.stdout.splitlines()[-1].split())
+
+
+def test_the_list_of_verbs_says_what_each_verb_says() -> None:
+    late = [command for command in main.commands.values() if isinstance(command, Late)]
+    assert len(late) > 5
+    assert [one.short_help for one in late] == [one.load().get_short_help_str(200) for one in late]
+
+
+def test_the_banner_names_the_page_where_there_is_one() -> None:
+    values = {"archive": {"state_dir": "state"}, "web": {"port": 8080}}
+    settings = from_dict(values, base=Path())
+    assert "its page on http://127.0.0.1:8080/, DICOMweb on http://127.0.0.1:8080/dicom-web;" in banner(settings)
+    without = from_dict({**values, "web": {"enabled": False}}, base=Path())
+    assert "http" not in banner(without)
 
 
 def test_init_writes_settings_that_load(config: Path) -> None:
