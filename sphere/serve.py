@@ -283,7 +283,8 @@ class _Stopping(BaseException):
 def extract_regularly(settings: Settings, ready: Callable[[int], None]) -> None:
     """Extract every `extract.every_s` seconds while something waits; Spark starts with the first need.
 
-    SIGTERM ends a running extraction where it is, its Spark jobs with it: it may be killed at any step.
+    SIGTERM ends a running extraction where it is, its Spark jobs with it: it may be killed at any step. While Spark
+    starts it waits for the first step, since a JVM that nobody is connected to would be left behind.
     """
     from sphere.archive import Archive
 
@@ -300,10 +301,9 @@ def extract_regularly(settings: Settings, ready: Callable[[int], None]) -> None:
     ready(0)
     try:
         while not stop.wait(settings.extract.every_s):
-            at_work.set()
             try:
                 if archive.waiting() or archive.annotated():
-                    _extract(archive, settings.archive.state_dir, stop)
+                    _extract(archive, settings.archive.state_dir, stop, at_work)
                 else:
                     archive.load_audit()
             except SphereError as error:
@@ -315,12 +315,15 @@ def extract_regularly(settings: Settings, ready: Callable[[int], None]) -> None:
     archive.close()
 
 
-def _extract(archive: Archive, state_dir: Path, stop: threading.Event) -> None:
-    """One extraction, its steps told to who watches; raises SphereError, and _Stopping between steps after `stop`."""
+def _extract(archive: Archive, state_dir: Path, stop: threading.Event, at_work: threading.Event) -> None:
+    """One extraction, its steps told to who watches, `at_work` set from the first on; raises SphereError, and
+    _Stopping where a step begins after `stop`."""
     state = serving.JobState(serving.now())
 
     def tell(step: str, done: int = 0, total: int = 0) -> None:
-        if stop.is_set():  # what the signal raised got lost, as it does in a finalizer
+        at_work.set()
+        if stop.is_set():  # it came before the first step, or what the signal raised got lost in a finalizer
+            at_work.clear()
             raise _Stopping
         serving.write_job(state_dir, replace(state, step=step, done=done, total=total))
 
