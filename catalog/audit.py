@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 FOLDER: Final = "audit"
 PAUSE_S: Final = 0.2  # seconds in which records gather before they are written and synced together
 PUBLISH_S: Final = 30.0  # seconds between times at which all hosts can read what was written, where that costs more
+CLOSE_S: Final = 5.0  # seconds that a storage may take to write the last records
 MAX_WAITING: Final = 100_000  # records
 MAX_TEXT: Final = 2000  # characters of a path or a query
 
@@ -47,6 +48,7 @@ class AuditJournal:
         self._appender: Appender | None = None
         self._day = ""
         self._hidden_since: float | None = None  # monotonic time of the first record that other hosts cannot read yet
+        self._unwritten: list[bytes] = []  # records that the storage was given and has not confirmed
         self._stop = threading.Event()
         self._writing = threading.Lock()
         self._thread = threading.Thread(target=self._run, daemon=True, name="audit")
@@ -58,8 +60,19 @@ class AuditJournal:
         self._waiting.put(orjson.dumps({"at": at, **record}, option=orjson.OPT_APPEND_NEWLINE))
 
     def close(self) -> None:
-        """Write what waits, and let go of the file."""
+        """Write what waits, and let go of the file; what a storage that hangs does not confirm is kept in `fallback`.
+
+        Such records may be on the storage as well: a record is seen twice rather than lost.
+        """
         self._stop.set()
+        last = threading.Thread(target=self._finish, daemon=True, name="audit-close")
+        last.start()
+        last.join(CLOSE_S)
+        if last.is_alive():
+            log.error("audit journal: the storage does not answer; records go to %s", self._fallback)
+            self._keep([*self._unwritten, *self._taken()])
+
+    def _finish(self) -> None:
         self._thread.join()
         self.flush()
         with self._writing:
@@ -68,13 +81,20 @@ class AuditJournal:
     def flush(self) -> None:
         """Write and sync what waits."""
         with self._writing:
-            lines: list[bytes] = []
-            while not self._waiting.empty() and len(lines) < MAX_WAITING:
-                lines.append(self._waiting.get())
+            lines = self._taken()
             if lines:
                 self._write(lines)
             elif self._hidden_since is not None and time.monotonic() - self._hidden_since > PUBLISH_S:
                 self._write([])
+
+    def _taken(self) -> list[bytes]:
+        lines: list[bytes] = []
+        while len(lines) < MAX_WAITING:
+            try:
+                lines.append(self._waiting.get_nowait())
+            except queue.Empty:
+                break
+        return lines
 
     def _run(self) -> None:
         while not self._stop.wait(PAUSE_S):
@@ -84,6 +104,7 @@ class AuditJournal:
                 log.error("audit: %s", type(error).__name__)
 
     def _write(self, lines: list[bytes]) -> None:
+        self._unwritten = lines
         try:
             appender = self._file()
             appender.write(lines)
@@ -93,11 +114,15 @@ class AuditJournal:
             if self._appender is not None:
                 self._appender.abandon()
                 self._appender = None
-            self._fallback.parent.mkdir(parents=True, exist_ok=True)
-            with self._fallback.open("ab") as file:
-                file.writelines(lines)
-                file.flush()
-                os.fsync(file.fileno())
+            self._keep(lines)
+        self._unwritten = []
+
+    def _keep(self, lines: list[bytes]) -> None:
+        self._fallback.parent.mkdir(parents=True, exist_ok=True)
+        with self._fallback.open("ab") as file:
+            file.writelines(lines)
+            file.flush()
+            os.fsync(file.fileno())
 
     def _make_durable(self, appender: Appender) -> None:
         """Sync, and from time to time publish where others cannot read a file that is being written (HDFS)."""

@@ -102,6 +102,8 @@ class HdfsAppender(Appender):
             self._writer = None
 
     def abandon(self) -> None:
+        if self._writer is not None:  # or its destructor would close it, and wait for dead DataNodes without end
+            self._writer.close = lambda: None  # type: ignore[method-assign]
         self._writer = None
         self._call.end()
 

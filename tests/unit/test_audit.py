@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import orjson
@@ -89,6 +91,24 @@ def test_what_the_storage_refused_comes_later(tmp_path: Path) -> None:
     assert (audit.run(settings), audit.run(settings)) == (1, 0)
     assert who(settings) == ["late"]
     assert not fallback.exists()
+
+
+def test_a_storage_that_hangs_holds_up_no_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As HDFS does for a while when a DataNode died: what it has not confirmed is kept on this host."""
+    settings = archive(tmp_path)
+    answered, storage = Event(), open_storage(settings.storage.root)
+    monkeypatch.setattr("sphere.catalog.audit.CLOSE_S", 0.3)
+    create = storage.create
+    monkeypatch.setattr(storage, "create", lambda path: answered.wait(60) and create(path))
+    journal = AuditJournal(storage, settings.archive.state_dir / "audit.jsonl")
+    journal.add(who="given")
+    while journal._waiting.qsize():
+        time.sleep(0.01)
+    journal.add(who="waiting")
+    journal.close()
+    lines = (settings.archive.state_dir / "audit.jsonl").read_bytes().splitlines()
+    assert [orjson.loads(line)["who"] for line in lines] == ["given", "waiting"]
+    answered.set()
 
 
 def test_files_of_the_table_stay_few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
