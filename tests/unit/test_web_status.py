@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
+from threading import Event
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -174,9 +175,9 @@ def test_an_extraction_tells_how_far_it_is(tmp_path: Path, failing: bool) -> Non
     working = cast(Archive, SimpleNamespace(extract=run))
     if failing:
         with pytest.raises(CatalogError, match="no catalog"):
-            _extract(working, tmp_path)
+            _extract(working, tmp_path, Event(), Event())
     else:
-        _extract(working, tmp_path)
+        _extract(working, tmp_path, Event(), Event())
     assert steps[0] and (steps[0].step, steps[0].done, steps[0].total, steps[0].ended_at) == ("headers", 3, 10, "")
     ended = serving.read_job(tmp_path)
     assert ended and ended.ended_at
