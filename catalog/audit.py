@@ -8,9 +8,6 @@ from __future__ import annotations
 import logging
 import os
 import queue
-import re
-import secrets
-import socket
 import threading
 import time
 from collections.abc import Callable
@@ -21,6 +18,7 @@ from typing import Any, Final
 import orjson
 
 from sphere.conf.errors import StorageError
+from sphere.ingest.dayfile import DayFile
 from sphere.ingest.storage.base import Appender, Storage
 
 log = logging.getLogger(__name__)
@@ -45,8 +43,7 @@ class AuditJournal:
     ) -> None:
         self._storage, self._fallback, self._clock = storage, fallback, clock
         self._waiting: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-        self._appender: Appender | None = None
-        self._day = ""
+        self._file = DayFile(storage, FOLDER)
         self._hidden_since: float | None = None  # monotonic time of the first record that other hosts cannot read yet
         self._unwritten: list[bytes] = []  # records that the storage was given and has not confirmed
         self._stop = threading.Event()
@@ -76,7 +73,7 @@ class AuditJournal:
         self._thread.join()
         self.flush()
         with self._writing:
-            self._let_go()
+            self._file.close()
 
     def flush(self) -> None:
         """Write and sync what waits."""
@@ -106,14 +103,12 @@ class AuditJournal:
     def _write(self, lines: list[bytes]) -> None:
         self._unwritten = lines
         try:
-            appender = self._file()
+            appender = self._file.open(self._clock())
             appender.write(lines)
             self._make_durable(appender)
         except StorageError as error:
             log.error("audit journal: %s; records go to %s", error, self._fallback)
-            if self._appender is not None:
-                self._appender.abandon()
-                self._appender = None
+            self._file.abandon()
             self._keep(lines)
         self._unwritten = []
 
@@ -135,22 +130,3 @@ class AuditJournal:
             appender.publish()
         if self._storage.visible_at_once or now - self._hidden_since > PUBLISH_S:
             self._hidden_since = None
-
-    def _file(self) -> Appender:
-        """That of today; raises StorageError."""
-        now = self._clock()
-        day = f"{now:%Y/%m/%d}"
-        if self._appender is None or day != self._day:
-            self._let_go()
-            host = re.sub(r"[^A-Za-z0-9-]+", "-", socket.gethostname())[:40] or "host"
-            name = f"{now:%Y%m%dT%H%M%S}Z-{host}-{os.getpid()}-{secrets.token_hex(4)}"
-            self._appender, self._day = self._storage.create(f"{FOLDER}/{day}/{name}.jsonl"), day
-        return self._appender
-
-    def _let_go(self) -> None:
-        if self._appender is not None:
-            try:
-                self._appender.close()
-            except StorageError as error:
-                log.error("audit journal: %s", error)
-            self._appender = None

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
-import re
-import secrets
-import socket
 import threading
 import time
 from collections.abc import Callable
@@ -15,6 +11,7 @@ from datetime import datetime, timezone
 
 from sphere.conf.errors import StorageError, StorageFull
 from sphere.conf.settings import Settings
+from sphere.ingest.dayfile import unique_name
 from sphere.ingest.folders import BUNDLES
 from sphere.ingest.groups import GroupCommit
 from sphere.ingest.lock import BundleLock
@@ -238,6 +235,4 @@ class BundleWriter:
 def new_bundle_path() -> str:
     """``bundles/YYYY/MM/DD/<id>.tar``; ids sort by the time (UTC) their bundle was begun."""
     now = datetime.now(timezone.utc)
-    host = re.sub(r"[^A-Za-z0-9-]+", "-", socket.gethostname())[:40] or "host"
-    unique = f"{now:%Y%m%dT%H%M%S%f}Z-{host}-{os.getpid()}-{secrets.token_hex(4)}"
-    return f"{BUNDLES}/{now:%Y/%m/%d}/{unique}.tar"
+    return f"{BUNDLES}/{now:%Y/%m/%d}/{unique_name(now)}.tar"

@@ -9,10 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
-import re
-import secrets
-import socket
 import sqlite3
 import threading
 import time
@@ -25,14 +21,13 @@ from typing import Any, Final
 import orjson
 
 from sphere.conf.errors import StorageError
-from sphere.ingest.storage.base import Appender, Entry, Storage
+from sphere.ingest.dayfile import DayFile
+from sphere.ingest.storage.base import Entry, Storage
 
 log = logging.getLogger(__name__)
 
 Apply = Callable[[sqlite3.Connection, Mapping[str, Any]], None]
 
-FAR_S: Final = 1.0
-"""Seconds between looks at a storage on which looking costs a call to a server."""
 DAYS: Final = 60
 """Days up to which the folders of the days are looked at one by one, and not all of them."""
 CHUNK: Final = 4 << 20
@@ -56,8 +51,7 @@ class EventLog:
         self._db: sqlite3.Connection | None = None
         self._lock = threading.RLock()  # of the connection
         self._writing = threading.Lock()
-        self._appender: Appender | None = None
-        self._day = ""
+        self._file = DayFile(storage, folder)
         self._seen: dict[str, int] = {}  # bytes of the files, as far as they are known to be taken up
         self._looked_until: date | None = None
         self._looked = 0.0
@@ -65,7 +59,7 @@ class EventLog:
     def close(self) -> None:
         """Let go of the file of this process, and of the cache."""
         with self._writing:
-            self._let_go()
+            self._file.close()
         with self._lock:
             if self._db is not None:
                 self._db.close()
@@ -76,13 +70,11 @@ class EventLog:
         lines = [orjson.dumps(event, option=orjson.OPT_APPEND_NEWLINE) for event in events]
         with self._writing:
             try:
-                appender = self._file()
+                appender = self._file.open(datetime.now(timezone.utc))
                 appender.write(lines)
                 appender.publish()
             except StorageError:
-                if self._appender is not None:  # its last line may be torn: nothing is added to it any more
-                    self._appender.abandon()
-                    self._appender = None
+                self._file.abandon()
                 raise
         with self.reading():
             return
@@ -95,29 +87,6 @@ class EventLog:
             if time.monotonic() - self._looked >= max_age_s:
                 self._take_up(db)
             yield db
-
-    @property
-    def far(self) -> bool:
-        """Whether looking costs a call to a server."""
-        return not self._storage.visible_at_once
-
-    def _file(self) -> Appender:
-        now = datetime.now(timezone.utc)
-        day = f"{now:%Y/%m/%d}"
-        if self._appender is None or day != self._day:
-            self._let_go()
-            host = re.sub(r"[^A-Za-z0-9-]+", "-", socket.gethostname())[:40] or "host"
-            name = f"{now:%Y%m%dT%H%M%S}Z-{host}-{os.getpid()}-{secrets.token_hex(4)}.jsonl"
-            self._appender, self._day = self._storage.create(f"{self._folder}/{day}/{name}"), day
-        return self._appender
-
-    def _let_go(self) -> None:
-        if self._appender is not None:
-            try:
-                self._appender.close()
-            except StorageError as error:  # every event was published, or its writer was told
-                log.warning("events: %s", error)
-            self._appender = None
 
     def _connected(self) -> sqlite3.Connection:
         """The cache; one that is damaged is made anew."""

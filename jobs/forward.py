@@ -13,7 +13,8 @@ from datetime import datetime, timezone
 from sphere.catalog.queries import Queries, open_queries
 from sphere.catalog.service import StoredInstance
 from sphere.conf.errors import LockHeld, SphereError
-from sphere.conf.settings import Peer, Settings
+from sphere.conf.peers import Peer
+from sphere.conf.settings import Settings
 from sphere.ingest.spool import open_readable
 from sphere.jobs.forward_queue import Entry, Queue
 from sphere.scp.retrieve.deliver import Delivery

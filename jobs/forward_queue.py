@@ -22,7 +22,8 @@ from deltalake.exceptions import DeltaError
 from sphere.catalog.lock import CatalogLock
 from sphere.catalog.match_header import Header
 from sphere.conf.errors import JobFailed
-from sphere.conf.settings import Forward, Settings
+from sphere.conf.peers import Forward
+from sphere.conf.settings import Settings
 from sphere.jobs.tables import Tables, read
 from sphere.scp.peers import CallingPolicy
 from sphere.scp.policy import Conditions

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Final
 
 from sphere.catalog.audit import AuditJournal
-from sphere.conf.settings import NOT_AUTHORIZED
+from sphere.conf.peers import NOT_AUTHORIZED
 from sphere.scp.callers import Caller
 from sphere.scp.upper.association import Association, Response, Service
 from sphere.scp.upper.command import C_FIND_RQ, C_GET_RQ, C_MOVE_RQ, C_STORE_RQ, N_ACTION_RQ

@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sphere.conf.settings import Rights, Settings
+from sphere.conf.peers import Rights
+from sphere.conf.settings import Settings
 from sphere.scp.peers import CallingPolicy
 from sphere.scp.upper.messages import Limits
 from sphere.scp.upper.negotiation import Proposal

@@ -9,7 +9,7 @@ from typing import Any
 
 from sphere.catalog.audit import AuditJournal
 from sphere.conf.logs import hashed
-from sphere.conf.settings import NOT_AUTHORIZED, Right
+from sphere.conf.peers import NOT_AUTHORIZED, Right
 from sphere.scp import contexts
 from sphere.scp.answers import AnswerEncoder
 from sphere.scp.audit import Records

@@ -9,7 +9,8 @@ import time
 from collections.abc import Callable
 
 from sphere.conf.errors import SettingsError
-from sphere.conf.settings import Peer, Settings
+from sphere.conf.peers import Peer
+from sphere.conf.settings import Settings
 
 RESOLVED_S = 60.0  # seconds that an answer of the name service is kept
 _WRITTEN_OUT = re.compile(r"(?P<ae_title>[^@\\]{1,16})@(?P<host>\[[0-9A-Fa-f:.]+\]|[^:\[\]@]+):(?P<port>\d{1,5})")

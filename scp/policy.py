@@ -23,7 +23,8 @@ from sphere.catalog.predicate import Predicate
 from sphere.catalog.query import Query
 from sphere.catalog.schema import COMPUTED
 from sphere.conf.errors import QueryError, Refused, SettingsError
-from sphere.conf.settings import Condition, Peer, Rule, Settings
+from sphere.conf.peers import Condition, Peer, Rule
+from sphere.conf.settings import Settings
 from sphere.ingest.header import Header as ReadHeader
 from sphere.ingest.header import HeaderReader
 from sphere.ingest.members import NewMember

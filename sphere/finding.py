@@ -11,7 +11,8 @@ from sphere.catalog.asof import parse_as_of
 from sphere.catalog.queries import open_queries
 from sphere.catalog.query import Features, Model, parse_identifier
 from sphere.catalog.schema import Level
-from sphere.conf.settings import Peer, Settings
+from sphere.conf.peers import Peer
+from sphere.conf.settings import Settings
 
 
 def find_there(

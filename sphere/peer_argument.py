@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 
 import click
 
-from sphere.conf.settings import Peer, Settings
+from sphere.conf.peers import Peer
+from sphere.conf.settings import Settings
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 

@@ -13,7 +13,8 @@ import pyarrow as pa
 
 from sphere.catalog.schema import Level
 from sphere.conf.errors import PeerError
-from sphere.conf.settings import Peer, Settings, load
+from sphere.conf.peers import Peer
+from sphere.conf.settings import Settings, load
 from sphere.dimse_commands import name_failure, split_key
 from sphere.output import write_rows
 from sphere.peer_argument import Named, peer_argument

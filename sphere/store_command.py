@@ -15,7 +15,8 @@ import click
 import pyarrow as pa
 
 from sphere.conf.errors import PeerError, StorageError
-from sphere.conf.settings import Peer, Settings, load
+from sphere.conf.peers import Peer
+from sphere.conf.settings import Settings, load
 from sphere.dimse_commands import name_failure, split_key
 from sphere.output import write_rows
 from sphere.peer_argument import Named, peer_argument

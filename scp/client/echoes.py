@@ -6,7 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from sphere.conf.errors import SphereError
-from sphere.conf.settings import Peer, Settings
+from sphere.conf.peers import Peer
+from sphere.conf.settings import Settings
 from sphere.scp.client.query import echo
 
 AT_ONCE = 16  # peers asked at the same time

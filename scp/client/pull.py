@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 from sphere.catalog.query import Model
 from sphere.catalog.schema import Level
 from sphere.conf.errors import PeerError, QueryError
-from sphere.conf.settings import Peer, Settings
+from sphere.conf.peers import Peer
+from sphere.conf.settings import Settings
 from sphere.scp.client.query import find
 from sphere.scp.client.retrieve import Progress
 

@@ -12,7 +12,8 @@ from pynetdicom.dsutils import decode, encode
 from sphere.catalog.query import NO_FEATURES, Features, Model
 from sphere.catalog.schema import Level
 from sphere.conf.errors import PeerError
-from sphere.conf.settings import Peer, Settings
+from sphere.conf.peers import Peer
+from sphere.conf.settings import Settings
 from sphere.scp import contexts
 from sphere.scp.contexts import ENCODABLE, FIND_MODELS, VERIFICATION
 from sphere.scp.identifier import build_identifier

@@ -15,7 +15,8 @@ from pynetdicom.presentation import StoragePresentationContexts
 from sphere.catalog.query import Model
 from sphere.catalog.schema import Level
 from sphere.conf.errors import PeerError
-from sphere.conf.settings import Peer, Settings
+from sphere.conf.peers import Peer
+from sphere.conf.settings import Settings
 from sphere.scp.client.query import ENCODINGS, encoded
 from sphere.scp.contexts import GET_MODELS, MOVE_MODELS, is_storage
 from sphere.scp.identifier import build_identifier

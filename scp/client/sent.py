@@ -11,7 +11,7 @@ from typing import TextIO
 
 from sphere.catalog.service import StoredInstance
 from sphere.conf.errors import StorageError
-from sphere.conf.settings import Peer
+from sphere.conf.peers import Peer
 
 FOLDER = "sending"
 

@@ -11,7 +11,8 @@ from typing import Generic, TypeVar
 
 from sphere.catalog.service import StoredInstance
 from sphere.conf.errors import PeerError
-from sphere.conf.settings import Peer, Settings
+from sphere.conf.peers import Peer
+from sphere.conf.settings import Settings
 from sphere.ingest.header import identify
 from sphere.ingest.members import FileRange
 from sphere.ingest.storage.base import Readable

@@ -17,7 +17,8 @@ from pynetdicom.dsutils import encode
 
 from sphere.conf.errors import PeerError, SphereError
 from sphere.conf.logs import hashed
-from sphere.conf.settings import Peer, Settings
+from sphere.conf.peers import Peer
+from sphere.conf.settings import Settings
 from sphere.scp.commitment.transactions import Reference, Transaction, Transactions
 from sphere.scp.commitment.verify import COMMITTED, Verifier
 from sphere.scp.contexts import ENCODABLE, STORAGE_COMMITMENT

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 from sphere.conf.errors import PeerError, SettingsError, StorageError
-from sphere.conf.settings import Peer, Settings
+from sphere.conf.peers import Peer
+from sphere.conf.settings import Settings
 from sphere.scp.retrieve.outbound import Channel, Converter, Instance, Sender, is_odd, preferred_by
 from sphere.scp.upper.messages import Context
 from sphere.scp.upper.requestor import NoneAccepted, PeerSilent, Proposed, Requested

@@ -11,7 +11,7 @@ from pydicom.uid import UID
 
 from sphere.conf.errors import StorageError
 from sphere.conf.logs import hashed
-from sphere.conf.settings import Peer
+from sphere.conf.peers import Peer
 from sphere.scp.retrieve.read_ahead import Range
 from sphere.scp.retrieve.transcode import CONVERTIBLE, ENCODERS, NAMED, TARGETS, NotConverted
 from sphere.scp.retrieve.transcoder import MAX_SOURCE

@@ -22,7 +22,8 @@ from pynetdicom.pdu_primitives import (
 from pynetdicom.presentation import PresentationContext, build_context
 
 from sphere.conf.errors import PeerError
-from sphere.conf.settings import Peer, Settings
+from sphere.conf.peers import Peer
+from sphere.conf.settings import Settings
 from sphere.scp.libraries import prepare_libraries
 from sphere.scp.peers import describe
 from sphere.scp.upper import command as dimse

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Final, NoReturn
 
 from sphere.conf.errors import SettingsError
-from sphere.conf.settings import Dimse, Peer, Settings, Web
+from sphere.conf.peers import Peer
+from sphere.conf.settings import Dimse, Settings, Web
 
 CIPHERS: Final = (  # of TLS 1.2 (RFC 9325 4.2); those of 1.3 are all of that kind. SECLEVEL: keys as of 2048 bits RSA
     "ECDHE-ECDSA-AES256-GCM-SHA384:ECDHE-ECDSA-AES128-GCM-SHA256:"

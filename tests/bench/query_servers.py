@@ -23,7 +23,8 @@ from pydicom.dataset import Dataset
 from pydicom.uid import ExplicitVRLittleEndian
 from pynetdicom.dsutils import encode
 
-from sphere.conf.settings import Peer, Settings, from_dict
+from sphere.conf.peers import Peer
+from sphere.conf.settings import Settings, from_dict
 from sphere.scp.upper.command import C_STORE_RQ
 from sphere.scp.upper.outgoing import Outgoing
 from sphere.scp.upper.requestor import MAX_CONTEXTS, Proposed, connect

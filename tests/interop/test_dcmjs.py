@@ -12,7 +12,8 @@ from typing import Any
 import pydicom
 import pytest
 
-from sphere.conf.settings import Peer, Settings
+from sphere.conf.peers import Peer
+from sphere.conf.settings import Settings
 from sphere.scp import client
 from sphere.scp.store import StoreAnswer, StoreRequest
 from tests.support.dicom_tools import RUN_S, require_tool, running

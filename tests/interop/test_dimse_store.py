@@ -14,7 +14,8 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian
 from pynetdicom import AE, AllStoragePresentationContexts, build_context
 
 from sphere.conf.errors import PeerError
-from sphere.conf.settings import Peer, Settings
+from sphere.conf.peers import Peer
+from sphere.conf.settings import Settings
 from sphere.ingest.header import identify
 from sphere.scp import client
 from tests.support.dicom_tools import (

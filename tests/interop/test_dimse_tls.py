@@ -17,7 +17,8 @@ from click.testing import CliRunner
 
 from sphere.cli import main
 from sphere.conf.errors import PeerError
-from sphere.conf.settings import Peer, Settings
+from sphere.conf.peers import Peer
+from sphere.conf.settings import Settings
 from sphere.scp import client
 from sphere.scp.upper.requestor import PeerSilent
 from tests.support.certificates import Authority, Certificate

@@ -14,7 +14,7 @@ from pydicom.data import get_testdata_file
 from pynetdicom import AE, evt
 
 from sphere.cli import main
-from sphere.conf.settings import Peer
+from sphere.conf.peers import Peer
 from sphere.scp import client
 from sphere.template import render
 from tests.support.dicom_tools import part10_dataset, running_storescp

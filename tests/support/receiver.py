@@ -16,7 +16,8 @@ from typing import Any
 
 from sphere.conf import logs
 from sphere.conf.footprint import keep_small
-from sphere.conf.settings import Peer, Settings, from_dict
+from sphere.conf.peers import Peer
+from sphere.conf.settings import Settings, from_dict
 from sphere.ingest.journal import Landed
 from sphere.ingest.records import MemberRecord
 from sphere.ingest.storage import open_storage

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -51,3 +52,12 @@ def serving_web(settings: Settings, change: Callable[[Services], Services] = lam
         server.should_exit = True
         thread.join(30)
         assert not thread.is_alive()
+
+
+def until_closed(client: socket.socket) -> bytes:
+    """All that comes before the other side closes."""
+    client.settimeout(20)
+    answer = b""
+    while piece := client.recv(65536):
+        answer += piece
+    return answer

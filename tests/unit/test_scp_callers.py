@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from sphere.conf.settings import Strangers, from_dict
+from sphere.conf.peers import Strangers
+from sphere.conf.settings import from_dict
 from sphere.scp.callers import BURST_S, FORGOTTEN_S, limits_of, spend, take_slot
 
 pytestmark = pytest.mark.unit

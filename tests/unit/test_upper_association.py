@@ -499,7 +499,10 @@ def test_random_bytes_never_do_more_than_abort(bench: Bench) -> None:
         while peer.receive() is not None:
             pass
         peer.close()
-    bench.associated().release()
+    peer = bench.associated()
+    peer.send(echo_rq())
+    assert peer.receive() is not None
+    peer.release()
 
 
 def test_a_defect_of_a_service_ends_that_association_alone(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ import pytest
 
 from sphere.ingest.header import identify
 from tests.support.landing import archive, land, new_member
-from tests.support.web import Web, serving_web
+from tests.support.web import Web, serving_web, until_closed
 
 pytestmark = pytest.mark.unit
 
@@ -130,7 +130,7 @@ def test_bodies(web: Web, path: str, headers: dict[str, str], body: bytes, statu
 def test_ranges_and_paths(web: Web, path: str, statuses: tuple[int, ...]) -> None:
     with socket.create_connection(("127.0.0.1", web.port)) as client:  # as it stands: httpx would shorten `..`
         client.sendall(f"GET {INSTANCE}{path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
-        answer = _all(client)
+        answer = until_closed(client)
     assert int(answer.split()[1]) in statuses, answer
     assert b"application/problem+json" in answer
 
@@ -153,7 +153,7 @@ def test_slow_bodies(web: Web, path: str, head: str) -> None:
     with socket.create_connection(("127.0.0.1", web.port)) as client:
         client.sendall(f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\n{head}\r\n\r\n".encode())
         client.sendall(b"10\r\n--B\r\nContent-Typ")
-        answer = _all(client)
+        answer = until_closed(client)
     assert answer.startswith(b"HTTP/1.1 408 ") and b"application/problem+json" in answer
     assert stored(root) == before
 
@@ -164,15 +164,7 @@ def test_floods_of_headers(web: Web, path: str) -> None:
         with socket.create_connection(("127.0.0.1", web.port)) as client:
             try:
                 client.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n".encode() + flood + b"\r\n")
-                answer = _all(client)
+                answer = until_closed(client)
             except (BrokenPipeError, ConnectionResetError):  # closed while we were still sending
                 continue
         assert answer.startswith(b"HTTP/1.1 431 ") and b"application/problem+json" in answer
-
-
-def _all(client: socket.socket) -> bytes:
-    client.settimeout(20)
-    answer = b""
-    while piece := client.recv(65536):
-        answer += piece
-    return answer

@@ -15,6 +15,7 @@ from starlette.testclient import TestClient
 
 from sphere.archive import Archive
 from sphere.catalog.schema import TABLES
+from sphere.children import _extract
 from sphere.conf import logs, serving
 from sphere.conf.errors import CatalogError
 from sphere.ingest.bundle import NewMember
@@ -23,7 +24,6 @@ from sphere.scp.web.app import make_app
 from sphere.scp.web.landed import RECENT, STUDIES, Arrivals
 from sphere.scp.web.server import services_of
 from sphere.scp.web.tokens import Tokens
-from sphere.serve import _extract
 from tests.support.catalog import write_table
 from tests.support.extracted import extract
 from tests.support.landing import START, archive, changed, land, new_member, slices
