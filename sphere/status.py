@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 
 import orjson
 
-from sphere.catalog.schema import TABLES
+from sphere.catalog.overview import COUNTED, Overview
 from sphere.conf import serving
 from sphere.conf.errors import SphereError
 from sphere.conf.serving import ServeState, SpoolState
@@ -18,8 +18,6 @@ from sphere.ingest.spool import backlog, in_use
 from sphere.ingest.storage import open_storage
 from sphere.jobs.forward_queue import ForwardState, states
 from sphere.jobs.tables import Tables, read
-
-COUNTED = ("patients", "studies", "series", "instances", "quarantine", "conflicts")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +92,8 @@ def _stored(settings: Settings) -> Status:
         opened += not state.sealed
         landed += members
         waiting += members - done.get(state.bundle, 0)
+    with closing(Overview(settings)) as overview:
+        catalogued, reasons = overview.counts(), overview.reasons()
     return replace(
         _nothing(settings),
         bundles=bundles,
@@ -101,8 +101,8 @@ def _stored(settings: Settings) -> Status:
         bundle_bytes=size,
         landed=landed,
         waiting=waiting if settings.catalog.mode == "delta" else 0,
-        catalogued={name: _count(tables, name) for name in COUNTED},
-        quarantine=dict(Counter(_column(tables, "quarantine", "reason"))),
+        catalogued=catalogued,
+        quarantine=reasons,
         forwards=tuple(states(tables)),
     )
 
@@ -139,11 +139,3 @@ def _catalogued(tables: Tables) -> dict[str, int]:
     """Members catalogued, by bundle."""
     pieces = read(tables.open("bundles"), ("bundle", "members"))
     return {row["bundle"]: row["members"] for piece in pieces for row in piece.to_pylist()}
-
-
-def _count(tables: Tables, name: str) -> int:
-    return sum(len(piece) for piece in read(tables.open(name), TABLES[name].key[:1]))
-
-
-def _column(tables: Tables, name: str, column: str) -> list[str]:
-    return [value for piece in read(tables.open(name), (column,)) for value in piece[column].to_pylist()]
