@@ -19,7 +19,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from urllib.parse import unquote, urlsplit
 
 from hdfs_native import Client, FileReader, FileWriter, WriteOptions
@@ -102,9 +102,13 @@ class HdfsAppender(Appender):
             self._writer = None
 
     def abandon(self) -> None:
-        if self._writer is not None:  # or its destructor would close it, and wait for dead DataNodes without end
-            self._writer.close = lambda: None  # type: ignore[method-assign]
-        self._writer = None
+        """Its destructor would close the file, and wait for dead DataNodes without end: it is closed here, which lets
+        go of the lease that a repair would have to wait for, or not at all."""
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            with suppress(Exception):  # whatever is wrong with it, it is given up
+                self._call(FRESH_S, writer.close)
+            writer.close = lambda: None  # type: ignore[method-assign]
         self._call.end()
 
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 TICK_S = 0.25  # seconds after which an operation that waits returns, so that its caller looks at deadlines
-GRACE_S = 0.2  # seconds in which the peer closes first, as PS3.8 9.2 has it after A-ABORT and A-ASSOCIATE-RJ (Sta13)
+GRACE_S = 1.0  # seconds in which the peer closes first, as PS3.8 9.2 has it after A-ABORT and A-ASSOCIATE-RJ (Sta13)
 LINGER_S = 2.0  # seconds for the peer to read an A-ABORT or A-ASSOCIATE-RJ before the connection is closed
 TLS_WRITE = 1 << 14  # bytes of a TLS record, which one write is; there is no gathering write, small buffers are joined
 QUICKACK = getattr(socket, "TCP_QUICKACK", None)  # Linux only
