@@ -25,7 +25,7 @@ from sphere.conf.errors import SphereError
 from sphere.conf.settings import Settings
 from sphere.ingest.folders import BUNDLES
 from sphere.ingest.records import MemberRecord
-from sphere.ingest.spool import open_readable
+from sphere.ingest.spool import in_use, open_readable
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +34,7 @@ SENDERS = 1024  # associations and their studies remembered
 CHUNK = 1 << 20  # bytes read at a time to see whether a copy is there
 LINE = 700  # bytes of a line of a journal, about
 TAIL = 10_000  # members taken from the journals at a time
+PATIENCE_S = 0.5  # seconds that a sender to a spool waits for storage and catalog: they may be away for hours
 _PACKED = struct.Struct("<32sIQQI")  # sha256, number of the bundle, offset, length, dataset_offset
 
 Meeting = Literal["new", "copy", "other", "refused copy"]
@@ -67,6 +68,7 @@ class KnownInstances:
         self._catalog = catalog
         self._thorough = settings.ingest.on_conflict == "reject"  # worth an index: a sender is to be told
         self._storage = open_readable(settings)
+        self._hurried = in_use(settings) and not self._thorough
         self._state_dir = settings.archive.state_dir
         self._salt = secrets.token_bytes(16)  # nobody outside can make two UIDs meet
         self._versions: OrderedDict[bytes, bytes] = OrderedDict()
@@ -120,22 +122,44 @@ class KnownInstances:
         return _PACKED.pack(sha, number, version.offset, version.length, version.dataset_offset)
 
     def _look(self, study: str, sender: str) -> None:
-        """See what landed elsewhere before this association, and what the catalog has of this study."""
+        """See what landed elsewhere before this association, and what the catalog has of this study.
+
+        Where a spool takes what arrives, nobody waits longer than PATIENCE_S for it.
+        """
         if (sender, study) in self._senders:
             return
-        with self._looking:
-            try:
-                if (sender, "") not in self._senders:
-                    self._catch_up()
-                found = self._catalog.versions_of(study, seen=self._loaded.get(study, ""), load=self._thorough)
-                if found is not None:
-                    self._loaded[study], versions = found
-                    self._add(versions, first=True)
-            except SphereError as error:
-                log.warning("copies are not recognised for now: %s", error)
-            self._senders[sender, ""] = self._senders[sender, study] = None
-            _forget(self._senders)
-            _forget(self._loaded)
+        if not self._hurried:
+            with self._looking:
+                self._look_now(study, sender)
+            return
+        if self._looking.acquire(timeout=PATIENCE_S):
+            looked = threading.Event()
+            threading.Thread(target=self._look_beside, args=(study, sender, looked), daemon=True).start()
+            if looked.wait(PATIENCE_S):
+                return
+        log.warning("copies are not recognised for now: storage or catalog takes its time")
+        self._senders[sender, ""] = self._senders[sender, study] = None
+
+    def _look_beside(self, study: str, sender: str, looked: threading.Event) -> None:
+        try:
+            self._look_now(study, sender)
+        finally:
+            self._looking.release()
+            looked.set()
+
+    def _look_now(self, study: str, sender: str) -> None:
+        try:
+            if (sender, "") not in self._senders:
+                self._catch_up()
+            found = self._catalog.versions_of(study, seen=self._loaded.get(study, ""), load=self._thorough)
+            if found is not None:
+                self._loaded[study], versions = found
+                self._add(versions, first=True)
+        except SphereError as error:
+            log.warning("copies are not recognised for now: %s", error)
+        self._senders[sender, ""] = self._senders[sender, study] = None
+        _forget(self._senders)
+        _forget(self._loaded)
 
     def _catch_up(self) -> None:
         if self._tail is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -119,3 +120,22 @@ def test_memory_is_bounded_and_a_storage_that_is_away_costs_nothing(
     for number in range(10):
         meet(instances, new_member(slices(1)[0]), str(number))
     assert len(instances._senders) <= 4
+
+
+def test_nobody_waits_for_a_storage_that_is_away_where_a_spool_takes_what_arrives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = archive(tmp_path, ingest={"durability": "spool"}, storage={"root": "hdfs://127.0.0.1:1/archive"})
+    monkeypatch.setattr(known, "PATIENCE_S", 0.05)
+    back, looks = threading.Event(), []
+    monkeypatch.setattr(KnownInstances, "_catch_up", lambda self: looks.append(back.wait(60)))
+    [data] = slices(1)
+    member = new_member(data)
+    with QueryService(settings) as finder:
+        instances = KnownInstances(settings, finder)
+        for sender in "abc":
+            assert meet(instances, member, sender) == "new"
+            assert not back.is_set() and (sender, member.StudyInstanceUID) in instances._senders
+        back.set()
+        with instances._looking:  # the look that was under way has ended
+            assert looks == [True]
