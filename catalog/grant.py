@@ -52,6 +52,11 @@ class Grant:
             return True
         return any((row.get(keyword) or "").strip(" ") in names for keyword, names in self._listed if names)
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns of `instances` that `condition` asks for."""
+        return ("collections", *_KINDS)
+
     def attach(self, db: duckdb.DuckDBPyConnection) -> None:
         """Give a database what `condition` compares with, once; raises duckdb.Error."""
         db.execute(f"ATTACH ':memory:' AS {self._schema}")

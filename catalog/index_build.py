@@ -19,6 +19,7 @@ from sphere.catalog import overlay
 from sphere.catalog.grant import Grant
 from sphere.catalog.index_files import FileMap
 from sphere.catalog.match import TRAILING_ONLY_VRS, normal_name_sql
+from sphere.catalog.reading import files_sql
 from sphere.catalog.rollup import roll_up_sql, source_columns
 from sphere.catalog.schema import BY_KEYWORD, TABLES
 from sphere.catalog.tables import Snapshot
@@ -128,7 +129,7 @@ def _replace(
     condition, values = overlay.among("StudyInstanceUID", affected)
     holding = files.of_studies(db, affected)
     if holding and instances is not None:
-        source, bound = "read_parquet(?, union_by_name = true)", [holding]
+        source, bound = files_sql("instances", dict.fromkeys([*columns, *(grant.columns if grant else ())])), [holding]
     else:
         db.register("no_rows", TABLES["instances"].schema.empty_table())
         source, bound = "no_rows", []
@@ -153,9 +154,8 @@ def _granted_studies(db: duckdb.DuckDBPyConnection, added: Sequence[str], grant:
     known = "SELECT StudyInstanceUID FROM base.studies UNION SELECT StudyInstanceUID FROM {}.studies"
     studies = {row[0] for row in db.execute(known.format(overlay.SCHEMA)).fetchall()}
     if added:
-        source = "read_parquet(?, union_by_name = true)"
-        names = [row[0] for row in db.execute(f"DESCRIBE SELECT * FROM {source}", [list(added)]).fetchall()]
-        sql = f"SELECT DISTINCT StudyInstanceUID FROM {source} WHERE {granted(grant, names)}"
+        source = files_sql("instances", grant.columns)
+        sql = f"SELECT DISTINCT StudyInstanceUID FROM {source} WHERE {granted(grant, grant.columns)}"
         studies |= {row[0] for row in db.execute(sql, [list(added)]).fetchall()}
     return studies
 
@@ -171,9 +171,10 @@ def _roll_up_granted(db: duckdb.DuckDBPyConnection, instances: Snapshot | None, 
     files = instances.files if instances else ()
     have = instances.columns if instances else frozenset[str]()
     held = ", ".join(f'"{name}"' for name in columns if name in have)
+    relation = files_sql("instances", dict.fromkeys([*columns, *grant.columns]))
     for start in range(0, len(files), FILES_AT_ONCE):
         some = list(files[start : start + FILES_AT_ONCE])
-        source = f"read_parquet(?, union_by_name = true) WHERE {granted(grant, have)}"
+        source = f"{relation} WHERE {granted(grant, have)}"
         db.execute(f"INSERT INTO granted_rows BY NAME SELECT {held} FROM {source}", [some])
     for name, source in (("series", "granted_rows"), ("studies", "granted_rows"), ("patients", "studies_rolled")):
         db.execute(f"CREATE TEMP TABLE {name}_rolled AS {roll_up_sql(name, source)}")

@@ -16,6 +16,7 @@ from sphere.catalog.index_build import INDEXED, granted
 from sphere.catalog.index_files import FileMap
 from sphere.catalog.overlay import Touched
 from sphere.catalog.parts import InstanceFiles
+from sphere.catalog.reading import files_sql
 from sphere.catalog.recent import Recent, column_of
 from sphere.catalog.rows import RowStore
 from sphere.catalog.schema import Level
@@ -117,9 +118,10 @@ class Layer:
     def instances(self, files: Sequence[str], names: Sequence[str]) -> tuple[str, list[Any]] | None:
         """SQL of a relation with the columns `names` of the instances in `files` and of the recent ones, and its
         values; None where there are neither."""
-        read, allowed = "read_parquet(?, union_by_name = true)", ""
-        if self.index.grant is not None:
-            allowed = f" WHERE {granted(self.index.grant, self.index.instance_columns, 'b.')}"
+        grant, allowed = self.index.grant, ""
+        read = files_sql("instances", names if grant is None else dict.fromkeys([*names, *grant.columns]))
+        if grant is not None:
+            allowed = f" WHERE {granted(grant, self.index.instance_columns, 'b.')}"
         if self.name == "base" or self.index.recent is None or not self.index.recent.members:
             return (f"(SELECT * FROM {read} b{allowed})" if allowed else read, [list(files)]) if files else None
         recent = ", ".join(f'{column_of(name)} AS "{name}"' for name in names)

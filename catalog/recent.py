@@ -24,6 +24,7 @@ from sphere.catalog.fold import FoldedStudy
 from sphere.catalog.grant import Grant
 from sphere.catalog.index_build import granted
 from sphere.catalog.index_files import FileMap
+from sphere.catalog.reading import files_sql
 from sphere.catalog.rollup import duckdb_type, source_columns
 from sphere.catalog.schema import BY_KEYWORD, TABLES
 from sphere.catalog.tail import JournalTail
@@ -255,8 +256,9 @@ class Recent:
         if not files:
             return []
         columns = ", ".join(f'"{name}"' for name in _ROLLED if name in self._sources.columns)
+        names = _ROLLED if self._sources.grant is None else dict.fromkeys([*_ROLLED, *self._sources.grant.columns])
         sql = (
-            f"SELECT {columns} FROM read_parquet(?, union_by_name = true) ANTI JOIN recent.hidden "
+            f"SELECT {columns} FROM {files_sql('instances', names)} ANTI JOIN recent.hidden "
             "USING (SOPInstanceUID) WHERE StudyInstanceUID IN (SELECT unnest(?))"
         )
         if self._sources.grant is not None:

@@ -25,16 +25,16 @@ from sphere.ingest.header import Header, HeaderReader, Rejected, RowBuilder
 from sphere.ingest.journal import to_lines
 from sphere.ingest.records import MemberRecord
 from sphere.ingest.storage import open_storage
-from sphere.jobs.parquet import ROW_GROUP, FileWriter, NewFile
+from sphere.jobs.parquet import INDEXED, ROW_GROUP, FileWriter, NewFile
 from sphere.jobs.ranges import Fetch, prefixes
-from sphere.jobs.rolling import COLUMNS, ROLLED, Rolled, roll_up
+from sphere.jobs.rolling import COLUMNS, NEEDED, ROLLED, Rolled, roll_up
 from sphere.jobs.versions import Place, place
 
 STAGING = "_staging"
 """Folder below the catalog root for rows of contested versions; empty between two runs."""
 TASK_MEMBERS = 16_384
 """Members of one task, and so rows of one file, at most."""
-_ROW_GROUP_BYTES = 64 * 1024 * 1024  # of datasets, above which a row group ends early
+_FILE_BYTES = 64 * 1024 * 1024  # of datasets, above which a row group ends early, and a file: it is made in memory
 
 # A member travels as its line of the journal; one row of the frame is one task.
 _PLAN = pa.schema([("new", pa.binary()), ("contested", pa.binary()), ("split", TEXTS)])
@@ -163,18 +163,21 @@ class _Task:
         self._sources = sources
 
     def __call__(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        schema = TABLES["instances"].schema
         reader = _reader(self._sources.max_header)
         storage = open_storage(self._sources.storage, user=self._sources.user)
         for task in (row for batch in batches for row in batch.to_pylist()):
-            sink = _Sink(schema, split=task["split"])
+            sink = _Sink(self._sources, split=task["split"])
             for contested in (False, True):
                 lines = task["contested" if contested else "new"].split(b"\n")[:-1]
                 records = [MemberRecord.from_json(line) for line in lines]
                 beginnings = prefixes(storage, [(record.bundle, record.offset, record.length) for record in records])
                 for record, (prefix, fetch) in zip(records, beginnings, strict=True):
                     sink.add(record, _read(reader, record, prefix, fetch), contested)
-            yield pa.RecordBatch.from_pylist(sink.finish(self._sources), schema=_RESULT)
+            yield pa.RecordBatch.from_pylist(sink.finish(), schema=_RESULT)
+
+
+def _table(batch: pa.RecordBatch) -> pa.Table:
+    return pa.Table.from_batches([batch])
 
 
 @functools.cache
@@ -194,13 +197,16 @@ def _read(reader: HeaderReader, record: MemberRecord, prefix: bytes, fetch: Fetc
 
 
 class _Sink:
-    """Collects the outcome of one task."""
+    """Collects the outcome of one task, and puts its files on the storage of the catalog."""
 
-    def __init__(self, schema: pa.Schema, *, split: Collection[str]) -> None:
+    def __init__(self, sources: Sources, *, split: Collection[str]) -> None:
+        schema = TABLES["instances"].schema
         self._schema = schema
+        self._storage = open_storage(sources.catalog, user=sources.user)
         self._split = split
         self._rolled: list[pa.RecordBatch] = []
-        self._rows = {contested: RowBuilder(schema) for contested in (False, True)}
+        always = {*schema.names[:INDEXED], *NEEDED}
+        self._rows = {contested: RowBuilder(schema, always=always) for contested in (False, True)}
         self._files: dict[bool, FileWriter] = {}
         self._results: list[dict[str, Any]] = []
 
@@ -216,36 +222,42 @@ class _Sink:
             self._tell("contested", bundle=bundle, offset=offset, uid=uid)
         rows = self._rows[contested]
         rows.append(header, record)
-        if len(rows) >= ROW_GROUP or rows.nbytes >= _ROW_GROUP_BYTES:
-            self._flush(contested)
+        if len(rows) >= ROW_GROUP:
+            self._end_group(contested)
+        elif rows.nbytes >= _FILE_BYTES:
+            self._end_file(contested)
 
-    def _flush(self, contested: bool) -> None:
+    def finish(self) -> list[dict[str, Any]]:
+        for contested in (False, True):
+            self._end_file(contested)
+        if self._rolled:
+            rows = pa.concat_tables(map(_table, self._rolled), promote_options="default")
+            self._tell("rolled", **roll_up(rows, split=self._split).pack())
+        return self._results
+
+    def _end_group(self, contested: bool) -> None:
         if contested not in self._files:
-            self._files[contested] = FileWriter(self._schema)
+            self._files[contested] = FileWriter(self._schema, kept=self._schema.names[:INDEXED])
         batch = self._rows[contested].batch()
         self._files[contested].add(batch)
         if not contested:
-            self._rolled.append(batch.select(COLUMNS))
+            self._rolled.append(batch.select([name for name in COLUMNS if name in batch.schema.names]))
 
-    def finish(self, sources: Sources) -> list[dict[str, Any]]:
-        storage = open_storage(sources.catalog, user=sources.user)
-        for contested, rows in self._rows.items():
-            if len(rows):
-                self._flush(contested)
-            if contested in self._files:
-                writer = self._files[contested]
-                file = writer.finish(storage, STAGING if contested else "instances")
-                self._tell(
-                    "staged" if contested else "file",
-                    path=file.path,
-                    size=file.size,
-                    modified_ms=file.modified_ms,
-                    stats=file.stats,
-                    count=writer.rows,
-                )
-        if self._rolled:
-            self._tell("rolled", **roll_up(pa.Table.from_batches(self._rolled), split=self._split).pack())
-        return self._results
+    def _end_file(self, contested: bool) -> None:
+        if len(self._rows[contested]):
+            self._end_group(contested)
+        writer = self._files.pop(contested, None)
+        if writer is None:
+            return
+        file = writer.finish(self._storage, STAGING if contested else "instances")
+        self._tell(
+            "staged" if contested else "file",
+            path=file.path,
+            size=file.size,
+            modified_ms=file.modified_ms,
+            stats=file.stats,
+            count=writer.rows,
+        )
 
     def _tell(self, kind: str, **what: Any) -> None:
         self._results.append({"kind": kind, **what})

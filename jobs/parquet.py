@@ -6,6 +6,7 @@ import io
 import math
 import time
 import uuid
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import date, datetime, timedelta
 from typing import Any
@@ -35,46 +36,64 @@ class NewFile:
 
 
 class FileWriter:
-    """One Parquet file, built in memory and put on the storage as a whole when it is finished."""
+    """One Parquet file, built in memory and put on the storage as a whole when it is finished.
 
-    def __init__(self, schema: pa.Schema) -> None:
+    Columns that are null in every row are left out, but for those of `kept`: whoever reads a table takes a column that
+    a file lacks as null, and each of hundreds costs time and bytes in every file.
+    """
+
+    def __init__(self, schema: pa.Schema, *, kept: Collection[str]) -> None:
         self._schema = schema
-        self._sink = io.BytesIO()
-        self._writer: pq.ParquetWriter | None = None
-        self._indexed: list[pa.RecordBatch] = []
+        self._kept = frozenset(kept)
+        self._batches: list[pa.RecordBatch] = []
         self.rows = 0
 
     def add(self, batch: pa.RecordBatch) -> None:
-        """Append rows of the schema as one row group."""
-        if self._writer is None:
-            self._writer = _writer(self._sink, batch)
-        self._writer.write_batch(batch, row_group_size=len(batch))
-        self._indexed.append(batch.select(self._schema.names[:INDEXED]))
+        """Append rows, of columns of the schema, as one row group."""
+        self._batches.append(batch)
         self.rows += len(batch)
 
     def finish(self, storage: Storage, folder: str) -> NewFile:
         """Write the file, of one batch at least, under a new name below `folder`; the path given is relative to it."""
-        assert self._writer is not None
-        self._writer.close()
+        schema, used = self._used()
+        sink = io.BytesIO()
+        # Compressor and dictionary cost time for each column: only those that say something have them.
+        with pq.ParquetWriter(
+            sink,
+            schema,
+            compression=dict.fromkeys(schema.names, "NONE") | dict.fromkeys(used, "zstd"),
+            compression_level=dict.fromkeys(used, 1),
+            use_dictionary=[name for name in used if name not in ("dataset", "sha256", "SOPInstanceUID")],
+        ) as writer:
+            for batch in self._batches:
+                writer.write_batch(_shaped(batch, schema), row_group_size=len(batch))
         name = f"part-{uuid.uuid4()}.zstd.parquet"
-        data = self._sink.getvalue()
+        data = sink.getvalue()
         storage.write(f"{folder}/{name}", data)
-        stats = statistics(pa.Table.from_batches(self._indexed))
+        indexed = pa.schema([self._schema.field(at) for at in range(min(INDEXED, len(self._schema)))])
+        stats = statistics(pa.Table.from_batches([_shaped(batch, indexed) for batch in self._batches]))
         return NewFile(name, len(data), int(time.time() * 1000), stats)
 
+    def _used(self) -> tuple[pa.Schema, list[str]]:
+        """The columns of the file, and those of them that say something, in the order of the schema."""
+        said = {
+            name
+            for batch in self._batches
+            for name, column in zip(batch.schema.names, batch.columns, strict=True)
+            if column.null_count < len(column)
+        }
+        used = [name for name in self._schema.names if name in said]
+        return pa.schema([field for field in self._schema if field.name in said | self._kept]), used
 
-def _writer(sink: io.BytesIO, first: pa.RecordBatch) -> pq.ParquetWriter:
-    """Compressor and dictionary cost time for each column: only those that say something at first have them."""
-    used = [
-        name for name, column in zip(first.schema.names, first.columns, strict=True) if column.null_count < len(column)
+
+def _shaped(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
+    """The columns of a schema, null where the batch lacks one."""
+    places = {name: place for place, name in enumerate(batch.schema.names)}
+    columns = [
+        batch.column(places[field.name]) if field.name in places else pa.nulls(len(batch), field.type)
+        for field in schema
     ]
-    return pq.ParquetWriter(
-        sink,
-        first.schema,
-        compression=dict.fromkeys(first.schema.names, "NONE") | dict.fromkeys(used, "zstd"),
-        compression_level=dict.fromkeys(used, 1),
-        use_dictionary=[name for name in used if name not in ("dataset", "sha256", "SOPInstanceUID")],
-    )
+    return pa.RecordBatch.from_arrays(columns, schema=schema)
 
 
 def statistics(rows: pa.Table) -> str:

@@ -30,6 +30,8 @@ _OPTIONAL = frozenset(name for roll_up in _ROLL_UPS for name in roll_up.attribut
     (aggregate.source for roll_up in _ROLL_UPS for aggregate in roll_up.aggregates),
 )
 """Of these, the columns that may be left out where they are null in every row."""
+NEEDED = frozenset(COLUMNS) - _OPTIONAL
+"""And those that may not."""
 
 
 @dataclass(frozen=True, slots=True)

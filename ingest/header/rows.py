@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Final
 
 import pyarrow as pa
@@ -32,18 +32,21 @@ _FIXED: Final[dict[str, _Source]] = {
 
 
 class RowBuilder:
-    """Collects headers with their journal records and turns them into record batches of `schema`.
+    """Collects headers with their journal records and turns them into record batches of columns of `schema`.
 
     A column of the schema is filled by its name: an attribute's keyword from the header, a fixed column from the record
     or the header. Raises ValueError for a name that is neither. Attributes without a column are left to ``dataset``.
+    Of hundreds of attributes most say nothing: where `always` is given, a batch has these, the fixed columns and those
+    that say something.
     """
 
-    def __init__(self, schema: pa.Schema) -> None:
+    def __init__(self, schema: pa.Schema, *, always: Collection[str] | None = None) -> None:
         known = {column.keyword for column in COLUMNS} | _FIXED.keys()
         strange = [name for name in schema.names if name not in known]
         if strange:
             raise ValueError(f"no attribute and no fixed column: {', '.join(strange)}")
         self.schema = schema
+        self._always = frozenset(schema.names if always is None else {*always, *_FIXED})
         self._headers: list[Header] = []
         self._records: list[MemberRecord] = []
         self._nulls: dict[str, pa.Array] = {}
@@ -63,9 +66,10 @@ class RowBuilder:
         """All rows collected, which are then forgotten."""
         rows = [header.values for header in self._headers]
         touched = set[str]().union(*rows)
-        arrays = [self._array(field, rows, touched) for field in self.schema]
+        schema = pa.schema([field for field in self.schema if field.name in touched or field.name in self._always])
+        arrays = [self._array(field, rows, touched) for field in schema]
         self._headers, self._records, self.nbytes = [], [], 0
-        return pa.RecordBatch.from_arrays(arrays, schema=self.schema)
+        return pa.RecordBatch.from_arrays(arrays, schema=schema)
 
     def _array(self, field: pa.Field, rows: list[dict[str, Any]], touched: set[str]) -> pa.Array:
         name: str = field.name

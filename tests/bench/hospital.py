@@ -32,7 +32,7 @@ from sphere.conf import settings as conf
 from sphere.conf.settings import Settings
 from sphere.ingest.storage import open_storage
 from sphere.jobs.headers import TASK_MEMBERS
-from sphere.jobs.parquet import ROW_GROUP, FileWriter
+from sphere.jobs.parquet import INDEXED, ROW_GROUP, FileWriter
 from sphere.jobs.tables import NewFile, Tables
 from tests.bench import people
 
@@ -435,7 +435,8 @@ def _write_instances(settings: Settings, hospital: Hospital, batches: Sequence[B
 
 def _file(storage: Any, batch: Batch, start: int) -> NewFile:
     stop = min(len(batch.series), start + TASK_MEMBERS)
-    writer = FileWriter(TABLES["instances"].schema)
+    schema = TABLES["instances"].schema
+    writer = FileWriter(schema, kept=schema.names[:INDEXED])
     for first in range(start, stop, ROW_GROUP):
         writer.add(batch.columns(first, min(stop, first + ROW_GROUP)))
     return writer.finish(storage, "instances")

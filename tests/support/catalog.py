@@ -14,6 +14,9 @@ from deltalake import DeltaTable, QueryBuilder, write_deltalake
 from sphere.catalog.schema import BY_KEYWORD, TABLES, RollUp, Table, patient_key
 from sphere.conf import settings as conf
 from sphere.conf.settings import Settings
+from sphere.ingest.storage import open_storage
+from sphere.jobs.parquet import INDEXED, FileWriter
+from sphere.jobs.tables import Tables
 
 Row = dict[str, Any]
 EPOCH = datetime(2024, 1, 1, tzinfo=timezone.utc)
@@ -90,8 +93,16 @@ def write_catalog(
 
 
 def write_table(settings: Settings, table: Table, rows: Iterable[Row], mode: Any = "overwrite") -> None:
+    """What is appended to `instances` has only the columns that say something, as what extraction writes has."""
     data = pa.Table.from_pylist([dict(row) for row in rows], schema=table.schema)
-    write_deltalake(f"{settings.catalog_root}/{table.name}", data, mode=mode)
+    if (table.name, mode) != ("instances", "append"):
+        write_deltalake(f"{settings.catalog_root}/{table.name}", data, mode=mode)
+        return
+    writer, tables = FileWriter(table.schema, kept=table.schema.names[:INDEXED]), Tables(settings)
+    for batch in data.to_batches():
+        writer.add(batch)
+    file = writer.finish(open_storage(settings.catalog_root), table.name)
+    tables.append(table.name, [file], onto=tables.ensure(table.name))
 
 
 def roll_up(spec: RollUp | None, rows: Sequence[Row]) -> list[Row]:

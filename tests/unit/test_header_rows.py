@@ -106,6 +106,30 @@ def test_a_builder_begins_anew_after_each_batch():
         assert (len(builder), builder.nbytes) == (0, 0)
 
 
+def test_a_batch_may_leave_out_what_says_nothing():
+    builder = RowBuilder(SCHEMA, always=["PatientName"])
+    builder.append(header(instance(text("SliceThickness", "DS", "1.5"))), RECORD)
+    builder.append(header(instance(text("StudyDate", "DA", "20240131"))), RECORD)
+    batch = builder.batch()
+    said = [name for name in batch.schema.names if name[0].isupper()]
+    assert said == [
+        name
+        for name in SCHEMA.names
+        if name
+        in {
+            "SOPInstanceUID",
+            "SOPClassUID",
+            "StudyInstanceUID",
+            "SeriesInstanceUID",
+            "SliceThickness",
+            "StudyDate",
+            "PatientName",
+        }
+    ]
+    assert {"bundle", "collections", "pixel_offset"} & set(SCHEMA.names) <= set(batch.schema.names)
+    assert [(row["SliceThickness"], row["PatientName"]) for row in batch.to_pylist()] == [(1.5, None), (None, None)]
+
+
 def test_columns_that_nobody_fills_are_refused():
     with pytest.raises(ValueError, match="no attribute and no fixed column: collection"):
         RowBuilder(pa.schema([("SOPInstanceUID", pa.string()), ("collection", pa.string())]))

@@ -13,10 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 from pydicom import dcmread
 
+from sphere.catalog.schema import TABLES
 from sphere.ingest.header import Header, HeaderReader
 from sphere.ingest.journal import Landed
 from sphere.ingest.storage import open_storage
-from sphere.jobs.parquet import FileWriter, statistics
+from sphere.jobs.parquet import INDEXED, FileWriter, statistics
 from sphere.jobs.plan import batches
 from sphere.jobs.ranges import MAX_RANGE, PREFIX, prefixes
 from sphere.jobs.report import Report
@@ -94,13 +95,34 @@ def test_statistics_are_bounds() -> None:
 def test_file_writer_puts_one_file(tmp_path: Path) -> None:
     storage = open_storage(tmp_path.as_uri())
     schema = pa.schema([("SOPInstanceUID", pa.string()), ("dataset", pa.string())])
-    writer = FileWriter(schema)
+    writer = FileWriter(schema, kept=schema.names)
     for name in ("a", "b"):
         writer.add(pa.RecordBatch.from_pylist([{"SOPInstanceUID": name, "dataset": "{}"}], schema=schema))
     file = writer.finish(storage, "instances")
     written = tmp_path / "instances" / file.path
     assert (writer.rows, file.size) == (2, written.stat().st_size)
     assert pq.read_table(written).column("SOPInstanceUID").to_pylist() == ["a", "b"]
+
+
+def test_a_file_has_the_columns_that_say_something(tmp_path: Path) -> None:
+    """In whichever row group they do; the first of the schema have statistics, and are there, though null."""
+    storage = open_storage(tmp_path.as_uri())
+    schema = TABLES["instances"].schema
+    writer = FileWriter(schema, kept=schema.names[:INDEXED])
+    row = {name: "1" for name in ("SOPInstanceUID", "StudyInstanceUID", "dataset")}
+    for more in ({}, {"KVP": 120.0}, {"ImageType": ["ORIGINAL"], "KVP": 80.0}):
+        writer.add(
+            pa.RecordBatch.from_pylist([row | more], schema=pa.schema([schema.field(name) for name in row | more]))
+        )
+    file = writer.finish(storage, "instances")
+    parquet = pq.ParquetFile(tmp_path / "instances" / file.path)
+    rows = parquet.read()
+    assert parquet.num_row_groups == 3
+    said = [name for name in schema.names[INDEXED:] if name in ("ImageType", "KVP", "dataset")]
+    assert rows.column_names == [*schema.names[:INDEXED], *said]
+    assert rows["KVP"].to_pylist() == [None, 120.0, 80.0]
+    assert rows["ImageType"].to_pylist() == [None, None, ["ORIGINAL"]]
+    assert orjson.loads(file.stats)["nullCount"]["PatientID"] == 3
 
 
 def test_report_adds_up() -> None:
