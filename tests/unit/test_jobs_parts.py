@@ -109,7 +109,7 @@ def test_a_file_has_the_columns_that_say_something(tmp_path: Path) -> None:
     storage = open_storage(tmp_path.as_uri())
     schema = TABLES["instances"].schema
     writer = FileWriter(schema, kept=schema.names[:INDEXED])
-    row = {name: "1" for name in ("SOPInstanceUID", "StudyInstanceUID", "dataset")}
+    row = dict.fromkeys(("SOPInstanceUID", "StudyInstanceUID", "dataset"), "1")
     for more in ({}, {"KVP": 120.0}, {"ImageType": ["ORIGINAL"], "KVP": 80.0}):
         writer.add(
             pa.RecordBatch.from_pylist([row | more], schema=pa.schema([schema.field(name) for name in row | more]))
