@@ -8,6 +8,7 @@ from typing import Final
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sphere.catalog.audit import MAX_TEXT, AuditJournal
+from sphere.scp.web.wire import sent_by
 
 TOUCHING: Final = ("/dicom-web/", "/wado", "/annotations")  # paths whose requests touch data
 
@@ -29,10 +30,10 @@ class Audited:
             nonlocal status, sent, ended
             if message["type"] == "http.response.start":
                 status = message["status"]
-            else:
-                sent += len(message.get("body", b""))
+            elif message["type"] == "http.response.body":
                 ended = not message.get("more_body", False)
             await send(message)
+            sent += sent_by(message)
 
         try:
             await self._app(scope, receive, watched)

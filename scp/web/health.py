@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from sphere.conf import serving
 from sphere.conf.settings import Settings
 from sphere.scp.web.operations import Operation
+from sphere.scp.web.wire import sent_by
 
 TEXT_FORMAT = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -61,9 +62,8 @@ class Measured:
             nonlocal status, sent
             if message["type"] == "http.response.start":
                 status = message["status"]
-            else:
-                sent += len(message.get("body", b""))
             await send(message)
+            sent += sent_by(message)
 
         try:
             await self._app(scope, receive, counted)

@@ -1,14 +1,19 @@
-"""HTTP/1.1 on a socket: uvicorn's protocol, with an end to headers that are too long, too many or too slow."""
+"""HTTP/1.1 on a socket: uvicorn's protocol, with an end to headers that are too long, too many or too slow, and with
+bodies that threads write."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 from typing import Any
 
 import orjson
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn._types import ASGIReceiveCallable, ASGISendCallable
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+
+from sphere.scp.web.wire import PIECES, Pieces, Wire
 
 log = logging.getLogger(__name__)
 
@@ -20,11 +25,14 @@ class BoundedHttp(HttpToolsProtocol):
     """Answers 431 to a request whose head exceeds MAX_HEAD or MAX_HEADERS, and 408 to one that takes too long for it.
 
     A head has to be there, and a reader of a response has to read something, within the `timeout_notify` of the uvicorn
-    configuration, in seconds.
+    configuration, in seconds. Bodies in pieces (see sphere.scp.web.wire) are written by threads of `writers`.
     """
 
-    def __init__(self, *args: Any, **named: Any) -> None:
+    def __init__(self, *args: Any, writers: ThreadPoolExecutor, **named: Any) -> None:
         super().__init__(*args, **named)
+        self._answer, self.app = self.app, self._answer_in_pieces
+        self._writers = writers
+        self._wire: Wire | None = None  # where the transport does not encrypt
         self._head_bytes = 0
         self._in_head = True
         self._refused = False
@@ -33,10 +41,14 @@ class BoundedHttp(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        if transport.get_extra_info("ssl_object") is None:
+            self._wire = Wire(transport, self._writers, self.config.timeout_notify)
         self._await_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
+        if self._wire is not None:
+            self._wire.abort()
         self.resume_writing()
         super().connection_lost(exc)
 
@@ -74,6 +86,38 @@ class BoundedHttp(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(HTTPStatus.BAD_REQUEST, "this is not HTTP/1.1 as RFC 9112 has it")
+
+    async def _answer_in_pieces(self, scope: Any, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
+        """The application, which may send PIECES."""
+        wire, cycle = self._wire, getattr(send, "__self__", None)
+        if wire is None or not isinstance(cycle, RequestResponseCycle):
+            await self._answer(scope, receive, send)
+            return
+
+        async def sending(message: Any) -> None:
+            if message["type"] == PIECES:
+                message["sent"], message["whole"] = await self._send_pieces(wire, cycle, message["pieces"])
+            else:
+                await send(message)
+
+        scope["extensions"] = {PIECES: {}}
+        await self._answer(scope, receive, sending)
+
+    async def _send_pieces(self, wire: Wire, cycle: RequestResponseCycle, pieces: Pieces) -> tuple[int, bool]:
+        """Have them written after what was sent before; returns their bytes, and whether the client took all."""
+        self.transport.set_write_buffer_limits(0)  # writing is paused until the head is out
+        await self.flow.drain()
+        self.transport.set_write_buffer_limits()
+        if cycle.disconnected:
+            await self.loop.run_in_executor(self._writers, pieces.close)
+            return 0, False
+        sent, whole = await wire.send(pieces, chunked=bool(cycle.chunked_encoding))
+        if not whole:
+            self.transport.abort()
+            await asyncio.sleep(0)  # then `cycle` knows of it
+        elif not cycle.chunked_encoding:
+            cycle.expected_content_length -= sent
+        return sent, whole
 
     def pause_writing(self) -> None:
         super().pause_writing()

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from functools import partial
+from typing import cast
 
 import uvicorn
 
@@ -107,7 +111,7 @@ def make_server(settings: Settings, services: Services, ready: Callable[[], None
         log.warning("HTTP without TLS beyond this host: tokens and images can be read on the way (web.tls_certificate)")
     config = uvicorn.Config(
         make_app(settings, services),
-        http=BoundedHttp,
+        http=cast("type[asyncio.Protocol]", partial(BoundedHttp, writers=ThreadPoolExecutor(MAX_REQUESTS, "body"))),
         ws="none",
         lifespan="off",
         loop="asyncio",

@@ -7,7 +7,9 @@ from collections.abc import AsyncIterator, Generator, Mapping
 import anyio
 from starlette.concurrency import iterate_in_threadpool
 from starlette.responses import StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
+
+from sphere.scp.web.wire import PIECES
 
 Body = Generator[bytes | memoryview, None, None]
 
@@ -25,6 +27,13 @@ class Streamed(StreamingResponse):
         self._body = body
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if PIECES in scope.get("extensions", {}) and scope["method"] != "HEAD":
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            message: Message = {"type": PIECES, "pieces": self._body}
+            await send(message)
+            if message["whole"]:
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+            return
         try:
             if scope["method"] == "HEAD":
                 self.body_iterator = _nothing()
