@@ -60,8 +60,10 @@ class Match:
 
 def constants_of(query: Query, ae_title: str) -> Mapping[int, str] | None:
     """Values that every entity has, by tag; None where a key asks for others (PS3.4 C.4.1.1.3.2)."""
-    known = {"RetrieveAETitle": ae_title, "InstanceAvailability": "ONLINE"}
     asked = [key for key in query.keys if key.keyword in ANSWERED]
+    if not asked:
+        return {}
+    known = {"RetrieveAETitle": ae_title, "InstanceAvailability": "ONLINE"}
     if any(key.test is not None and not key.test.matches(known[key.keyword]) for key in asked):
         return None
     return {key.tag: known[key.keyword] for key in asked}

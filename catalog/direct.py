@@ -11,7 +11,7 @@ import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
 
@@ -23,7 +23,7 @@ from sphere.catalog.overlay import Touched
 from sphere.catalog.plan import Columns, Plan, make_plan
 from sphere.catalog.predicate import AnyItem, Compare, Moment, Node
 from sphere.catalog.query import Key, Model, Query
-from sphere.catalog.rows import KEYS, Rows, RowStore
+from sphere.catalog.rows import KEYS, Rows, RowStore, kept
 from sphere.catalog.schema import BY_KEYWORD, Level
 
 MOST = 4000
@@ -36,6 +36,8 @@ _AT: Mapping[Level, tuple[str, ...]] = {
     "SERIES": ("studies", "series"),
 }
 """Tables of which a row of a level has one row each here."""
+_FIND_BY = tuple(sorted(KEYS, key=lambda key: key[1] != "StudyInstanceUID"))
+"""The keys by which rows are found, the one that leaves fewest first."""
 _OF_LEVEL: Mapping[Level, str] = {"PATIENT": "patients", "STUDY": "studies", "SERIES": "series", "IMAGE": "series"}
 _ORDER: Mapping[Level, tuple[str, ...]] = {
     "PATIENT": ("patient_key",),
@@ -78,10 +80,10 @@ class Lookup:
             keys = list(zip(*(read.values(_at_home(f"{table}.{name}")) for name in order), strict=True))
             columns = [read.values(name) for _, name in self.selected]
             tags = [tag for tag, _ in self.selected]
-            last = len(rows) - 1
-            for number, (key, *values) in enumerate(zip(keys, *columns, strict=True)):
+            last = len(rows) - (start + PAGE < len(self.candidates))
+            for number, (key, *values) in enumerate(zip(keys, *columns, strict=True), 1):
                 if key[0] not in dropped:
-                    yield key, dict(zip(tags, values, strict=True)), number < last
+                    yield key, dict(zip(tags, values, strict=True)), number <= last
 
     def _matching(self, rows: Rows) -> Rows:
         for names, node in self.conditions:
@@ -128,8 +130,8 @@ def look_up(query: Query, store: RowStore, instance_columns: frozenset[str]) -> 
     shape = _shape(query.level, query.model, asked, instance_columns)
     if shape is None:
         return None
-    conditions = _conditions(query, store)
-    if conditions is None or not all(_is_kept(store, query.level, name) for _, name in shape[1]):
+    conditions = _conditions(query)
+    if conditions is None:
         return None
     found = _candidates(query.level, conditions, store)
     if found is None:
@@ -142,7 +144,7 @@ def studies_of(query: Query, store: RowStore) -> Rows | None:
     """The studies that may hold what a query asks for, where a key of theirs tells; None where it does not."""
     if query.timezone is not None:  # which moves dates
         return None
-    conditions = _conditions(query, store, partly=True)
+    conditions = _conditions(query, partly=True)
     found = _candidates("STUDY", conditions or [], store)
     return found[0] if found else None
 
@@ -230,14 +232,19 @@ def _trimmed(value: Any, vr: str) -> Any:
 def _shape(
     level: Level, model: Model, asked: tuple[tuple[int, str, str, str], ...], instance_columns: frozenset[str]
 ) -> tuple[tuple[Key, ...], tuple[tuple[int, str], ...]] | None:
-    """What every answer to the keys `asked` holds, and the columns that give it; None where headers have to."""
+    """What every answer to the keys `asked` holds, and the columns that give it; None where headers have to, or a
+    column is not kept."""
     keys = tuple(Key(tag, keyword, vr, creator=creator) for tag, keyword, vr, creator in asked)
     plan: Plan = make_plan(Query(level, model, keys), instance_columns)
     if plan.needs_header:
         return None
     columns = Columns(level, instance_columns)
-    named = [(key.tag, f"{_TABLES.get(columns.alias(key.keyword) or '', '')}.{key.keyword}") for key in plan.selected]
-    return plan.keys, tuple((tag, _at_home(name)) for tag, name in named)
+    named = [(key.tag, _home(columns, key.keyword)) for key in plan.selected]
+    return (plan.keys, tuple(named)) if all(_is_kept(level, name) for _, name in named) else None
+
+
+def _home(columns: Columns, keyword: str) -> str:
+    return _at_home(f"{_TABLES.get(columns.alias(keyword) or '', '')}.{keyword}")
 
 
 def _at_home(name: str) -> str:
@@ -245,20 +252,26 @@ def _at_home(name: str) -> str:
     return "studies.StudyInstanceUID" if name.endswith(".StudyInstanceUID") else name
 
 
-def _is_kept(store: RowStore, level: Level, name: str) -> bool:
+def _is_kept(level: Level, name: str) -> bool:
     table, _, column = name.partition(".")
-    return table in _AT[level] and column in store.tables[table].names
+    return table in _AT[level] and column in kept(table)
 
 
-def _conditions(query: Query, store: RowStore, *, partly: bool = False) -> list[_Condition] | None:
+@functools.lru_cache(4096)
+def _kept_at(level: Level, keyword: str) -> str | None:
+    """The column of a keyword, where it is kept for queries at a level."""
+    name = _home(Columns(level, frozenset()), keyword)
+    return name if _is_kept(level, name) else None
+
+
+def _conditions(query: Query, *, partly: bool = False) -> list[_Condition] | None:
     """What the query asks, with the columns that answer it; None where one is not kept, unless `partly` will do."""
     level: Level = "SERIES" if query.level == "IMAGE" else query.level
-    columns = Columns(level, frozenset(), query.timezone)
     conditions: list[_Condition] = []
     for node in query.predicate():
-        names = tuple(_at_home(f"{_TABLES.get(columns.alias(word) or '', '')}.{word}") for word in _keywords(node))
-        if not isinstance(node, AnyItem) and all(_is_kept(store, level, name) for name in names):
-            conditions.append((names, node))
+        names = tuple([_kept_at(level, word) for word in _keywords(node)])
+        if not isinstance(node, AnyItem) and None not in names:
+            conditions.append((cast("tuple[str, ...]", names), node))
         elif not partly:
             return None
     return conditions
@@ -279,7 +292,7 @@ def _candidates(
 
 
 def _by_key(level: Level, tests: Mapping[str, Test], store: RowStore) -> tuple[Rows, tuple[str, ...]] | None:
-    for table, column in sorted(KEYS, key=lambda key: key[1] != "StudyInstanceUID"):
+    for table, column in _FIND_BY:
         test = tests.get(f"{table}.{column}")
         if (table == "patients") == (level == "PATIENT") and isinstance(test, Exact):
             return store.by_key(table, column, test.texts), test.texts

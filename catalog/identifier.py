@@ -9,8 +9,7 @@ from __future__ import annotations
 import functools
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from pydicom.charset import convert_encodings, decode_bytes
 from pydicom.datadict import dictionary_VR
@@ -19,16 +18,16 @@ from pydicom.dataset import Dataset
 from pydicom.valuerep import TEXT_VR_DELIMS
 
 from sphere.ingest.header.dictionary import private_vr
-from sphere.ingest.header.element import EXPLICIT_LE, IMPLICIT_LE, read_head
+from sphere.ingest.header.element import EXPLICIT_LE, read_head
 
 SPECIFIC_CHARACTER_SET = 0x00080005
 _CHARSET_VRS: Final = frozenset(("LO", "LT", "PN", "SH", "ST", "UC", "UT"))
+_IMPLICIT: Final = struct.Struct("<HHI")
 _BINARY: Final = {"US": "H", "SS": "h", "UL": "L", "SL": "l", "UV": "Q", "SV": "q", "FL": "f", "FD": "d"}
 _BINARY_ALIASES: Final = {"US or SS": "US"}
 
 
-@dataclass(frozen=True, slots=True)
-class Element:
+class Element(NamedTuple):
     """One element of an identifier: its text, with backslashes between values, or its items where it is a sequence."""
 
     tag: int
@@ -50,24 +49,34 @@ def plain_elements(data: bytes, *, explicit: bool) -> list[Element] | None:
     """
     if not explicit and data[4:6].isalpha() and data[4:6].isupper():
         return None  # pydicom takes the length of the first element for a VR
-    encoding = EXPLICIT_LE if explicit else IMPLICIT_LE
     found: list[Element] = []
-    encodings, at, last = ["iso8859"], 0, 0
-    while at < len(data):
-        head = read_head(data, at, encoding, len(data) - at)
-        if head is None or head.tag <= last or head.tag >> 16 & 1 or (explicit and not head.vr):
+    encodings, at, last, size = ["iso8859"], 0, 0, len(data)
+    while at < size:
+        head = read_head(data, at, EXPLICIT_LE, size - at) if explicit else _implicit_head(data, at)
+        if head is None:
             return None
-        begin, last = at + head.size, head.tag
-        at = begin + head.length
-        vr = _standard_vr(head.tag)
-        if at > len(data) or not vr or vr in ("SQ", "UN") or head.vr in ("SQ", "UN"):
+        tag, said, width, length = head
+        if tag <= last or tag >> 16 & 1 or said in ("SQ", "UN") or (explicit and not said):
             return None
-        if head.tag & 0xFFFF:
-            text = _raw_text(data[begin:at], vr, encodings, little_endian=True)
-            found.append(Element(head.tag, vr, text))
-            if head.tag == SPECIFIC_CHARACTER_SET:
+        begin, last = at + width, tag
+        at = begin + length
+        vr = _standard_vr(tag)
+        if at > size or not vr or vr in ("SQ", "UN"):
+            return None
+        if tag & 0xFFFF:
+            text = _raw_text(data[begin:at], vr, encodings, little_endian=True) if length else ""
+            found.append(Element(tag, vr, text))
+            if tag == SPECIFIC_CHARACTER_SET:
                 encodings = convert_encodings([name.strip(" ") for name in text.split("\\")])
     return found
+
+
+def _implicit_head(data: bytes, at: int) -> tuple[int, str, int, int] | None:
+    """Tag, VR (unknown), size of the head and length of the value of an element in Implicit VR Little Endian."""
+    if at + 8 > len(data):
+        return None
+    group, number, length = _IMPLICIT.unpack_from(data, at)
+    return group << 16 | number, "", 8, length
 
 
 @functools.lru_cache(4096)

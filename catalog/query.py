@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import date
 from typing import Any, Literal
 
@@ -80,6 +80,11 @@ class Key:
         return self.keyword or f"({self.tag >> 16:04X},{self.tag & 0xFFFF:04X})"
 
     @property
+    def asks(self) -> bool:
+        """Whether `nodes` may hold anything."""
+        return self.test is not None or bool(self.items or self.further)
+
+    @property
     def is_creator(self) -> bool:
         """Whether this is the element that reserves a private block (PS3.5 7.8.1)."""
         return is_creator(self.tag)
@@ -150,13 +155,13 @@ class Query:
 
     def predicate(self) -> Predicate:
         """What the keys ask, as nodes that must all hold; not of the keys that the service answers itself."""
-        moments = tuple(self._moments())
+        moments = tuple(self._moments()) if self.combined_datetime else ()
         taken = {tag for moment in moments for tag in (moment.date_tag, moment.time_tag)}
-        keys = (key for key in self.keys if key.tag not in taken and key.keyword not in ANSWERED)
+        keys = [key for key in self.keys if key.asks and key.tag not in taken and key.keyword not in ANSWERED]
         return (*(node for key in keys for node in key.nodes()), *moments)
 
     def _moments(self) -> Iterable[Moment]:
-        keys = {key.keyword: key for key in self.keys} if self.combined_datetime else {}
+        keys = {key.keyword: key for key in self.keys}
         for date_keyword, time_keyword in DATE_TIME_PAIRS:
             day, time = keys.get(date_keyword), keys.get(time_keyword)
             if day and time and isinstance(day.test, DateRange) and isinstance(time.test, TimeRange):
@@ -184,11 +189,16 @@ def parse_elements(given: Sequence[Element], *, model: Model, features: Features
     """
     level = _level(_first_text(given, QUERY_RETRIEVE_LEVEL), model)
     zone = _zone(_first_text(given, TIMEZONE)) if features.timezone_adjustment else None
-    rules = Rules(features.fuzzy_names, features.empty_values, features.multiple_values, zone)
+    rules = _rules(features, zone)
     keys = _keys([element for element in given if element.tag not in _NOT_KEYS], rules)
     query = Query(level, model, keys, features.relational, features.combined_datetime, zone)
     _check(query)
     return query
+
+
+@functools.lru_cache(256)
+def _rules(features: Features, zone: int | None) -> Rules:
+    return Rules(features.fuzzy_names, features.empty_values, features.multiple_values, zone)
 
 
 def _zone(text: str) -> int | None:
@@ -200,7 +210,10 @@ def _zone(text: str) -> int | None:
 
 
 def _first_text(given: Sequence[Element], tag: int) -> str:
-    return next((element.text.strip(" \0") for element in given if element.tag == tag), "")
+    for element in given:
+        if element.tag == tag:
+            return element.text.strip(" \0")
+    return ""
 
 
 def _level(text: str, model: Model) -> Level:
@@ -216,16 +229,18 @@ def _level(text: str, model: Model) -> Level:
 def _keys(given: Iterable[Element], rules: Rules) -> tuple[Key, ...]:
     """The keys of an identifier or an item; private ones with the creators that it names (PS3.5 7.8.1)."""
     given = tuple(given)
+    if not any(one.tag >> 16 & 1 for one in given):
+        return tuple([_key(one, "", rules) for one in given])
     creators = {(one.tag >> 16, one.tag & 0xFF): one.text.strip(" \0") for one in given if is_creator(one.tag)}
     return tuple(_key(one, creators.get((one.tag >> 16, one.tag >> 8 & 0xFF), ""), rules) for one in given)
 
 
 def _key(element: Element, creator: str, rules: Rules) -> Key:
-    if not element.text and element.items is None and not is_creator(element.tag):
-        return _universal(element.tag, element.vr, creator)
-    keyword = keyword_for_tag(element.tag)
     if is_creator(element.tag):
         return Key(element.tag, "", "LO", creator=element.text.strip(" \0"))
+    if not element.text and element.items is None:
+        return _universal(element.tag, element.vr, creator)
+    keyword = keyword_for_tag(element.tag)
     if element.items is None:
         return _tested(Key(element.tag, keyword, element.vr, creator=creator), element.text, rules)
     if len(element.items) > 1:
@@ -246,7 +261,7 @@ def _tested(key: Key, text: str, rules: Rules) -> Key:
         tests = parse_values(text, key.vr, keyword=key.keyword, vm=vm, rules=rules)
     except ValueError as error:
         raise QueryError(f"{key.name}: {error}", offending=(key.tag,)) from None
-    return replace(key, test=tests[0] if tests else None, further=tests[1:])
+    return Key(key.tag, key.keyword, key.vr, tests[0] if tests else None, (), tests[1:], key.creator)
 
 
 def _built(name: str, value: Any, rules: Rules) -> Key:
@@ -298,7 +313,7 @@ def _check(query: Query) -> None:
         _check_unique_keys(query, levels[: levels.index(query.level)])
     depth = LEVELS.index(query.level)
     for key in query.keys:
-        level = level_of(key.keyword)
+        level = level_of(key.keyword) if key.asks else None
         if level is not None and LEVELS.index(level) > depth and key.nodes():
             raise QueryError(f"{key.name} is a key of {level}, below {query.level}", offending=(key.tag,))
 

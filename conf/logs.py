@@ -19,7 +19,7 @@ KEPT = 1 << 18  # bytes
 def configure(level: Level = "info") -> None:
     """Send the events of this process to standard error, UTC times; libraries from warnings up."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_formatter())
+    handler.setFormatter(_Formatter())
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("sphere").setLevel(level.upper())
 
@@ -31,14 +31,24 @@ def keep(file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         handler = RotatingFileHandler(file, maxBytes=KEPT, backupCount=1, encoding="utf-8", delay=True)
         handler.setLevel(logging.WARNING)
-        handler.setFormatter(_formatter())
+        handler.setFormatter(_Formatter())
         logging.getLogger().addHandler(handler)
 
 
-def _formatter() -> logging.Formatter:
-    formatter = logging.Formatter(FORMAT, datefmt="%Y-%m-%dT%H:%M:%S")
-    formatter.converter = time.gmtime
-    return formatter
+class _Formatter(logging.Formatter):
+    """Times in UTC; the text of a second is made once."""
+
+    def __init__(self) -> None:
+        super().__init__(FORMAT, datefmt="%Y-%m-%dT%H:%M:%S")
+        self._second: tuple[int, str] = (-1, "")
+
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:
+        second, text = self._second
+        if second != int(record.created):
+            second = int(record.created)
+            text = time.strftime(datefmt or "", time.gmtime(second))
+            self._second = second, text
+        return text
 
 
 def hashed(uid: str) -> str:

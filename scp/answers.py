@@ -28,7 +28,7 @@ Encode = Callable[[Any], bytes]
 
 def _text(codec: str, pad: bytes) -> Encode:
     def encoded(value: Any) -> bytes:
-        text = value if isinstance(value, str) else "\\".join("" if one is None else one for one in value)
+        text = value if type(value) is str else "\\".join("" if one is None else one for one in value)
         data = text.encode(codec)
         return data + pad if len(data) % 2 else data
 
@@ -67,25 +67,29 @@ _ENCODE: dict[str, Encode] = {
 }
 
 
-_Slot = tuple[int, bytes, "bytes | None", Encode]
-"""An element of every answer: its tag, how it begins, and its value where that is always the same, else its encoder."""
+_Slot = tuple[int, bytes, int, "bytes | None", Encode]
+"""An element of every answer: its tag, how it begins, the bytes of its length, and its value where that is always the
+same, else its encoder."""
 
 
 class AnswerEncoder:
-    """Encodes the matches of one query in one transfer syntax."""
+    """Encodes matches in one transfer syntax; how those of a query are laid out is kept for the next of its kind. For
+    one thread."""
 
     def __init__(self, syntax: UID) -> None:
         self._syntax = syntax
         self._lean = syntax.is_little_endian and not syntax.is_deflated
         self._keys: tuple[Key, ...] | None = None
+        self._told = ("", "")
         self._layout: tuple[_Slot, ...] = ()
 
     def encode(self, match: Match) -> bytes:
         """The identifier of a match. Raises ValueError where it cannot be encoded."""
         if self._lean and match.timezone is None:
-            if match.keys is not self._keys:
-                self._layout = _laid_out(match.keys, match.level, match.retrieve_ae_title, self._syntax.is_implicit_VR)
-                self._keys = match.keys
+            told = match.level, match.retrieve_ae_title
+            if match.keys is not self._keys or told != self._told:
+                self._layout = _laid_out(match.keys, *told, self._syntax.is_implicit_VR)
+                self._keys, self._told = match.keys, told
             if (data := self._direct(match)) is not None:
                 return data
         identifier = match.identifier()
@@ -101,20 +105,21 @@ class AnswerEncoder:
             return None
         parts: list[bytes] = []
         columns = match.columns
-        for tag, head, whole, encoded in self._layout:
+        for tag, head, width, whole, encoded in self._layout:
             value = whole
             if value is None:
                 found = columns.get(tag)
-                try:
-                    value = b"" if found is None and encoded is not _unknown else encoded(found)
-                except (ValueError, TypeError, AttributeError, struct.error):
-                    return None
-            if len(head) in (4, 8):
-                parts += (head, len(value).to_bytes(4, "little"), value)
-            elif len(value) <= _SHORT_MAX:
-                parts += (head, len(value).to_bytes(2, "little"), value)
-            else:
+                if found is None and encoded is not _unknown:
+                    value = b""
+                else:
+                    try:
+                        value = encoded(found)
+                    except (ValueError, TypeError, AttributeError, struct.error):
+                        return None
+            size = len(value)
+            if width == 2 and size > _SHORT_MAX:
                 return None
+            parts += (head, size.to_bytes(width, "little"), value)
         return b"".join(parts)
 
 
@@ -131,12 +136,14 @@ def _laid_out(keys: tuple[Key, ...], level: str, ae_title: str, implicit: bool) 
     for key in keys:
         fixed.pop(key.tag, None)
         encoded = _unknown if key.is_creator else _ENCODE.get(key.vr, _unknown)
-        layout.append((key.tag, _head(key.tag, key.vr, implicit), None, encoded))
-    layout += [(tag, _head(tag, vr, implicit), _ENCODE[vr](text), _unknown) for tag, (vr, text) in fixed.items()]
+        layout.append((key.tag, *_head(key.tag, key.vr, implicit), None, encoded))
+    layout += [(tag, *_head(tag, vr, implicit), _ENCODE[vr](text), _unknown) for tag, (vr, text) in fixed.items()]
     return tuple(sorted(layout, key=lambda element: element[0]))
 
 
-def _head(tag: int, vr: str, implicit: bool) -> bytes:
-    """Tag and, where it is explicit, VR."""
+def _head(tag: int, vr: str, implicit: bool) -> tuple[bytes, int]:
+    """Tag and, where it is explicit, VR; how many bytes the length takes that follows."""
     head = struct.pack("<HH", tag >> 16, tag & 0xFFFF)
-    return head if implicit else head + vr.encode()[:2] + (b"\0\0" if vr in _LONG_VRS else b"")
+    if implicit:
+        return head, 4
+    return (head + vr.encode() + b"\0\0", 4) if vr in _LONG_VRS else (head + vr.encode()[:2], 2)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
+
+from pydicom.uid import UID
 
 from sphere.catalog.audit import AuditJournal
 from sphere.conf.logs import hashed
@@ -47,6 +50,7 @@ class Handlers:
         self._find = find
         self._more = more or {}
         self._records = Records(journal) if journal else None
+        self._encoders = threading.local()
 
     def services(self) -> Mapping[int, Service]:
         """By the command field of the request."""
@@ -107,7 +111,7 @@ class Handlers:
     def _answers(self, message: Message, association: Association) -> Iterator[Response]:
         started, matches, final = time.monotonic(), 0, SUCCESS
         request = _find_request(message, association)
-        encoder = AnswerEncoder(request.transfer_syntax)
+        encoder = self._encoder(request.transfer_syntax)
         try:
             for answer in self._find.answers(request, cancelled=lambda: association.cancelled(message)):
                 answer, identifier = _encoded(answer, encoder)
@@ -124,6 +128,13 @@ class Handlers:
                 "find id=%s model=%s matches=%d status=0x%04X ms=%.1f",
                 association.id, request.model, matches, final, 1000 * (time.monotonic() - started),
             )  # fmt: skip
+
+    def _encoder(self, syntax: UID) -> AnswerEncoder:
+        """That of this thread, which serves one association."""
+        encoders: dict[str, AnswerEncoder] = self._encoders.__dict__
+        if syntax not in encoders:
+            encoders[syntax] = AnswerEncoder(syntax)
+        return encoders[syntax]
 
 
 def _caller(association: Association) -> Caller:

@@ -276,10 +276,9 @@ class Association:
         context, max_pdu = message.context.id, self._agreement.max_pdu
         head = heads.get(response.status) if response.dataset and not response.elements else None
         if head is None:
-            command = dimse.response_to(message.command, response.status, **response.elements)
-            if response.dataset:
-                command["CommandDataSetType"] = 0x0000
-            head = b"".join(protocol.p_data(context, dimse.encode(command), b"", max_pdu=max_pdu))
+            more = {**response.elements, "CommandDataSetType": 0x0000} if response.dataset else response.elements
+            command = dimse.encoded_response(message.command, response.status, **more)
+            head = b"".join(protocol.p_data(context, command, b"", max_pdu=max_pdu))
             if response.dataset and not response.elements:
                 heads[response.status] = head
         return head + b"".join(protocol.p_data(context, b"", response.dataset, max_pdu=max_pdu))

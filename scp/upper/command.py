@@ -6,6 +6,7 @@ docs/decisions/0007-upper-layer.md).
 
 from __future__ import annotations
 
+import functools
 import struct
 from collections.abc import Callable, Mapping
 from operator import itemgetter
@@ -27,6 +28,8 @@ RESPONSE: Final = 0x8000
 NO_DATA_SET: Final = 0x0101  # CommandDataSetType; anything else says that a data set follows
 
 _ELEMENT = struct.Struct("<HHI")
+_ANSWERED = _ELEMENT.pack(0, 0x0120, 2)  # the head of MessageIDBeingRespondedTo
+_NAMED = ("Affected", "Requested")
 
 
 class CommandError(ValueError):
@@ -100,6 +103,30 @@ def encode(command: Mapping[str, Any]) -> bytes:
         packed = pack(value)
         body += _ELEMENT.pack(0, tag, len(packed)) + packed
     return _ELEMENT.pack(0, 0, 4) + len(body).to_bytes(4, "little") + body
+
+
+def encoded_response(request: Command, status: int, **more: Any) -> bytes:
+    """`response_to` as it is sent; those of a kind differ in the number of their request only."""
+    affected = [request.get(f"{what}SOP{level}UID") for level in ("Class", "Instance") for what in _NAMED]
+    if more.keys() - {"CommandDataSetType"} or any(affected[2:]):  # of an instance: never the same twice
+        return encode(response_to(request, status, **more))
+    kind = request["CommandField"], affected[0], affected[1], status, more.get("CommandDataSetType", NO_DATA_SET)
+    before, after = _alike(*kind)
+    return before + _ENCODE["US"](request["MessageID"]) + after
+
+
+@functools.lru_cache(1024)
+def _alike(field: int, affected: str, requested: str, status: int, follows: int) -> tuple[bytes, bytes]:
+    """What goes before and after MessageIDBeingRespondedTo in a response."""
+    request = {
+        "CommandField": field,
+        "MessageID": 0,
+        "AffectedSOPClassUID": affected,
+        "RequestedSOPClassUID": requested,
+    }
+    encoded = encode(response_to(request, status, CommandDataSetType=follows))
+    place = encoded.index(_ANSWERED) + len(_ANSWERED)
+    return encoded[:place], encoded[place + 2 :]
 
 
 def response_to(request: Command, status: int, **more: Any) -> Command:

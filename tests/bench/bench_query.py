@@ -230,13 +230,13 @@ def rivals(settings: Settings, hospital: Hospital, options: argparse.Namespace) 
     with tempfile.TemporaryDirectory(prefix="bench-query-") as name, _servers(Path(name), options) as servers:
         results, asked = [], []
         for what, port in servers:
-            began = time.perf_counter()
-            loaded, sent = load(port, settings, seconds=options.load)
+            loaded = load(port, settings, Path(name) / f"{what}.json", seconds=options.load)
             print(
-                f"\n{what}: {len(loaded):,} studies, {sent:,} instances loaded in {time.perf_counter() - began:.0f} s"
+                f"\n{what}: {len(loaded.studies):,} studies, {loaded.instances:,} instances loaded in "
+                f"{loaded.seconds:.0f} s"
             )
             wanted = {uid: number for number, uid in enumerate(hospital.study_uid.to_pylist())}
-            asked = sorted(wanted[uid] for uid in loaded)
+            asked = sorted(wanted[uid] for uid in loaded.studies)
             results.append(measure(what, port, "ORTHANC", Questions(hospital, asked), options))
         with landing_servers.sphere(settings.archive.state_dir.parent) as (port, _, _):
             questions = Questions(hospital, asked, held=hospital.studies)  # as many answers from more studies

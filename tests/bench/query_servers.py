@@ -11,6 +11,8 @@ import time
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +66,9 @@ def orthanc(folder: Path, *, postgresql: int = 0) -> Iterator[int]:
 
 @contextmanager
 def postgres(folder: Path) -> Iterator[int]:
-    """The port of a PostgreSQL with Debian's defaults; where we are root, it runs as its own user."""
-    folder.mkdir(parents=True)
+    """The port of a PostgreSQL with Debian's defaults; where we are root, it runs as its own user. What it holds is
+    kept in the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
     as_user: list[str] = []
     if os.geteuid() == 0:
         shutil.chown(folder, "postgres")
@@ -74,10 +77,11 @@ def postgres(folder: Path) -> Iterator[int]:
                 parent.chmod(parent.stat().st_mode | 0o711)
         as_user = ["runuser", "-u", "postgres", "--"]
     port, data = free_port(), folder / "data"
-    subprocess.run(
-        [*as_user, str(POSTGRES / "initdb"), "-D", str(data), "-U", "postgres", "-A", "trust"],
-        check=True, stdout=subprocess.DEVNULL,
-    )  # fmt: skip
+    if not data.exists():
+        subprocess.run(
+            [*as_user, str(POSTGRES / "initdb"), "-D", str(data), "-U", "postgres", "-A", "trust"],
+            check=True, stdout=subprocess.DEVNULL,
+        )  # fmt: skip
     command = [*as_user, str(POSTGRES / "postgres"), "-D", str(data), "-p", str(port), "-k", "", "-h", "127.0.0.1"]
     with running(command, port, folder / "postgres.log"):
         yield port
@@ -103,22 +107,37 @@ def _serve_web(settings: Settings, ports: Any) -> None:
     run_web(settings, ready=ports.put)
 
 
-def load(port: int, settings: Settings, *, seconds: float) -> tuple[set[str], int]:
-    """C-STORE instances of the catalog without their pixels, study by study, for so long; the studies, and how many
-    instances were sent."""
+@dataclass
+class Loaded:
+    """What an Orthanc was given of a catalog, kept beside its database: loading goes on where it stopped."""
+
+    seconds: float = 0.0
+    instances: int = 0
+    studies: list[str] = field(default_factory=list)
+
+
+def load(port: int, settings: Settings, note: Path, *, seconds: float) -> Loaded:
+    """C-STORE instances of the catalog without their pixels, study by study, until that took so long in all."""
+    loaded = Loaded(**orjson.loads(note.read_bytes())) if note.exists() else Loaded()
+    if loaded.seconds < seconds:
+        began = time.monotonic()
+        _store(port, settings, loaded, until=began + seconds - loaded.seconds)
+        loaded.seconds += time.monotonic() - began
+        note.write_bytes(orjson.dumps(loaded))
+    return loaded
+
+
+def _store(port: int, settings: Settings, loaded: Loaded, *, until: float) -> None:
     peer = Peer(name="bench", ae_title="ORTHANC", host="127.0.0.1", port=port)
     proposed = [Proposed(kind.sop_class, (str(ExplicitVRLittleEndian),)) for kind in KINDS][:MAX_CONTEXTS]
-    until, sent, study = time.monotonic() + seconds, 0, ""
-    studies: set[str] = set()
     with connect(peer, from_dict({}, base=Path.cwd()), proposed) as requested:
         contexts = {str(context.abstract_syntax): context for context in requested.user_contexts}
-        for header in _headers(settings):
-            uid = header["0020000D"]["Value"][0]
-            if uid != study and time.monotonic() > until:
-                break
-            study = uid
-            studies.add(uid)
-            dataset = Dataset.from_json(header)
+        for uid, header in islice(_headers(settings), loaded.instances, None):
+            if not loaded.studies or uid != loaded.studies[-1]:
+                if time.monotonic() > until:
+                    break
+                loaded.studies.append(uid)
+            dataset = Dataset.from_json(orjson.loads(header))
             data = encode(dataset, is_implicit_vr=False, is_little_endian=True)
             assert data is not None
             command = {
@@ -127,12 +146,11 @@ def load(port: int, settings: Settings, *, seconds: float) -> tuple[set[str], in
             }  # fmt: skip
             status = requested.ask(contexts[dataset.SOPClassUID], command, Outgoing.of(data))["Status"]
             assert status == 0, f"0x{status:04X}"
-            sent += 1
-    return studies, sent
+            loaded.instances += 1
 
 
-def _headers(settings: Settings) -> Iterator[dict[str, dict[str, list[str]]]]:
-    """The headers of the catalog, study by study, in turns that each take some studies of every file.
+def _headers(settings: Settings) -> Iterator[tuple[str, str]]:
+    """StudyInstanceUIDs and headers of the catalog, study by study, in turns that each take some studies of every file.
 
     A file is sorted by study, and the UIDs of a modality begin alike: its first studies are all of one modality.
     """
@@ -144,7 +162,7 @@ def _headers(settings: Settings) -> Iterator[dict[str, dict[str, list[str]]]]:
             for batch in pq.ParquetFile(folder / path).iter_batches(2048, columns=["StudyInstanceUID", "dataset"]):
                 for uid, dataset in zip(batch[0].to_pylist(), batch[1].to_pylist(), strict=True):
                     if zlib.crc32(uid.encode()) % SPREAD == turn:
-                        yield orjson.loads(dataset)
+                        yield uid, dataset
 
 
 def memory_mib(pids: list[int]) -> float:
