@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from click.testing import CliRunner
 
@@ -187,3 +189,33 @@ def test_a_part_of_the_answers(made: tuple[Settings, hospital.Hospital]) -> None
     told = ["find", "-k", "StudyInstanceUID", "--offset", "118", "--limit", "7", "--format", "csv"]
     result = CliRunner().invoke(main, ["--config", str(config), *told])
     assert [line.partition(",")[2] for line in result.stdout.split()[1:]] == uids[118:], result.output
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        pa.array(["a", None, "", "Grüße", "x" * 1000]),
+        pa.array(["a", "b"]),
+        pa.array(["a", "b", None, "c"])[1:],
+        pa.array([], pa.string()),
+        pa.array([None, None], pa.string()),
+        pa.array([1, None, -(2**63), 2**63 - 1]),
+        pa.array([7, -7], pa.int32()),
+        pa.array([date(1969, 12, 31), None, date(1, 1, 1), date(9999, 12, 31)]),
+        pa.array([["a"], None, []], pa.list_(pa.string())),
+        pa.array([0.5, None]),
+        pa.array([*range(20), None, 21]),
+    ],
+    ids=str,
+)
+def test_a_cell_is_what_arrow_gives(array: pa.Array, tmp_path: Path) -> None:
+    """Also of a mapped file, whose buffers are padded."""
+    with (
+        pa.OSFile(str(tmp_path / "x.arrow"), "wb") as file,
+        pa.ipc.new_file(file, pa.schema([("x", array.type)])) as out,
+    ):
+        out.write_table(pa.table({"x": array}))
+    mapped = pa.ipc.open_file(pa.memory_map(str(tmp_path / "x.arrow"))).read_all().column("x").chunks
+    for one in (array, *mapped):
+        cell = rows_module._cell(one)
+        assert [cell(at) for at in range(len(one))] == one.to_pylist()

@@ -89,3 +89,24 @@ def test_a_response_repeats_its_request() -> None:
         "CommandField": 0x8130, "MessageIDBeingRespondedTo": 9, "CommandDataSetType": 0x0101, "Status": 0x0110,
         "AffectedSOPClassUID": UID, "AffectedSOPInstanceUID": "1.2", "ActionTypeID": 1,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "more"),
+    [
+        ({"CommandField": 0x0020, "AffectedSOPClassUID": "1.2.840.10008.5.1.4.1.2.2.1"}, 0xFF00, {}),
+        ({"CommandField": 0x0020, "AffectedSOPClassUID": "1.2.3"}, 0xFF00, {"CommandDataSetType": 0}),
+        ({"CommandField": 0x0020, "AffectedSOPClassUID": "1.2.3"}, 0xA900, {"ErrorComment": "no level"}),
+        ({"CommandField": 0x0001, "AffectedSOPClassUID": "1.2", "AffectedSOPInstanceUID": "1.2.3.4"}, 0x0000, {}),
+        ({"CommandField": 0x0130, "RequestedSOPClassUID": "1.2", "RequestedSOPInstanceUID": "1.2.3"}, 0x0000, {}),
+        ({"CommandField": 0x0030}, 0x0000, {}),
+    ],
+)
+def test_responses_made_once_are_those_made_each_time(
+    fields: command.Command, status: int, more: dict[str, object]
+) -> None:
+    """Also where the number of the request looks like the head of its element (0000,0120)."""
+    for number in (1, 0x0120, 0, 0xFFFF, 1):
+        request = {**fields, "MessageID": number}
+        expected = command.encode(command.response_to(request, status, **more))
+        assert command.encoded_response(request, status, **more) == expected
