@@ -18,11 +18,10 @@ from pydicom.dataset import Dataset
 from pydicom.valuerep import TEXT_VR_DELIMS
 
 from sphere.ingest.header.dictionary import private_vr
-from sphere.ingest.header.element import EXPLICIT_LE, read_head
+from sphere.ingest.header.element import EXPLICIT_LE, IMPLICIT_LE, read_head
 
 SPECIFIC_CHARACTER_SET = 0x00080005
 _CHARSET_VRS: Final = frozenset(("LO", "LT", "PN", "SH", "ST", "UC", "UT"))
-_IMPLICIT: Final = struct.Struct("<HHI")
 _BINARY: Final = {"US": "H", "SS": "h", "UL": "L", "SL": "l", "UV": "Q", "SV": "q", "FL": "f", "FD": "d"}
 _BINARY_ALIASES: Final = {"US or SS": "US"}
 
@@ -49,10 +48,11 @@ def plain_elements(data: bytes, *, explicit: bool) -> list[Element] | None:
     """
     if not explicit and data[4:6].isalpha() and data[4:6].isupper():
         return None  # pydicom takes the length of the first element for a VR
+    encoding = EXPLICIT_LE if explicit else IMPLICIT_LE
     found: list[Element] = []
     encodings, at, last, size = ["iso8859"], 0, 0, len(data)
     while at < size:
-        head = read_head(data, at, EXPLICIT_LE, size - at) if explicit else _implicit_head(data, at)
+        head = read_head(data, at, encoding, size - at)
         if head is None:
             return None
         tag, said, width, length = head
@@ -69,14 +69,6 @@ def plain_elements(data: bytes, *, explicit: bool) -> list[Element] | None:
             if tag == SPECIFIC_CHARACTER_SET:
                 encodings = convert_encodings([name.strip(" ") for name in text.split("\\")])
     return found
-
-
-def _implicit_head(data: bytes, at: int) -> tuple[int, str, int, int] | None:
-    """Tag, VR (unknown), size of the head and length of the value of an element in Implicit VR Little Endian."""
-    if at + 8 > len(data):
-        return None
-    group, number, length = _IMPLICIT.unpack_from(data, at)
-    return group << 16 | number, "", 8, length
 
 
 @functools.lru_cache(4096)

@@ -8,7 +8,7 @@ sphere.catalog.overlay). It costs what changed, not what there is.
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -19,7 +19,7 @@ from sphere.catalog import overlay
 from sphere.catalog.grant import Grant
 from sphere.catalog.index_files import FileMap
 from sphere.catalog.match import TRAILING_ONLY_VRS, normal_name_sql
-from sphere.catalog.reading import files_sql
+from sphere.catalog.reading import instances_sql
 from sphere.catalog.rollup import roll_up_sql, source_columns
 from sphere.catalog.schema import BY_KEYWORD, TABLES
 from sphere.catalog.tables import Snapshot
@@ -129,14 +129,11 @@ def _replace(
     condition, values = overlay.among("StudyInstanceUID", affected)
     holding = files.of_studies(db, affected)
     if holding and instances is not None:
-        source, bound = files_sql("instances", dict.fromkeys([*columns, *(grant.columns if grant else ())])), [holding]
+        source, bound = instances_sql(columns, grant), [holding]
     else:
         db.register("no_rows", TABLES["instances"].schema.empty_table())
         source, bound = "no_rows", []
-    have = instances.columns if instances and holding else frozenset(TABLES["instances"].schema.names)
-    listed = ", ".join(f'"{name}"' if name in have else f'NULL AS "{name}"' for name in columns)
-    if grant is not None:
-        condition += f" AND {granted(grant, have)}"
+    listed = ", ".join(f'"{name}"' for name in columns)
     db.execute("SET TimeZone = 'UTC'")
     db.execute(f"CREATE TEMP TABLE changed_rows AS SELECT {listed} FROM {source} WHERE {condition}", [*bound, *values])
     series = db.sql(roll_up_sql("series", "changed_rows")).to_arrow_table()
@@ -144,18 +141,12 @@ def _replace(
     overlay.replace(db, touched, affected, series=series, studies=studies, selected=selected)
 
 
-def granted(grant: Grant, columns: Container[str], alias: str = "") -> str:
-    """The condition that a row of the files of `instances`, which have `columns`, is granted."""
-    return grant.condition(lambda name: f'{alias}"{name}"' if name in columns else "NULL")
-
-
 def _granted_studies(db: duckdb.DuckDBPyConnection, added: Sequence[str], grant: Grant) -> set[str]:
     """The studies of which something was granted, or is in the files `added`."""
     known = "SELECT StudyInstanceUID FROM base.studies UNION SELECT StudyInstanceUID FROM {}.studies"
     studies = {row[0] for row in db.execute(known.format(overlay.SCHEMA)).fetchall()}
     if added:
-        source = files_sql("instances", grant.columns)
-        sql = f"SELECT DISTINCT StudyInstanceUID FROM {source} WHERE {granted(grant, grant.columns)}"
+        sql = f"SELECT DISTINCT StudyInstanceUID FROM {instances_sql((), grant)}"
         studies |= {row[0] for row in db.execute(sql, [list(added)]).fetchall()}
     return studies
 
@@ -169,13 +160,9 @@ def _roll_up_granted(db: duckdb.DuckDBPyConnection, instances: Snapshot | None, 
     db.execute(f"CREATE TEMP TABLE granted_rows AS SELECT {listed} FROM no_rows")
     db.unregister("no_rows")
     files = instances.files if instances else ()
-    have = instances.columns if instances else frozenset[str]()
-    held = ", ".join(f'"{name}"' for name in columns if name in have)
-    relation = files_sql("instances", dict.fromkeys([*columns, *grant.columns]))
     for start in range(0, len(files), FILES_AT_ONCE):
         some = list(files[start : start + FILES_AT_ONCE])
-        source = f"{relation} WHERE {granted(grant, have)}"
-        db.execute(f"INSERT INTO granted_rows BY NAME SELECT {held} FROM {source}", [some])
+        db.execute(f"INSERT INTO granted_rows SELECT {listed} FROM {instances_sql(columns, grant)}", [some])
     for name, source in (("series", "granted_rows"), ("studies", "granted_rows"), ("patients", "studies_rolled")):
         db.execute(f"CREATE TEMP TABLE {name}_rolled AS {roll_up_sql(name, source)}")
         kept = ", ".join(selected(column) for column in TABLES[name].schema.names)

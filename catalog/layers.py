@@ -12,11 +12,11 @@ import duckdb
 
 from sphere.catalog import overlay
 from sphere.catalog.grant import Grant
-from sphere.catalog.index_build import INDEXED, granted
+from sphere.catalog.index_build import INDEXED
 from sphere.catalog.index_files import FileMap
 from sphere.catalog.overlay import Touched
 from sphere.catalog.parts import InstanceFiles
-from sphere.catalog.reading import files_sql
+from sphere.catalog.reading import instances_sql
 from sphere.catalog.recent import Recent, column_of
 from sphere.catalog.rows import RowStore
 from sphere.catalog.schema import Level
@@ -118,20 +118,16 @@ class Layer:
     def instances(self, files: Sequence[str], names: Sequence[str]) -> tuple[str, list[Any]] | None:
         """SQL of a relation with the columns `names` of the instances in `files` and of the recent ones, and its
         values; None where there are neither."""
-        grant, allowed = self.index.grant, ""
-        read = files_sql("instances", names if grant is None else dict.fromkeys([*names, *grant.columns]))
-        if grant is not None:
-            allowed = f" WHERE {granted(grant, self.index.instance_columns, 'b.')}"
+        read = instances_sql(names, self.index.grant)
         if self.name == "base" or self.index.recent is None or not self.index.recent.members:
-            return (f"(SELECT * FROM {read} b{allowed})" if allowed else read, [list(files)]) if files else None
+            return (read, [list(files)]) if files else None
         recent = ", ".join(f'{column_of(name)} AS "{name}"' for name in names)
         arrived = f"SELECT {recent} FROM memory.recent.arrivals WHERE shown"
         if not files:
             return f"({arrived})", []
-        known = self.index.instance_columns
-        catalogued = ", ".join(f'b."{name}"' if name in known else f'NULL AS "{name}"' for name in names)
+        catalogued = ", ".join(f'b."{name}"' for name in names)
         hidden = "ANTI JOIN memory.recent.hidden h ON h.SOPInstanceUID = b.SOPInstanceUID"
-        return f"(SELECT {catalogued} FROM {read} b {hidden}{allowed} UNION ALL {arrived})", [list(files)]
+        return f"(SELECT {catalogued} FROM {read} b {hidden} UNION ALL {arrived})", [list(files)]
 
     def instance_files(self, study_instance_uids: Sequence[str] | None) -> list[str]:
         """The files of `instances` that hold any of the studies; None: all of the layer."""

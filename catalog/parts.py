@@ -18,8 +18,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-FILES: Final = 64
-"""Files that stay open: about 0.3 MB each, 3 MB where they have all the columns."""
+FILES: Final = 24
+"""Files that stay open: about 0.4 MB each, 3 MB where they have all the columns."""
 COLUMNS: Final = 64 << 20
 """Bytes of columns that are kept; large ones (`dataset`) are not."""
 LARGEST: Final = 4 << 20

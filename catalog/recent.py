@@ -22,9 +22,8 @@ from sphere.catalog import overlay
 from sphere.catalog.arrivals import RECENT, HeadersOfMembers, values_of
 from sphere.catalog.fold import FoldedStudy
 from sphere.catalog.grant import Grant
-from sphere.catalog.index_build import granted
 from sphere.catalog.index_files import FileMap
-from sphere.catalog.reading import files_sql
+from sphere.catalog.reading import instances_sql
 from sphere.catalog.rollup import duckdb_type, source_columns
 from sphere.catalog.schema import BY_KEYWORD, TABLES
 from sphere.catalog.tail import JournalTail
@@ -255,14 +254,11 @@ class Recent:
         files = self._sources.files.of_studies(self._db, studies)
         if not files:
             return []
-        columns = ", ".join(f'"{name}"' for name in _ROLLED if name in self._sources.columns)
-        names = _ROLLED if self._sources.grant is None else dict.fromkeys([*_ROLLED, *self._sources.grant.columns])
+        columns = ", ".join(f'"{name}"' for name in _ROLLED)
         sql = (
-            f"SELECT {columns} FROM {files_sql('instances', names)} ANTI JOIN recent.hidden "
+            f"SELECT {columns} FROM {instances_sql(_ROLLED, self._sources.grant)} ANTI JOIN recent.hidden "
             "USING (SOPInstanceUID) WHERE StudyInstanceUID IN (SELECT unnest(?))"
         )
-        if self._sources.grant is not None:
-            sql += f" AND {granted(self._sources.grant, self._sources.columns)}"
         return list(self._db.sql(sql, params=[files, studies]).to_arrow_table().to_pylist())
 
     def _arrived(self, studies: list[str]) -> list[dict[str, Any]]:

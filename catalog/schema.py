@@ -130,12 +130,17 @@ class RollUp:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A Delta table below the catalog root. `key` is unique; MERGE is by it."""
+    """A Delta table below the catalog root. `key` is unique; MERGE is by it.
+
+    Of one that is `sparse`, a file has only the columns that say something in it, and the first of the schema, which
+    have statistics: whoever reads it takes a column that a file lacks as null.
+    """
 
     name: str
     schema: pa.Schema
     key: tuple[str, ...]
     roll_up: RollUp | None = None
+    sparse: bool = False
     properties: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -384,7 +389,13 @@ _ANNOTATIONS = pa.schema(
 TABLES: Mapping[str, Table] = {
     table.name: table
     for table in (
-        Table("instances", _instances(), ("SOPInstanceUID",), properties={"delta.enableChangeDataFeed": "true"}),
+        Table(
+            "instances",
+            _instances(),
+            ("SOPInstanceUID",),
+            sparse=True,
+            properties={"delta.enableChangeDataFeed": "true"},
+        ),
         Table("series", _rolled(_SERIES, _SERIES_FIRST), _SERIES.keys, _SERIES),
         Table(
             "studies",

@@ -114,7 +114,7 @@ def _load(tables: Tables, settings: Settings, storage: Storage, grown: dict[str,
             rows.append(_row(path, start + end, line))
             positions[path] = start + end
     if rows:
-        writer = FileWriter(TABLES["audit"].schema, kept=TABLES["audit"].schema.names)
+        writer = FileWriter(TABLES["audit"])
         data = pa.Table.from_pylist(rows, schema=TABLES["audit"].schema)
         for batch in data.combine_chunks().to_batches(max_chunksize=ROW_GROUP):
             writer.add(batch)

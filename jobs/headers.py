@@ -176,10 +176,6 @@ class _Task:
             yield pa.RecordBatch.from_pylist(sink.finish(), schema=_RESULT)
 
 
-def _table(batch: pa.RecordBatch) -> pa.Table:
-    return pa.Table.from_batches([batch])
-
-
 @functools.cache
 def _reader(max_header: int) -> HeaderReader:
     """One reader for all tasks of a worker process (which has one thread): it remembers what headers look like."""
@@ -201,10 +197,9 @@ class _Sink:
 
     def __init__(self, sources: Sources, *, split: Collection[str]) -> None:
         schema = TABLES["instances"].schema
-        self._schema = schema
         self._storage = open_storage(sources.catalog, user=sources.user)
         self._split = split
-        self._rolled: list[pa.RecordBatch] = []
+        self._rolled: list[pa.Table] = []
         always = {*schema.names[:INDEXED], *NEEDED}
         self._rows = {contested: RowBuilder(schema, always=always) for contested in (False, True)}
         self._files: dict[bool, FileWriter] = {}
@@ -231,17 +226,18 @@ class _Sink:
         for contested in (False, True):
             self._end_file(contested)
         if self._rolled:
-            rows = pa.concat_tables(map(_table, self._rolled), promote_options="default")
+            rows = pa.concat_tables(self._rolled, promote_options="default")
             self._tell("rolled", **roll_up(rows, split=self._split).pack())
         return self._results
 
     def _end_group(self, contested: bool) -> None:
         if contested not in self._files:
-            self._files[contested] = FileWriter(self._schema, kept=self._schema.names[:INDEXED])
+            self._files[contested] = FileWriter(TABLES["instances"])
         batch = self._rows[contested].batch()
         self._files[contested].add(batch)
         if not contested:
-            self._rolled.append(batch.select([name for name in COLUMNS if name in batch.schema.names]))
+            there = [name for name in COLUMNS if name in batch.schema.names]
+            self._rolled.append(pa.Table.from_batches([batch]).select(there))
 
     def _end_file(self, contested: bool) -> None:
         if len(self._rows[contested]):

@@ -43,9 +43,11 @@ def _matching(file: pq.ParquetFile, columns: Sequence[str], key: str, values: pa
 def shaped(rows: pa.Table, schema: pa.Schema) -> pa.Table:
     """The rows with the columns of `schema`, null where they lack one."""
     there = set(rows.column_names)
-    for field in (field for field in schema if field.name not in there):
-        rows = rows.append_column(field, pa.nulls(len(rows), field.type))
-    return rows.select(schema.names).cast(schema)
+    columns = [
+        rows[field.name].cast(field.type) if field.name in there else pa.nulls(len(rows), field.type)
+        for field in schema
+    ]
+    return pa.Table.from_arrays(columns, schema=schema)
 
 
 def open_parquet(storage: Storage, path: str) -> pq.ParquetFile:

@@ -6,7 +6,6 @@ import io
 import math
 import time
 import uuid
-from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import date, datetime, timedelta
 from typing import Any
@@ -16,7 +15,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from sphere.catalog.schema import Table
 from sphere.ingest.storage.base import Storage
+from sphere.jobs.lookup import shaped
 
 INDEXED = 32
 """Columns with statistics (delta.dataSkippingNumIndexedCols)."""
@@ -38,19 +39,19 @@ class NewFile:
 class FileWriter:
     """One Parquet file, built in memory and put on the storage as a whole when it is finished.
 
-    Columns that are null in every row are left out, but for those of `kept`: whoever reads a table takes a column that
-    a file lacks as null, and each of hundreds costs time and bytes in every file.
+    Columns of hundreds that are null in every row cost time and bytes in every file: those of a sparse table are left
+    out.
     """
 
-    def __init__(self, schema: pa.Schema, *, kept: Collection[str]) -> None:
-        self._schema = schema
-        self._kept = frozenset(kept)
-        self._batches: list[pa.RecordBatch] = []
+    def __init__(self, table: Table) -> None:
+        self._schema = table.schema
+        self._kept = frozenset(table.schema.names[:INDEXED] if table.sparse else table.schema.names)
+        self._pieces: list[pa.Table] = []
         self.rows = 0
 
     def add(self, batch: pa.RecordBatch) -> None:
-        """Append rows, of columns of the schema, as one row group."""
-        self._batches.append(batch)
+        """Append rows as one row group; columns that the table does not have are left out."""
+        self._pieces.append(pa.Table.from_batches([batch]))
         self.rows += len(batch)
 
     def finish(self, storage: Storage, folder: str) -> NewFile:
@@ -65,35 +66,25 @@ class FileWriter:
             compression_level=dict.fromkeys(used, 1),
             use_dictionary=[name for name in used if name not in ("dataset", "sha256", "SOPInstanceUID")],
         ) as writer:
-            for batch in self._batches:
-                writer.write_batch(_shaped(batch, schema), row_group_size=len(batch))
+            for piece in self._pieces:
+                writer.write_table(shaped(piece, schema), row_group_size=len(piece))
         name = f"part-{uuid.uuid4()}.zstd.parquet"
         data = sink.getvalue()
         storage.write(f"{folder}/{name}", data)
         indexed = pa.schema([self._schema.field(at) for at in range(min(INDEXED, len(self._schema)))])
-        stats = statistics(pa.Table.from_batches([_shaped(batch, indexed) for batch in self._batches]))
+        stats = statistics(pa.concat_tables([shaped(piece, indexed) for piece in self._pieces]))
         return NewFile(name, len(data), int(time.time() * 1000), stats)
 
     def _used(self) -> tuple[pa.Schema, list[str]]:
         """The columns of the file, and those of them that say something, in the order of the schema."""
         said = {
             name
-            for batch in self._batches
-            for name, column in zip(batch.schema.names, batch.columns, strict=True)
+            for piece in self._pieces
+            for name, column in zip(piece.column_names, piece.columns, strict=True)
             if column.null_count < len(column)
         }
         used = [name for name in self._schema.names if name in said]
         return pa.schema([field for field in self._schema if field.name in said | self._kept]), used
-
-
-def _shaped(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
-    """The columns of a schema, null where the batch lacks one."""
-    places = {name: place for place, name in enumerate(batch.schema.names)}
-    columns = [
-        batch.column(places[field.name]) if field.name in places else pa.nulls(len(batch), field.type)
-        for field in schema
-    ]
-    return pa.RecordBatch.from_arrays(columns, schema=schema)
 
 
 def statistics(rows: pa.Table) -> str:

@@ -20,7 +20,7 @@ from sphere.catalog.schema import TABLES
 from sphere.conf.errors import CatalogError
 from sphere.conf.settings import Settings
 from sphere.ingest.storage import open_storage
-from sphere.jobs.parquet import INDEXED, FileWriter, NewFile
+from sphere.jobs.parquet import FileWriter, NewFile
 from sphere.jobs.tables import Tables
 from sphere.jobs.versions import Place
 
@@ -108,16 +108,9 @@ class _Copy:
                 matched = here.true_count
                 result = {"source": source, "matched": matched}
                 if matched and (self.matching or matched < len(here)):
-                    schema = TABLES[_TABLE].schema
-                    rows = _known(file.read(), schema).filter(here if self.matching else pc.invert(here))
-                    writer = FileWriter(schema, kept=schema.names[:INDEXED])
+                    rows = file.read().filter(here if self.matching else pc.invert(here))
+                    writer = FileWriter(TABLES[_TABLE])
                     for piece in rows.to_batches():
                         writer.add(piece)
                     result |= asdict(writer.finish(storage, _TABLE))
                 yield pa.RecordBatch.from_pylist([result], schema=_RESULT)
-
-
-def _known(rows: pa.Table, schema: pa.Schema) -> pa.Table:
-    """The rows with those of their columns that the schema has, in its types."""
-    present = [field for field in schema if field.name in set(rows.column_names)]
-    return rows.select([field.name for field in present]).cast(pa.schema(present))

@@ -145,7 +145,7 @@ class Tables:
         self.append(name, new, removed=removed, onto=table, mark=mark)
 
     def _write(self, name: str, rows: pa.Table) -> NewFile:
-        writer = FileWriter(rows.schema, kept=rows.schema.names)
+        writer = FileWriter(TABLES[name])
         for batch in rows.combine_chunks().to_batches(max_chunksize=ROW_GROUP):
             writer.add(batch)
         return writer.finish(self._storage, name)

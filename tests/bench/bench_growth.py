@@ -3,9 +3,9 @@
 ``python -m tests.bench.bench_growth [--studies 4000,200000] [--cores 2] [--folder DIR]``
 
 A study has 25 instances on average: 4,000 studies are 100,000 instances, 1,000,000 are 25 million. The catalogs are
-generated (tests.bench.hospital) and kept in the folder, if one is given. Per catalog: a first small batch, which makes
-what is kept of the keys from nothing; then the batch of new instances, which is the figure; then the same instances
-once more. "read" counts files and bytes of the catalog that the driver opened: tasks read bundles only.
+generated (tests.bench.hospital_catalog) and kept in the folder, if one is given. Per catalog: a first small batch,
+which makes what is kept of the keys from nothing; then the batch of new instances, which is the figure; then the same
+instances once more. "read" counts files and bytes of the catalog that the driver opened: tasks read bundles only.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from sphere.jobs.session import spark_session
 from sphere.jobs.synthetic import ct_series
 from sphere.jobs.tables import Tables
 from tests.bench.bench_extract import SLICES, land, machine, timed
-from tests.bench.hospital import kept
+from tests.bench.hospital_catalog import kept
 
 BATCH = 20_000
 FIRST = 2_000

@@ -26,7 +26,8 @@ from sphere.catalog.query import Query
 from sphere.catalog.service import QueryService
 from sphere.conf.settings import Settings
 from tests.bench import landing_servers
-from tests.bench.hospital import DAYS, KINDS, Hospital, kept, nightly
+from tests.bench.hospital import DAYS, KINDS, Hospital
+from tests.bench.hospital_catalog import kept, nightly
 from tests.bench.query_client import Web, association, percentile, question, together
 from tests.bench.query_servers import load, memory_mib, orthanc, postgres, web
 

@@ -27,7 +27,7 @@ import numpy as np
 from sphere.conf.settings import Settings, from_dict
 from sphere.jobs.synthetic import ct_series
 from sphere.scp.web.server import run_web
-from tests.bench.hospital import kept
+from tests.bench.hospital_catalog import kept
 from tests.bench.query_client import percentile
 from tests.bench.query_servers import load
 from tests.support.dicom_tools import require_tool, running, wait_for_port
@@ -285,7 +285,7 @@ def main() -> None:
     parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
-        ae_title = "TESTED"  # as the catalogs of tests.bench.hospital have it
+        ae_title = "TESTED"  # as the catalogs of tests.bench.hospital_catalog have it
         settings = from_dict({"archive": {"ae_title": ae_title}, "web": {"port": 0}}, base=options.serve)
         run_web(settings, ready=lambda port: print(port, flush=True))
         return

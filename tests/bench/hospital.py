@@ -1,39 +1,21 @@
-"""A hospital's catalog, invented: real Delta tables as extraction leaves them, of any number of studies.
+"""What a hospital has, invented: patients, studies, series and instances, of any number, as columns of the catalog.
 
-``python -m tests.bench.hospital --studies 100000 --folder DIR`` makes one, or finds it there from the last time. On
-average a study has 4 series and 25 instances; the same arguments give the same rows. Every column comes from numpy and
-Arrow arrays at the level where it lives, and is spread over the instances by index: no row is made in Python.
+On average a study has 4 series and 25 instances; the same arguments give the same rows. Every column comes from numpy
+and Arrow arrays at the level where it lives, and is spread over the instances by index: no row is made in Python.
 """
 
 from __future__ import annotations
 
-import argparse
-import functools
-import shutil
-import sys
-import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-import duckdb
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-from deltalake import DeltaTable, WriterProperties, write_deltalake
 
-from sphere.catalog.rollup import roll_up_sql
 from sphere.catalog.schema import BY_KEYWORD, INSTANCE_FIELDS, TABLES
-from sphere.conf import settings as conf
-from sphere.conf.settings import Settings
-from sphere.ingest.storage import open_storage
-from sphere.jobs.headers import TASK_MEMBERS
-from sphere.jobs.parquet import INDEXED, ROW_GROUP, FileWriter
-from sphere.jobs.tables import NewFile, Tables
 from tests.bench import people
 
 BATCH_STUDIES = 8_000
@@ -43,8 +25,6 @@ PER_BUNDLE = 500
 FIRST_DAY, DAYS = np.datetime64("2004-01-01"), 7305
 LARGE_EVERY = 2_000
 """One study in so many has series of 500 instances: two of them make the study of 1,000 that the bench looks up."""
-_MADE = "generated"
-_LAYOUT = 1  # raised when the rows change: catalogs kept from before are made anew
 
 Ints = npt.NDArray[np.int64]
 
@@ -101,7 +81,7 @@ KINDS = (
 )
 """Modalities of an invented hospital. The roots are those of devices in wide use: UIDs that share long beginnings."""
 
-_IMAGE = {
+IMAGE_VALUES = {
     "SamplesPerPixel": 1, "PhotometricInterpretation": "MONOCHROME2", "Rows": 512, "Columns": 512, "BitsAllocated": 16,
     "BitsStored": 12, "HighBit": 11, "PixelRepresentation": 0, "InstitutionName": "Invented Hospital",
     "InstitutionAddress": "1 Invented Street", "InstitutionalDepartmentName": "Radiology", "AcquisitionNumber": 1,
@@ -235,9 +215,9 @@ class Hospital:
             "ProtocolName": region,
             "FrameOfReferenceUID": _joined(self.series_uid, ".0"),
             "StationName": _joined("ST", _text(self._noise[self.study_of] % 9)),
-            "InstitutionName": pa.repeat(pa.scalar(_IMAGE["InstitutionName"]), len(kind)),
-            "InstitutionAddress": pa.repeat(pa.scalar(_IMAGE["InstitutionAddress"]), len(kind)),
-            "InstitutionalDepartmentName": pa.repeat(pa.scalar(_IMAGE["InstitutionalDepartmentName"]), len(kind)),
+            "InstitutionName": pa.repeat(pa.scalar(IMAGE_VALUES["InstitutionName"]), len(kind)),
+            "InstitutionAddress": pa.repeat(pa.scalar(IMAGE_VALUES["InstitutionAddress"]), len(kind)),
+            "InstitutionalDepartmentName": pa.repeat(pa.scalar(IMAGE_VALUES["InstitutionalDepartmentName"]), len(kind)),
         }
 
 
@@ -286,7 +266,7 @@ class Batch:
         fixed = self._fixed(series, number)
         made = typed | fixed | {"dataset": _dataset(typed, series)}
         arrays = [
-            _as(made[field.name], field.type) if field.name in made else pa.nulls(stop - start, field.type)
+            as_type(made[field.name], field.type) if field.name in made else pa.nulls(stop - start, field.type)
             for field in schema
         ]
         return pa.RecordBatch.from_arrays(arrays, schema=schema)
@@ -300,7 +280,7 @@ class Batch:
         names = dict.fromkeys(name for one in KINDS for name in one.constants)
         for name in (name for name in names if name not in values):
             values[name] = pa.array([one.constants.get(name) for one in KINDS], BY_KEYWORD[name].arrow).take(kind)
-        for name, value in _IMAGE.items():
+        for name, value in IMAGE_VALUES.items():
             values.setdefault(name, pa.array([value], BY_KEYWORD[name].arrow).take(pa.repeat(0, len(series))))
         location = pa.array(number * 1.25 - 400)
         position = pa.ListArray.from_arrays(
@@ -361,7 +341,7 @@ def _ranges(starts: Ints, counts: Ints) -> Ints:
     return np.arange(ends[-1]) + np.repeat(starts - np.concatenate([[0], ends[:-1]]), counts)
 
 
-def _as(column: pa.Array, wanted: pa.DataType) -> pa.Array:
+def as_type(column: pa.Array, wanted: pa.DataType) -> pa.Array:
     return column if column.type == wanted else column.cast(wanted)
 
 
@@ -422,168 +402,6 @@ def _value(vr: str, column: pa.Array) -> pa.Array:
     return pc.binary_join_element_wise('"', column, '"', "")
 
 
-def _write_instances(settings: Settings, hospital: Hospital, batches: Sequence[Batch], threads: int) -> None:
-    tables = Tables(settings)
-    storage = open_storage(settings.catalog_root, user="")
-    with ThreadPoolExecutor(threads) as pool:
-        for batch in batches:
-            total = len(batch.series)
-            _ = batch.number, hospital.series_values, hospital.study_values  # made once, before the threads need them
-            made = pool.map(functools.partial(_file, storage, batch), range(0, total, TASK_MEMBERS))
-            tables.append("instances", list(made), onto=tables.ensure("instances"))
-
-
-def _file(storage: Any, batch: Batch, start: int) -> NewFile:
-    stop = min(len(batch.series), start + TASK_MEMBERS)
-    schema = TABLES["instances"].schema
-    writer = FileWriter(schema, kept=schema.names[:INDEXED])
-    for first in range(start, stop, ROW_GROUP):
-        writer.add(batch.columns(first, min(stop, first + ROW_GROUP)))
-    return writer.finish(storage, "instances")
-
-
-def _write(settings: Settings, name: str, columns: dict[str, pa.Array]) -> None:
-    schema = TABLES[name].schema
-    count = len(next(iter(columns.values())))
-    arrays = [
-        _as(columns[field.name], field.type) if field.name in columns else pa.nulls(count, field.type)
-        for field in schema
-    ]
-    rows = pa.Table.from_arrays(arrays, schema=schema)
-    Tables(settings).ensure(name)
-    compressed = WriterProperties(compression="ZSTD", compression_level=1)
-    write_deltalake(f"{settings.catalog_root}/{name}", rows, mode="append", writer_properties=compressed)
-
-
-def _sums(values: Ints, groups: Ints, count: int) -> Ints:
-    return np.bincount(groups, weights=values, minlength=count).astype(np.int64)
-
-
-def _roll_ups(settings: Settings, h: Hospital, first: int, last: int) -> None:
-    """`series` and `studies` of studies [first, last)."""
-    series = np.arange(h.first_series[first], h.first_series[last])
-    study = h.study_of[series]
-    count = h.instances_of[series]
-    size = count * (1_900 + 2 * h.rows[study] ** 2)
-    begin, classes = received_us(h, series) + 40_000, pa.array([[kind.sop_class] for kind in KINDS])
-    end = received_us(h, series) + count * 40_000
-    values = {name: column.take(pa.array(series)) for name, column in h.series_values.items()}
-    _write(settings, "series", values | {
-        "StudyInstanceUID": h.study_uid.take(pa.array(study)),
-        "NumberOfSeriesRelatedInstances": pa.array(count),
-        "sop_classes_in_series": classes.take(pa.array(h.kind[study])),
-        "size_bytes": pa.array(size),
-        "first_received_at": pa.array(begin, INSTANCE_FIELDS["received_at"]),
-        "last_received_at": pa.array(end, INSTANCE_FIELDS["received_at"]),
-    })  # fmt: skip
-    number, kinds = last - first, pa.array(h.kind[first:last])
-    starts = h.first_series[first:last] - h.first_series[first]
-    values = {name: column.slice(first, number) for name, column in h.study_values.items()}
-    _write(settings, "studies", values | {
-        "patient_key": patient_keys(h).take(pa.array(h.patient[first:last])),
-        "PatientAge": pa.repeat(pa.scalar(_IMAGE["PatientAge"]), number),
-        "ModalitiesInStudy": pa.array([[kind.modality] for kind in KINDS]).take(kinds),
-        "SOPClassesInStudy": classes.take(kinds),
-        "NumberOfStudyRelatedSeries": pa.array(h.series_of[first:last]),
-        "NumberOfStudyRelatedInstances": pa.array(_sums(count, study - first, number)),
-        "size_bytes": pa.array(_sums(size, study - first, number)),
-        "first_received_at": pa.array(np.minimum.reduceat(begin, starts), INSTANCE_FIELDS["received_at"]),
-        "last_received_at": pa.array(np.maximum.reduceat(end, starts), INSTANCE_FIELDS["received_at"]),
-    })  # fmt: skip
-
-
 def patient_keys(h: Hospital) -> pa.Array:
     """What PATIENT_KEY_SQL computes, an element a patient."""
     return _joined("9:", h.patient_values["PatientID"], h.patient_values["IssuerOfPatientID"])
-
-
-def _patients(settings: Settings, h: Hospital) -> None:
-    files = [str(path) for path in (Path(settings.catalog_root.removeprefix("file://")) / "studies").glob("*.parquet")]
-    with duckdb.connect(config={"memory_limit": "2GB"}) as db:
-        db.execute("SET TimeZone = 'UTC'")
-        rows = db.sql(roll_up_sql("patients", "read_parquet(?)"), params=[files]).to_arrow_table()
-    _write(settings, "patients", {name: rows[name].combine_chunks() for name in rows.column_names})
-
-
-def generate(settings: Settings, studies: int, *, seed: int = 1, threads: int = 2) -> Hospital:
-    """Write all tables, in the order of extraction."""
-    hospital = Hospital(studies, seed)
-    _write_batches(settings, hospital, threads)
-    for start, stop in _slices(studies, 250_000):
-        _roll_ups(settings, hospital, start, stop)
-    _patients(settings, hospital)
-    _write_bundles(settings, hospital)
-    return hospital
-
-
-def nightly(settings: Settings, studies: int, *, seed: int) -> Hospital:
-    """One more batch of extraction, of patients who are there already; without the roll-ups, which an index does not
-    read for it."""
-    hospital = Hospital(studies, seed)
-    _write_batches(settings, hospital, 1)
-    _write_bundles(settings, hospital)
-    return hospital
-
-
-def _write_batches(settings: Settings, hospital: Hospital, threads: int) -> None:
-    batches = [Batch(hospital, start, stop) for start, stop in _slices(hospital.studies, BATCH_STUDIES)]
-    _write_instances(settings, hospital, batches, threads)
-
-
-def _write_bundles(settings: Settings, hospital: Hospital) -> None:
-    names = Batch.bundles(hospital)
-    members = np.minimum(PER_BUNDLE, hospital.instances - np.arange(len(names)) * PER_BUNDLE)
-    _write(settings, "bundles", {
-        "bundle": pa.array(names),
-        "journal_bytes": pa.array(members * 640),
-        "members": pa.array(members),
-        "sealed": pa.array(np.full(len(names), True)),
-    })  # fmt: skip
-
-
-def _slices(count: int, size: int) -> Iterator[tuple[int, int]]:
-    for start in range(0, count, size):
-        yield start, min(count, start + size)
-
-
-def kept(folder: Path, studies: int, *, seed: int = 1, threads: int = 2) -> tuple[Settings, Hospital]:
-    """The archive in `folder`, made when it is not there yet."""
-    settings = conf.from_dict({"archive": {"ae_title": "TESTED"}}, base=folder)
-    note = f"{_LAYOUT} {studies} {seed}"
-    if (folder / _MADE).exists() and (folder / _MADE).read_text() == note:
-        return settings, Hospital(studies, seed)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    hospital = generate(settings, studies, seed=seed, threads=threads)
-    (folder / _MADE).write_text(note)
-    return settings, hospital
-
-
-def size_of(settings: Settings, name: str) -> tuple[int, int]:
-    """Files and bytes of a table's present version."""
-    actions = pa.table(DeltaTable(f"{settings.catalog_root}/{name}").get_add_actions(flatten=True))
-    return len(actions), pc.sum(actions["size_bytes"]).as_py() or 0
-
-
-def main() -> None:
-    """Make a catalog and say what it took."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--studies", type=int, default=100_000)
-    parser.add_argument("--folder", type=Path, required=True, help="where it is made, and found again")
-    parser.add_argument("--seed", type=int, default=1)
-    options = parser.parse_args()
-    began, cpu = time.perf_counter(), time.process_time()
-    settings, hospital = kept(options.folder.absolute(), options.studies, seed=options.seed)
-    print(
-        f"{hospital.studies:,} studies, {len(hospital.study_of):,} series, {hospital.instances:,} instances, "
-        f"{hospital.patients:,} patients in {time.perf_counter() - began:.0f} s ({time.process_time() - cpu:.0f} s CPU)"
-    )
-    for name in TABLES:
-        if (options.folder / "storage/catalog" / name).is_dir():
-            files, size = size_of(settings, name)
-            print(f"  {name:10} {files:6,} files {size / 1e6:10,.1f} MB")
-    sys.stdout.flush()
-
-
-if __name__ == "__main__":
-    main()

@@ -15,7 +15,7 @@ from sphere.catalog.schema import BY_KEYWORD, TABLES, RollUp, Table, patient_key
 from sphere.conf import settings as conf
 from sphere.conf.settings import Settings
 from sphere.ingest.storage import open_storage
-from sphere.jobs.parquet import INDEXED, FileWriter
+from sphere.jobs.parquet import FileWriter
 from sphere.jobs.tables import Tables
 
 Row = dict[str, Any]
@@ -98,7 +98,7 @@ def write_table(settings: Settings, table: Table, rows: Iterable[Row], mode: Any
     if (table.name, mode) != ("instances", "append"):
         write_deltalake(f"{settings.catalog_root}/{table.name}", data, mode=mode)
         return
-    writer, tables = FileWriter(table.schema, kept=table.schema.names[:INDEXED]), Tables(settings)
+    writer, tables = FileWriter(table), Tables(settings)
     for batch in data.to_batches():
         writer.add(batch)
     file = writer.finish(open_storage(settings.catalog_root), table.name)

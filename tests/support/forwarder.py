@@ -15,7 +15,7 @@ from sphere.ingest.header import Header, HeaderReader, RowBuilder
 from sphere.ingest.records import MemberRecord
 from sphere.ingest.storage import open_storage
 from sphere.jobs.forward import run_forwarder
-from sphere.jobs.parquet import INDEXED, FileWriter
+from sphere.jobs.parquet import FileWriter
 from sphere.jobs.tables import NewFile, Tables
 from tests.support.receiver import ROOT
 
@@ -29,7 +29,7 @@ def catalogue(settings: Settings, records: Iterable[MemberRecord], *, instead: S
         header = HeaderReader(max_header=1 << 20).read(data, size=len(data), fetch=lambda offset, count: b"")
         assert isinstance(header, Header)
         rows.append(header, record)
-    writer, tables = FileWriter(schema, kept=schema.names[:INDEXED]), Tables(settings)
+    writer, tables = FileWriter(TABLES["instances"]), Tables(settings)
     writer.add(rows.batch())
     instances = tables.ensure("instances")
     file = writer.finish(open_storage(settings.catalog_root), "instances")

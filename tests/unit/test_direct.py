@@ -24,7 +24,7 @@ from sphere.catalog.service import QueryService
 from sphere.cli import main
 from sphere.conf.errors import QueryError
 from sphere.conf.settings import Settings
-from tests.bench import hospital
+from tests.bench import hospital, hospital_catalog
 
 pytestmark = pytest.mark.unit
 
@@ -33,7 +33,7 @@ STUDY = ("PatientName", "PatientID", "StudyDate", "ModalitiesInStudy", "StudyIns
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Settings, hospital.Hospital]:
-    return hospital.kept(tmp_path_factory.mktemp("direct"), 120)
+    return hospital_catalog.kept(tmp_path_factory.mktemp("direct"), 120)
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from sphere.catalog.rollup import roll_up_sql, source_columns
 from sphere.catalog.schema import TABLES, Level
 from sphere.catalog.service import QueryService
 from sphere.conf.settings import Settings
-from tests.bench import hospital
+from tests.bench import hospital_catalog
 from tests.support.catalog import Row, archive, instance, roll_up, write_catalog, write_table
 
 pytestmark = pytest.mark.unit
@@ -175,7 +175,7 @@ def test_a_damaged_base_below_a_refresh(tmp_path: Path) -> None:
 
 
 def test_the_generated_hospital_is_one_that_extraction_could_have_written(tmp_path: Path) -> None:
-    settings, made = hospital.kept(tmp_path, 40)
+    settings, made = hospital_catalog.kept(tmp_path, 40)
     instances = table(settings, "instances")
     assert len(instances) == made.instances == len(set(instances["SOPInstanceUID"].to_pylist()))
     for name, source in (("series", "instances"), ("studies", "instances"), ("patients", "studies")):

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from pydicom import dcmread
 
-from sphere.catalog.schema import TABLES
+from sphere.catalog.schema import TABLES, Table
 from sphere.ingest.header import Header, HeaderReader
 from sphere.ingest.journal import Landed
 from sphere.ingest.storage import open_storage
@@ -95,7 +95,7 @@ def test_statistics_are_bounds() -> None:
 def test_file_writer_puts_one_file(tmp_path: Path) -> None:
     storage = open_storage(tmp_path.as_uri())
     schema = pa.schema([("SOPInstanceUID", pa.string()), ("dataset", pa.string())])
-    writer = FileWriter(schema, kept=schema.names)
+    writer = FileWriter(Table("instances", schema, ("SOPInstanceUID",)))
     for name in ("a", "b"):
         writer.add(pa.RecordBatch.from_pylist([{"SOPInstanceUID": name, "dataset": "{}"}], schema=schema))
     file = writer.finish(storage, "instances")
@@ -108,7 +108,7 @@ def test_a_file_has_the_columns_that_say_something(tmp_path: Path) -> None:
     """In whichever row group they do; the first of the schema have statistics, and are there, though null."""
     storage = open_storage(tmp_path.as_uri())
     schema = TABLES["instances"].schema
-    writer = FileWriter(schema, kept=schema.names[:INDEXED])
+    writer = FileWriter(TABLES["instances"])
     row = dict.fromkeys(("SOPInstanceUID", "StudyInstanceUID", "dataset"), "1")
     for more in ({}, {"KVP": 120.0}, {"ImageType": ["ORIGINAL"], "KVP": 80.0}):
         writer.add(
