@@ -1,0 +1,196 @@
+"""Tombstones: what was deleted, told to every process at once; the latest of an instance counts."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Iterator
+from itertools import islice, permutations
+from pathlib import Path
+
+import orjson
+import pytest
+
+from sphere.catalog import tombstones
+from sphere.catalog.annotations import Target
+from sphere.catalog.tombstones import FOLDER, Tombstones, open_tombstones
+from sphere.conf.errors import StorageError
+from sphere.conf.settings import Settings
+from sphere.ingest.storage import open_storage
+from sphere.ingest.storage.base import Storage
+from sphere.ingest.storage.local import LocalStorage
+from tests.support.landing import archive
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return archive(tmp_path)
+
+
+@pytest.fixture
+def graves(settings: Settings) -> Iterator[Tombstones]:
+    one = open_tombstones(settings)
+    yield one
+    one.close()
+
+
+def named(*numbers: int, study: str = "1.2", series: str = "1.2.1") -> list[Target]:
+    return [Target("IMAGE", study, series, f"9.{number}") for number in numbers]
+
+
+def lines(settings: Settings) -> list[bytes]:
+    root = Path(settings.archive.state_dir.parent, "storage", FOLDER)
+    return [line for file in sorted(root.rglob("*.jsonl")) for line in file.read_bytes().splitlines()]
+
+
+def test_nothing_is_opened_or_made_before_something_is_deleted(settings: Settings, graves: Tombstones) -> None:
+    assert graves.deleted(["9.1"]) == set()
+    assert graves.changes() == ([], "")
+    assert (graves.count(), list(graves.find()), graves.told("t")) == (0, [], "")
+    assert graves.restore(["9.1"], by="test") == 0
+    assert not (settings.archive.state_dir / "events").exists()
+
+
+def test_deleted_and_restored(graves: Tombstones) -> None:
+    assert graves.delete(named(1, 2, 3), by="ann", reason="withdrawn") == 3
+    assert graves.delete(named(3, 4), by="ben") == 1
+    assert graves.deleted(["9.1", "9.4", "9.5"]) == {"9.1", "9.4"}
+    assert graves.restore(["9.1", "9.4", "9.5"], by="cem") == 2
+    assert graves.deleted(["9.1", "9.2", "9.3", "9.4"]) == {"9.2", "9.3"}
+    assert graves.count() == 2
+    assert [(one.SOPInstanceUID, one.by, one.reason) for one in graves.find()] == [
+        ("9.2", "ann", "withdrawn"),
+        ("9.3", "ann", "withdrawn"),
+    ]
+
+
+def test_found_by_what_they_are_of(graves: Tombstones, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tombstones, "PAGE", 2)
+    graves.delete([*named(1, 2, 3, 4), *named(5, series="1.2.2"), *named(6, study="7", series="7.1")], by="x")
+    assert [one.SOPInstanceUID for one in graves.find(study=["1.2"])] == ["9.1", "9.2", "9.3", "9.4", "9.5"]
+    assert [one.SOPInstanceUID for one in graves.find(study=["7"], series=["1.2.2"])] == []
+    assert [one.SOPInstanceUID for one in graves.find(series=["1.2.2", "7.1"])] == ["9.5", "9.6"]
+    assert [one.SOPInstanceUID for one in graves.find(sop=["9.6", "9.7"])] == ["9.6"]
+
+
+def test_changes_from_a_cursor(graves: Tombstones, monkeypatch: pytest.MonkeyPatch) -> None:
+    graves.delete(named(1, 2), by="x")
+    first, cursor = graves.changes()
+    assert [(one.SOPInstanceUID, one.deleted) for one in first] == [("9.1", True), ("9.2", True)]
+    assert graves.changes(cursor) == ([], cursor)
+    graves.restore(["9.2"], by="x")
+    graves.delete(named(3), by="x")
+    changed, _ = graves.changes(cursor)
+    assert [(one.SOPInstanceUID, one.deleted) for one in changed] == [("9.2", False), ("9.3", True)]
+    monkeypatch.setattr(tombstones, "PAGE", 2)
+    assert [one.SOPInstanceUID for one in graves.changes()[0]] == ["9.1", "9.2"]
+
+
+def test_a_cursor_of_another_cache_is_before_everything(settings: Settings, graves: Tombstones) -> None:
+    graves.delete(named(1, 2), by="x")
+    _, cursor = graves.changes()
+    graves.tell("table", cursor)
+    assert graves.told("table") == cursor
+    graves.close()
+    for path in (settings.archive.state_dir / "events").iterdir():
+        path.unlink()
+    again = open_tombstones(settings)
+    changes, other = again.changes(cursor)
+    assert [one.SOPInstanceUID for one in changes] == ["9.1", "9.2"]
+    assert other != cursor
+    assert again.told("table") == ""
+    again.close()
+
+
+def _other_process(settings: Settings) -> None:
+    one = open_tombstones(settings)
+    one.delete(named(1), by="other")
+    one.close()
+
+
+def test_told_to_other_processes(settings: Settings, graves: Tombstones) -> None:
+    assert graves.deleted(["9.1"]) == set()
+    process = multiprocessing.get_context("spawn").Process(target=_other_process, args=(settings,))
+    process.start()
+    process.join()
+    assert graves.deleted(["9.1"]) == {"9.1"}
+
+
+def test_applied_in_any_order(tmp_path: Path) -> None:
+    settings = archive(tmp_path / "a")
+    one = open_tombstones(settings)
+    one.delete(named(1, 2), by="x")
+    one.restore(["9.1"], by="x")
+    one.delete(named(1), by="y")
+    one.restore(["9.1", "9.2"], by="z")
+    one.delete(named(2), by="z", reason="last")
+    one.close()
+    events = lines(settings)
+    assert len(events) == 5
+    for number, order in enumerate(islice(permutations(events), 0, None, 11)):
+        other = archive(tmp_path / f"order{number}")
+        storage = open_storage(other.storage.root)
+        storage.write(f"{FOLDER}/2026/03/01/a.jsonl", b"\n".join([*order, order[0], b""]))
+        graves = open_tombstones(other)
+        assert [(found.SOPInstanceUID, found.reason) for found in graves.find()] == [("9.2", "last")]
+        graves.close()
+
+
+def test_a_clock_that_is_behind_does_not_keep_a_deletion_alive(settings: Settings) -> None:
+    event = {"id": "f" * 32, "action": "deleted", "at": "2999-01-01T00:00:00.000000+00:00", "by": "x", "reason": ""}
+    event |= {"StudyInstanceUID": "1.2", "SeriesInstanceUID": "1.2.1", "SOPInstanceUIDs": ["9.1"]}
+    open_storage(settings.storage.root).write(f"{FOLDER}/2026/03/01/a.jsonl", orjson.dumps(event) + b"\n")
+    graves = open_tombstones(settings)
+    assert graves.restore(["9.1"], by="y") == 1
+    assert graves.deleted(["9.1"]) == set()
+    graves.close()
+
+
+def test_many_instances_are_several_events(settings: Settings, graves: Tombstones) -> None:
+    assert graves.delete(named(*range(2500)), by="x") == 2500
+    assert [len(orjson.loads(line)["SOPInstanceUIDs"]) for line in lines(settings)] == [1000, 1000, 500]
+    assert graves.count() == 2500
+
+
+class FarStorage:
+    """A storage that is asked over a network, as far as anybody can tell; counts the questions."""
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage, self.walks = storage, 0
+
+    def __getattr__(self, name: str) -> object:
+        if name == "walk":
+            self.walks += 1
+        return getattr(self._storage, name)
+
+
+def test_a_far_storage_is_not_asked_each_time(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(tombstones.time, "sleep", waited.append)
+    far = FarStorage(open_storage(settings.storage.root))
+    graves = Tombstones(far, settings.archive.state_dir)  # type: ignore[arg-type]
+    for _ in range(50):
+        assert graves.deleted(["9.1"]) == set()
+    assert far.walks == 1
+    graves.delete(named(1), by="x")
+    assert waited == [tombstones.FAR_S]
+    walks = far.walks
+    for _ in range(50):
+        assert graves.deleted(["9.1"]) == {"9.1"}
+    assert far.walks == walks
+    graves.close()
+
+
+def test_what_cannot_be_written_is_not_deleted(
+    settings: Settings, graves: Tombstones, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise StorageError("the disk is full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(LocalStorage, "create", refuse)
+        with pytest.raises(StorageError, match="disk is full"):
+            graves.delete(named(1), by="x")
+    assert graves.deleted(["9.1"]) == set()
+    assert graves.delete(named(1), by="x") == 1
