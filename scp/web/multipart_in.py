@@ -12,7 +12,8 @@ from sphere.scp.web.problem import WebError
 MAX_HEAD: Final = 8 << 10  # bytes of the headers of a part
 MAX_PREAMBLE: Final = 64 << 10  # bytes before the first part
 _BOUNDARY = re.compile(rb"[0-9A-Za-z'()+_,\-./:=? ]{0,69}[0-9A-Za-z'()+_,\-./:=?]")
-_REST = re.compile(rb"(--)?[ \t]*(\r\n)?")
+_PADDING: Final = 64  # spaces and tabs that may follow a delimiter
+_REST = re.compile(rb"(--)?[ \t]{0,%d}(\r\n)?" % _PADDING)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,72 +47,69 @@ class MultipartReader:
             raise WebError("the boundary of the multipart body is missing or not one of RFC 2046")
         self._delimiter = b"\r\n--" + encoded
         self._buffer = b"\r\n"  # the first delimiter needs no line before it
+        self._at = 0  # of the buffer, before which all is done with
         self._drop = 0  # bytes of the buffer that are no body, if no delimiter begins with them
         self._state: Literal["preamble", "head", "body", "epilogue"] = "preamble"
 
     def feed(self, data: bytes) -> Iterator[Event]:
         """The events that `data` completes."""
         self._buffer += data
-        while self._state != "epilogue":
-            if self._state == "head":
-                event = self._head()
-                if event is None:
-                    return
-                yield event
-                continue
-            before, found = self._to_delimiter()
-            if self._state == "body":
-                dropped = min(self._drop, len(before))
-                before, self._drop = before[dropped:], self._drop - dropped
-                if before:
-                    yield Data(before)
-                if found:
-                    yield End()
-            elif not found and len(self._buffer) > MAX_PREAMBLE:
-                raise WebError("the multipart body has no part with its boundary")
-            if not found:
-                return
-            self._state = found
-        self._buffer = b""
+        before = None
+        while before != self._state and self._state != "epilogue":
+            before = self._state
+            yield from self._head() if self._state == "head" else self._text()
+        self._buffer = b"" if self._state == "epilogue" else self._buffer[self._at :]
+        self._at = 0
 
     def close(self) -> None:
         """The body is over; raises WebError where it ended in the midst of a part."""
         if self._state != "epilogue":
             raise WebError("the multipart body ends before its closing boundary")
 
-    def _to_delimiter(self) -> tuple[bytes, Literal["head", "epilogue"] | None]:
-        """What is certainly before the next delimiter, and what follows that; None while it has not come."""
-        start = 0
+    def _text(self) -> Iterator[Event]:
+        """Preamble or body of a part, as far as it has come; after its delimiter the state is what follows that."""
+        end, after, follows = self._delimited()
+        if self._state == "preamble":
+            # the same number decides, however the body comes in pieces
+            if (end if follows else len(self._buffer) - len(self._delimiter) - _PADDING - 2) > MAX_PREAMBLE:
+                raise WebError("the multipart body has no part with its boundary")
+            if not follows:
+                return
+        else:
+            dropped = min(self._drop, end - self._at)
+            self._drop -= dropped
+            if self._at + dropped < end:
+                yield Data(self._buffer[self._at + dropped : end])
+            if follows:
+                yield End()
+        self._at, self._state = after, follows or self._state
+
+    def _delimited(self) -> tuple[int, int, Literal["head", "epilogue"] | None]:
+        """Where what is before the next delimiter ends, where that does, and what follows it, if it has come."""
+        start = self._at
         while (at := self._buffer.find(self._delimiter, start)) >= 0:
             after = at + len(self._delimiter)
             rest = _REST.match(self._buffer, after)
             assert rest is not None
             if rest[1] or rest[2]:
-                before, self._buffer = self._buffer[:at], self._buffer[rest.end() :]
-                return before, "epilogue" if rest[1] else "head"
-            if rest.end() >= len(self._buffer) - 1 and len(self._buffer) - after < 100:  # what decides has not come
-                return self._kept(at), None
+                return at, rest.end(), "epilogue" if rest[1] else "head"
+            if rest.end() >= len(self._buffer) - 1:  # what decides has not come
+                return at, at, None
             start = after  # a longer word that begins like the boundary
-        if self._state == "preamble":
-            return b"", None
-        return self._kept(max(start, len(self._buffer) - len(self._delimiter) + 1)), None
+        certain = max(start, len(self._buffer) - len(self._delimiter) + 1)
+        return certain, certain, None
 
-    def _kept(self, at: int) -> bytes:
-        """Let go of the buffer up to `at`."""
-        if self._state == "preamble":
-            return b""
-        before, self._buffer = self._buffer[:at], self._buffer[at:]
-        return before
-
-    def _head(self) -> Head | None:
-        end = 0 if self._buffer.startswith(b"\r\n") else self._buffer.find(b"\r\n\r\n")
-        if end > MAX_HEAD or (end < 0 and len(self._buffer) > MAX_HEAD):
+    def _head(self) -> Iterator[Head]:
+        """The headers of a part, if they have come."""
+        at = self._at
+        end = at if self._buffer.startswith(b"\r\n", at) else self._buffer.find(b"\r\n\r\n", at)
+        if end - at > MAX_HEAD or (end < 0 and len(self._buffer) - at > MAX_HEAD + 3):  # 3 of its end may be there
             raise WebError(f"the headers of a part have at most {MAX_HEAD} bytes")
         if end < 0:
-            return None
-        lines = self._buffer[:end].decode("latin-1").split("\r\n") if end else []
+            return
+        lines = self._buffer[at:end].decode("latin-1").split("\r\n") if end > at else []
         # a part without a body ends at once: its delimiter begins with the line that ends the headers
-        self._buffer, self._drop = self._buffer[end + (2 if end else 0) :], 2
+        self._at, self._drop = end + (2 if end > at else 0), 2
         self._state = "body"
         headers = {}
         for line in lines:
@@ -119,4 +117,4 @@ class MultipartReader:
             if not sign or not re.fullmatch(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+", name):
                 raise WebError("a part has a line among its headers that is none")
             headers[name.lower()] = value.strip()
-        return Head(headers)
+        yield Head(headers)

@@ -196,10 +196,27 @@ def three_members() -> tuple[bytes, bytes]:
         return storage.read(bundle), storage.read(journal_path(bundle))
 
 
+def multipart() -> Seeds:
+    """Bodies of parts; the first two bytes are `tests.fuzz.web.multipart`'s own."""
+    head = b"--B-1\r\nContent-Type: application/dicom\r\n\r\n"
+    return {
+        "two-parts": b"\0\5" + head + b"one\r\n" + head + b"two\r\n--B-1--\r\n",
+        "no-headers": b"\0\0--B-1 \t\r\n\r\n\r\n--B-1\r\n\r\nbody\r\n--B-1--",
+        "preamble": b"\0\7to be left out\r\n" + head + b"\r\n--B-12\r\n--B-1-\r\n--B-1--and what follows",
+        "padding": b"\0\3--B-1" + b" " * 120 + b"\r\n\r\nbody\r\n--B-1--",
+        "no-end": b"\0\2" + head + b"body\r\n--B-1",
+        "head-at-its-limit": b"\0\1--B-1\r\nX: " + b"x" * 93 + b"\r\n\r\n\r\n--B-1--",
+        "long-preamble": b"\0\1" + b"x" * 300 + b"\r\n" + head + b"\r\n--B-1--",
+        "valid": b"\1\4text of a header\x1eits part\x1e\x1e\r\n--B-\x1e--B\r\n",
+        "media-types": b'\2\0multipart/related; type="image/jpeg"; transfer-syntax=*; q=0.5, */*;q=0.1',
+    }
+
+
 SEEDS = {
     "pdus": pdus,
     "commands": commands,
     "headers": headers,
     "identifiers": identifiers,
     "bundles": bundles,
+    "multipart": multipart,
 }

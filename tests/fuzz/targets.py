@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tests.fuzz import dimse, landing
+from tests.fuzz import dimse, landing, web
 
 TARGETS: dict[str, Callable[[bytes], None]] = {
     "pdus": dimse.pdus,
@@ -12,4 +12,5 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "identifiers": dimse.identifiers,
     "headers": landing.headers,
     "bundles": landing.bundles,
+    "multipart": web.multipart,
 }
