@@ -1,10 +1,10 @@
-"""How fast instances land: ``make bench-landing`` (``LANDING="--rounds 1 --no-hdfs"`` for options).
+"""How fast instances land: ``make bench-landing`` (``LANDING="--client tuned --size 39 --turns 9"`` for a part of it).
 
-Sender: DCMTK's storescu, one process an association, (a) as shipped and (b) with TCP_NODELAY=1 in its environment.
+Sender: DCMTK's storescu, one process an association, as shipped or with TCP_NODELAY=1 in its environment ("tuned").
 Every receiver ends a run with everything on disk: SPHERE, Orthanc and the pynetdicom server before each Success,
 storescp by one syncfs at the end, whose time is counted in. Times run from the start of the senders to the exit of the
-last. Receivers take turns, round by round, so that what else the machine does hits all of them; ratios are medians of
-the ratios within a round. CPU time is that of the processes, and does not depend on the load of the machine. Every
+last. SPHERE and one rival take turns in short runs, so that what else the machine does hits both; a ratio is the median
+of those of the turns. CPU time is that of the processes, and does not depend on the load of the machine. Every
 run sends instances that nobody has seen: a copy need not be stored. Each association sends as many.
 """
 
@@ -20,9 +20,10 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -37,19 +38,22 @@ from tests.bench import landing_servers as servers
 from tests.support.dicom_tools import require_tool
 
 ASSOCIATIONS = (1, 4, 16)
-SHIPPED, TUNED = "as shipped", "TCP_NODELAY=1"
-CLIENTS = {SHIPPED: {}, TUNED: servers.NODELAY}
-SIZES = {"39 kB": 128, "526 kB": 512}  # rows and columns of the CT
+CLIENTS = {"shipped": {}, "tuned": servers.NODELAY}
+SIZES = {"39": ("39 kB", 128), "526": ("526 kB", 512)}  # rows and columns of the CT
 OURS, NULL = "SPHERE", "SPHERE, keeping nothing"
 Target = Callable[[Path], AbstractContextManager[servers.Server]]
 TARGETS: dict[str, Target] = {
     OURS: servers.sphere,
-    NULL: lambda folder: servers.sphere(folder, kind="null"),
+    NULL: lambda folder: servers.receivers(folder, "null"),
     "storescp": lambda folder: servers.storescp(folder, tuned=False),
     "storescp, TCP_NODELAY=1": lambda folder: servers.storescp(folder, tuned=True),
     "Orthanc": lambda folder: servers.orthanc(folder, tuned=False),
     "Orthanc, TCP_NODELAY=1": lambda folder: servers.orthanc(folder, tuned=True),
     "pynetdicom": servers.pynetdicom,
+}
+RIVALS = {  # the aim of one association against each; the others are told beside it
+    "shipped": {"storescp": 10.0, "Orthanc": 10.0, "storescp, TCP_NODELAY=1": 0, "Orthanc, TCP_NODELAY=1": 0},
+    "tuned": {"storescp, TCP_NODELAY=1": 1.0, "Orthanc, TCP_NODELAY=1": 2.0, "pynetdicom": 0},
 }
 STALLED = ("storescp", "Orthanc")  # they wait for delayed ACKs, whatever the sender does
 SLOW = ("Orthanc, TCP_NODELAY=1", "pynetdicom")
@@ -65,9 +69,9 @@ class Load:
     size: int  # bytes of a file
     places: tuple[int, ...]
 
-    def renew(self) -> None:
-        """Make other instances of them, on disk before this returns: nobody else's sync has to bring them there."""
-        for folder in self.folders:
+    def renew(self, associations: int) -> None:
+        """Make other instances of theirs, on disk before this returns: nobody else's sync has to bring them there."""
+        for folder in self.folders[:associations]:
             for path in folder.iterdir():
                 uid = new_uid().encode()
                 with path.open("r+b", buffering=0) as file:
@@ -90,7 +94,13 @@ class Runs:
         return statistics.median(self.rates)
 
 
-Found = dict[tuple[str, str, str, int], Runs]  # by client, size, target, associations
+@dataclass(frozen=True)
+class Contest:
+    """Two that take turns, each a receiver and a number of associations to it; 0: no aim for their ratio."""
+
+    left: tuple[str, int]
+    right: tuple[str, int]
+    aim: float = 0
 
 
 def new_uid() -> str:
@@ -158,94 +168,104 @@ def fresh(base: Path) -> Iterator[Path]:
     shutil.rmtree(folder.parent)
 
 
-def measure(base: Path, size: str, each: int, rounds: int, found: Found) -> None:
-    """All receivers, clients and numbers of associations for one size of instance; `each` instances an association.
+def contests(client: str, associations: Sequence[int], rivals: str) -> Iterator[Contest]:
+    """What is measured with this client; `rivals` is a part of their names."""
+    for n in associations:
+        for rival, aim in RIVALS[client].items():
+            if rivals in rival:
+                yield Contest((OURS, n), (rival, n), aim if n == 1 else 0)
+    if client == "tuned" and 1 in associations and 16 in associations:
+        yield Contest((OURS, 16), (OURS, 1), 2.0)
+        yield Contest((NULL, 16), (OURS, 1))  # what the senders allow
+
+
+def measure(base: Path, size: str, each: int, client: str, options: argparse.Namespace) -> None:
+    """All contests of one size of instance and one client; `each` instances an association.
 
     Receivers that wait for delayed ACKs get a sixteenth of the load, once: 45 ms an instance do not vary. Slow ones get
     a quarter.
     """
-    loads = {part: make_load(base / f"{size} {part}", SIZES[size], max(4, each // part)) for part in (1, 4, 16)}
+    name, rows = SIZES[size]
+    best = 0.0
+    table = Table(title=f"instances/s, sender {client}, CT of {name}", title_justify="left")
+    for column in (
+        "associations",
+        "receiver",
+        "its rival",
+        "ratio (of single turns)",
+        "CPU ms an instance: receiver",
+        "rival",
+    ):
+        table.add_column(column)
     with ExitStack() as stack:
+        folder = stack.enter_context(fresh(base))
+        loads = {part: make_load(folder / str(part), rows, max(4, each // part)) for part in (1, 4, 16)}
         running = {}
-        for target, start in TARGETS.items():
-            running[target] = stack.enter_context(start(stack.enter_context(fresh(base))))
-        for client, environment in CLIENTS.items():
-            for number in range(rounds):
-                for n in ASSOCIATIONS:
-                    for load in loads.values():
-                        load.renew()
-                    for target, server in running.items():
-                        stalled = target in STALLED or (client == SHIPPED and target not in (OURS, NULL))
-                        if stalled and number:
-                            continue
-                        load = loads[16 if stalled else 4 if target in SLOW else 1]
-                        run(load, server, n, environment, found.setdefault((client, size, target, n), Runs()))
-                    if not number:
-                        console.print(f"{size}, {client}, {n} associations: first round done")
-        for target, server in running.items():
-            console.print(f"{target}, {size}: peak memory {servers.peak_mib(server[1]):.0f} MiB a process")
-
-
-def report(found: Found, size: str) -> None:
-    """A table for each client."""
-    for client in CLIENTS:
-        table = Table(title=f"instances/s, sender {client}, CT of {size}", title_justify="left")
-        last = ("MB/s (best)", "CPU ms an instance, 1 / 16: receiver", "and sender")
-        for column in ("receiver", *(f"{n} association{'s' * (n > 1)}" for n in ASSOCIATIONS), *last):
-            table.add_column(column, justify="left" if column == "receiver" else "right")
-        for target in TARGETS:
-            runs = [found[client, size, target, n] for n in ASSOCIATIONS]
-            best = max(each.rate for each in runs) * instance_bytes(size) / 1e6
-            cpu = [
-                " / ".join(f"{statistics.median(values):.2f}" for values in pair)
-                for pair in ((runs[0].server_ms, runs[-1].server_ms), (runs[0].sender_ms, runs[-1].sender_ms))
-            ]
-            table.add_row(target, *(f"{each.rate:,.0f}" for each in runs), f"{best:,.0f}", *cpu)
+        for contest in contests(client, options.associations, options.rival):
+            for target, _ in (contest.left, contest.right):
+                if target not in running:
+                    running[target] = stack.enter_context(TARGETS[target](stack.enter_context(fresh(base))))
+            ours, theirs = compete(contest, running, loads, client, options.turns)
+            table.add_row(*row(contest, ours, theirs))
+            if contest.left[0] == OURS:
+                best = max(best, ours.rate * loads[1].size / 1e6)
+            n, m = contest.left[1], contest.right[1]
+            what = f"{name}, {client}: {ratio(ours, theirs):.2f} x {contest.right[0]}, {n} to {m} associations"
+            say(what, ratio(ours, theirs) >= contest.aim, f"{contest.aim:g} x" if contest.aim else "")
         console.print(table)
+        if size == "526":
+            limit = disk(base, loads[1].size)
+            say(
+                f"{name}, {client}: {best:,.0f} MB/s",
+                best >= min(300.0, limit),
+                f"300 MB/s, or {limit:,.0f} of the disk",
+            )
+        for target, server in running.items():
+            console.print(f"{target}, {name}: peak memory {servers.peak_mb(server[1]):.0f} MB a process")
 
 
-def instance_bytes(size: str) -> int:
-    return SIZES[size] ** 2 * 2 + 6500
+def compete(
+    contest: Contest, running: dict[str, servers.Server], loads: dict[int, Load], client: str, turns: int
+) -> tuple[Runs, Runs]:
+    """Let the two take turns; those who stall have one."""
+    found = Runs(), Runs()
+    for turn in range(turns):
+        for (target, n), runs in zip((contest.left, contest.right), found, strict=True):
+            stalls = target in STALLED or (client == "shipped" and target not in (OURS, NULL))
+            if not (stalls and turn):
+                load = loads[16 if stalls else 4 if target in SLOW else 1]
+                load.renew(n)
+                run(load, running[target], n, CLIENTS[client], runs)
+    return found
+
+
+def row(contest: Contest, ours: Runs, theirs: Runs) -> list[str]:
+    """Of the table: who, how fast, and how sure."""
+    (target, n), (rival, m) = contest.left, contest.right
+    single = ratios(ours, theirs)
+    return [
+        str(n) if n == m else f"{n} / {m}", f"{target} {ours.rate:,.0f}", f"{rival} {theirs.rate:,.0f}",
+        f"{ratio(ours, theirs):.2f} ({min(single):.2f} to {max(single):.2f})",
+        f"{statistics.median(ours.server_ms):.2f} (storescu {statistics.median(ours.sender_ms):.2f})",
+        f"{statistics.median(theirs.server_ms):.2f} (storescu {statistics.median(theirs.sender_ms):.2f})",
+    ]  # fmt: skip
+
+
+def ratios(ours: Runs, theirs: Runs) -> list[float]:
+    """Those of the turns; a rival that ran once is taken again."""
+    last = theirs.rates[-1:] * (len(ours.rates) - len(theirs.rates))
+    return [a / b for a, b in zip(ours.rates, theirs.rates + last, strict=True)]
 
 
 def ratio(ours: Runs, theirs: Runs) -> float:
-    """The median of the ratios within a round; of the medians where the rival ran once."""
-    if len(ours.rates) != len(theirs.rates):
-        return ours.rate / theirs.rate
-    return statistics.median(a / b for a, b in zip(ours.rates, theirs.rates, strict=True))
-
-
-def aims(found: Found, size: str, disk_mb_s: float) -> None:
-    """What is wanted, what was reached, and where the machine ends."""
-
-    def of(client: str, target: str, n: int = 1) -> Runs:
-        return found[client, size, target, n]
-
-    one = of(TUNED, OURS)
-    wanted = {
-        "storescp, all as shipped": (ratio(of(SHIPPED, OURS), of(SHIPPED, "storescp")), 10.0),
-        "Orthanc, all as shipped": (ratio(of(SHIPPED, OURS), of(SHIPPED, "Orthanc")), 10.0),
-        "storescp, all TCP_NODELAY=1": (ratio(one, of(TUNED, "storescp, TCP_NODELAY=1")), 1.0),
-        "Orthanc, all TCP_NODELAY=1": (ratio(one, of(TUNED, "Orthanc, TCP_NODELAY=1")), 2.0),
-        "one association, 16 of them": (ratio(of(TUNED, OURS, 16), one), 2.0),
-    }
-    for what, (reached, aim) in wanted.items():
-        say(f"{size}: {reached:.2f} x {what}", reached >= aim, f"{aim:g} x")
-    sender_ms = statistics.median(of(TUNED, OURS, 16).sender_ms)
-    ceiling = 1000 * (os.cpu_count() or 1) / sender_ms
-    console.print(
-        f"  of which 16 senders allow: {ratio(of(TUNED, NULL, 16), one):.2f} x with a receiver that keeps nothing; "
-        f"{ceiling / one.rate:.2f} x if receiving cost nothing at all "
-        f"({os.cpu_count()} cores, {sender_ms:.2f} ms CPU of storescu an instance)"
-    )
-    if size == "526 kB":
-        best = max(of(client, OURS, n).rate for client in CLIENTS for n in ASSOCIATIONS) * instance_bytes(size) / 1e6
-        say(f"{size}: {best:,.0f} MB/s", best >= min(300.0, disk_mb_s), f"300 MB/s, or {disk_mb_s:,.0f} of the disk")
+    """The median of the ratios of the turns."""
+    return statistics.median(ratios(ours, theirs))
 
 
 def say(what: str, reached: bool, aim: str) -> None:
-    """One line an aim."""
-    console.print(f"{'reached    ' if reached else 'NOT REACHED'} {what} (aim: {aim})")
+    """One line, of an aim where there is one."""
+    mark = "           " if not aim else "reached    " if reached else "NOT REACHED"
+    console.print(f"{mark} {what}{f' (aim: {aim})' if aim else ''}")
 
 
 def disk(base: Path, size: int) -> float:
@@ -265,20 +285,20 @@ def disk(base: Path, size: int) -> float:
     return rate
 
 
-def hdfs(base: Path, each: int, rounds: int) -> None:
+def hdfs(base: Path, each: int, turns: int, many: Sequence[int]) -> None:
     """Landing on HDFS against one raw stream of hdfs-native that syncs after as many instances as we did on average."""
     from tests.support.hdfs import HdfsCluster
 
-    load = make_load(base / "hdfs load", SIZES["526 kB"], each)
+    load = make_load(base / "hdfs load", SIZES["526"][1], each)
     with (
         HdfsCluster(base / "hdfs") as cluster,
         fresh(base) as folder,
-        servers.sphere(folder, root=f"{cluster.hdfs_url}/sphere", kind="counted") as server,
+        servers.receivers(folder, "counted", root=f"{cluster.hdfs_url}/sphere") as server,
     ):
-        for associations in (1, 16):
+        for associations in many:
             ours, raw, groups = Runs(), Runs(), []
-            for number in range(rounds):
-                load.renew()
+            for number in range(turns):
+                load.renew(associations)
                 members, syncs = servers.counted(folder)
                 run(load, server, associations, servers.NODELAY, ours)
                 after = servers.counted(folder)
@@ -313,26 +333,28 @@ def _raw_stream(url: str, name: str, count: int, size: int, group: int) -> float
 def main() -> None:
     """Run all of it and print the tables."""
     parser = argparse.ArgumentParser(prog="make bench-landing LANDING=", description=__doc__)
+    parser.add_argument("--part", choices=("speed", "memory", "hdfs"), action="append", help="default: all three")
+    parser.add_argument("--size", choices=SIZES, action="append", help="kB of an instance (default: each)")
+    parser.add_argument("--client", choices=CLIENTS, action="append", help="storescu (default: both)")
+    parser.add_argument("--rival", default="", help="only those whose name holds this")
+    parser.add_argument("--associations", type=int, nargs="+", default=ASSOCIATIONS, help="1, 4, 16 or some of them")
+    parser.add_argument("--turns", type=int, default=5, help="of which the median counts")
     parser.add_argument("--small", type=int, default=400, help="instances of 39 kB an association")
     parser.add_argument("--large", type=int, default=120, help="instances of 526 kB an association")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds of which the median counts")
-    parser.add_argument("--huge-mib", type=int, default=4096, help="MiB of the one large instance; 0: no memory part")
-    parser.add_argument("--no-speed", action="store_true", help="leave the rivals out")
-    parser.add_argument("--no-hdfs", action="store_true", help="leave HDFS out")
+    parser.add_argument("--huge-mib", type=int, default=4096, help="MiB of the one large instance")
     parser.add_argument("--dir", type=Path, help="folder on the disk to be measured")
     options = parser.parse_args()
+    parts = options.part or ("speed", "memory", "hdfs")
     keep = nullcontext(str(options.dir)) if options.dir else tempfile.TemporaryDirectory(prefix="sphere-landing-")
     with keep as name, tempfile.TemporaryDirectory(dir=name) as work:
-        base, found = Path(work), Found()
-        for size, each in () if options.no_speed else (("39 kB", options.small), ("526 kB", options.large)):
-            before = disk(base, instance_bytes(size))
-            measure(base, size, each, options.rounds, found)
-            report(found, size)
-            aims(found, size, statistics.mean([before, disk(base, instance_bytes(size))]))
-        if options.huge_mib:
+        base = Path(work)
+        if "speed" in parts:
+            for size, client in product(options.size or SIZES, options.client or CLIENTS):
+                measure(base, size, options.small if size == "39" else options.large, client, options)
+        if "memory" in parts:
             landing_memory.measure(base, options.huge_mib, say)
-        if not options.no_hdfs:
-            hdfs(base, options.large, options.rounds)
+        if "hdfs" in parts:
+            hdfs(base, options.large, options.turns, options.associations)
 
 
 if __name__ == "__main__":

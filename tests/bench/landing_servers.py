@@ -9,24 +9,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil  # type: ignore[import-untyped]
 from pynetdicom import AE, AllStoragePresentationContexts, evt
 
-from sphere.conf import logs
-from sphere.conf.settings import from_dict
-from sphere.ingest.bundle import NewMember
-from sphere.ingest.members import Prepared, prepare
-from sphere.ingest.open_bundle import OpenBundle
 from sphere.ingest.part10 import file_meta
-from sphere.ingest.records import MemberRecord
-from sphere.scp import server
 from tests.support.dicom_tools import require_tool, wait_for_port
 from tests.support.ports import free_port
+from tests.support.serving import running_supervisor
 
 NODELAY = {"TCP_NODELAY": "1"}  # read by DCMTK, and so by storescp and Orthanc
 
@@ -35,13 +29,24 @@ Server = tuple[int, list[psutil.Process], Callable[[], None]]  # port, processes
 
 @contextmanager
 def sphere(
-    folder: Path, *, workers: int = 2, root: str = "file:storage", kind: str = "sphere", durability: str = "storage"
+    folder: Path, *, workers: int = 2, root: str = "file:storage", durability: str = "storage"
 ) -> Iterator[Server]:
-    """SPHERE: Success means durable, so that nothing is left to be done; of `kind` "null", nothing is kept, of
-    `kind` "counted", groups are, for `counted`."""
+    """`sphere serve` with receivers alone; Success means durable, so that nothing is left to be done."""
+    ingest = {"durability": durability}
+    with running_supervisor(folder, workers=workers, root=root, ingest=ingest) as serving:
+        receivers = [child.pid for child in serving.state().children if child.name.startswith("receiver")]
+        yield serving.port, [psutil.Process(pid) for pid in receivers], _nothing
+        serving.stop()
+
+
+@contextmanager
+def receivers(
+    folder: Path, kind: Literal["null", "counted"], *, workers: int = 2, root: str = "file:storage"
+) -> Iterator[Server]:
+    """Receivers without a supervisor: "null" keep nothing, "counted" count their groups, for `counted`."""
     port = free_port()
-    data = json.dumps({"dimse": {"port": port}, "storage": {"root": root}, "ingest": {"durability": durability}})
-    command = [sys.executable, "-m", "tests.bench.landing_servers", kind, data, str(folder)]
+    data = json.dumps({"dimse": {"port": port}, "storage": {"root": root}})
+    command = [sys.executable, "-m", "tests.bench.landing_receiver", kind, data, str(folder)]
     with _processes([command] * workers, folder, port) as processes:
         yield port, processes, _nothing
 
@@ -76,7 +81,7 @@ def pynetdicom(folder: Path) -> Iterator[Server]:
     """pynetdicom's own server with the handler of its documentation, and an fsync for each file."""
     folder.mkdir(parents=True)
     port = free_port()
-    command = [sys.executable, "-m", "tests.bench.landing_servers", "pynetdicom", str(port), str(folder)]
+    command = [sys.executable, "-m", "tests.bench.landing_servers", str(port), str(folder)]
     with _processes([command], folder, port) as processes:
         yield port, processes, _nothing
 
@@ -86,12 +91,12 @@ def cpu_s(processes: list[psutil.Process]) -> float:
     return float(sum(sum(process.cpu_times()[:4]) for process in processes))
 
 
-def peak_mib(processes: list[psutil.Process]) -> float:
-    """MiB that the largest of the processes ever had resident."""
+def peak_mb(processes: list[psutil.Process]) -> float:
+    """MB (10^6 bytes) that the largest of the processes ever had resident."""
     peaks = []
     for process in processes:
         status = Path(f"/proc/{process.pid}/status").read_text().splitlines()
-        peaks += [int(line.split()[1]) / 1024 for line in status if line.startswith("VmHWM:")]
+        peaks += [int(line.split()[1]) * 1024 / 1e6 for line in status if line.startswith("VmHWM:")]
     return max(peaks)
 
 
@@ -107,9 +112,7 @@ def _processes(
             with (folder / f"server{number}.log").open("wb") as log:
                 process = subprocess.Popen(command, env=plain | (environment or {}), stdout=log, stderr=log)
             running.append(process)
-            _wait_until_ready(
-                process, folder / f"server{number}.log", port, says_so="tests.bench.landing_servers" in command
-            )
+            _wait_until_ready(process, folder / f"server{number}.log", port, says_so=sys.executable in command)
         yield [psutil.Process(process.pid) for process in running]
     finally:
         for process in running:
@@ -167,49 +170,16 @@ def _serve_pynetdicom(port: int, folder: Path) -> None:
     server.shutdown()
 
 
-def _count_groups(folder: Path) -> None:
-    put, counts = OpenBundle.put, [0, 0]
-
-    def counting(bundle: OpenBundle, group: Sequence[Prepared], now: float) -> list[MemberRecord]:
-        records = put(bundle, group, now)
-        counts[0] += len(records)
-        counts[1] += 1
-        (folder / f"{os.getpid()}.groups").write_text(f"{counts[0]} {counts[1]}")
-        return records
-
-    OpenBundle.put = counting  # type: ignore[method-assign]
-
-
 def counted(folder: Path) -> tuple[int, int]:
     """Members stored and syncs that they took, of all receivers of kind "counted" on this folder."""
     counts = [tuple(map(int, path.read_text().split())) for path in folder.glob("*.groups")]
     return sum(count[0] for count in counts), sum(count[1] for count in counts)
 
 
-class _Nothing:
-    """A bundle writer that writes nothing."""
-
-    def store(self, member: NewMember) -> MemberRecord:
-        """As if it were durable."""
-        return prepare(member).record("none.tar", 0)
-
-    def close(self) -> None:
-        """Nothing to seal."""
-
-
 def main(arguments: list[str]) -> None:
-    """One server process: ``sphere SETTINGS FOLDER``, ``null SETTINGS FOLDER`` or ``pynetdicom PORT FOLDER``."""
-    kind, what, folder = arguments
-    if kind in ("sphere", "null", "counted"):
-        logs.configure("info")
-        if kind == "counted":
-            _count_groups(Path(folder))
-        if kind == "null":
-            server.open_writer = lambda _: _Nothing()  # type: ignore[assignment, return-value]
-        server.run_receiver(from_dict(json.loads(what), base=Path(folder)), ready=lambda _: print("ready", flush=True))
-    else:
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-        _serve_pynetdicom(int(what), Path(folder))
+    """The pynetdicom server: ``PORT FOLDER``."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    _serve_pynetdicom(int(arguments[0]), Path(arguments[1]))
 
 
 if __name__ == "__main__":

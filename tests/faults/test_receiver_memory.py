@@ -15,7 +15,7 @@ from tests.support.receiver import Receiver, running_receiver
 pytestmark = pytest.mark.faults
 
 MIB = 1 << 20
-RESIDENT = 150 * MIB  # bytes that a receiver may have; one that answers queries has DuckDB's as well
+RESIDENT = 150_000_000  # bytes that a receiver may have; one that answers queries has DuckDB's as well
 PDV = 131072 - 6  # bytes of a fragment in a P-DATA-TF PDU of the length that we announce
 
 
