@@ -10,14 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import duckdb
-import orjson
 
 from sphere.catalog import overlay
 from sphere.catalog.grant import Grant
 from sphere.catalog.index_files import FileMap
+from sphere.catalog.index_note import Note, Snapshots
 from sphere.catalog.match import TRAILING_ONLY_VRS, normal_name_sql
 from sphere.catalog.reading import instances_sql
 from sphere.catalog.rollup import roll_up_sql, source_columns
@@ -44,8 +43,6 @@ FILES_AT_ONCE = 200
 _LONGEST_FIRST = ("series", "study_files", "studies", "patients", "bundles")
 """Parts of a base, in the order in which they are begun."""
 
-Snapshots = Mapping[str, Snapshot | None]
-
 
 class RebuildNeeded(Exception):
     """A refresh does not pay, or cannot be told from what the index before says."""
@@ -62,7 +59,7 @@ def build_base(db: duckdb.DuckDBPyConnection, snapshots: Snapshots, *, grant: Gr
     with ThreadPoolExecutor(2, thread_name_prefix="index-base") as pool:
         for part in [pool.submit(_base_part, db, name, snapshots, grant) for name in _LONGEST_FIRST]:
             part.result()
-    _note(db, snapshots, settled=grant is not None or _is_settled(snapshots))
+    Note.of(snapshots, settled=grant is not None or _is_settled(snapshots), base="").write(db)
 
 
 def _base_part(db: duckdb.DuckDBPyConnection, name: str, snapshots: Snapshots, grant: Grant | None) -> None:
@@ -113,7 +110,7 @@ def build_refresh(
         files = FileMap.read(db, ("base", "main"))
         _replace(db, files, touched, sorted(affected), instances, grant)
     _copy_table(db, "bundles", snapshots["bundles"])
-    _note(db, snapshots, settled=True, base=base)
+    Note.of(snapshots, settled=True, base=base).write(db)
 
 
 def _replace(
@@ -252,17 +249,6 @@ def _remove_files(db: duckdb.DuckDBPyConnection, gone: Sequence[int]) -> None:
             db.execute(f"DELETE FROM {name} WHERE id IN (SELECT id FROM gone_files)")
 
 
-def _note(db: duckdb.DuckDBPyConnection, snapshots: Snapshots, *, settled: bool, base: str = "") -> None:
-    """Write down what the database was made from."""
-    made = {
-        "base": base,
-        "settled": settled,
-        "tables": {name: [s.table_id, s.version] if s else None for name, s in snapshots.items()},
-    }
-    db.execute("CREATE TABLE made (note VARCHAR)")
-    db.execute("INSERT INTO made VALUES (?)", [orjson.dumps(made).decode()])
-
-
 def _is_settled(snapshots: Snapshots) -> bool:
     """Whether the roll-ups are those of the instances; where none says, they are taken to be."""
     instances = snapshots["instances"]
@@ -276,14 +262,14 @@ def _check(db: duckdb.DuckDBPyConnection, source: str, snapshots: Snapshots, *, 
     where a roll-up was not (yet) that of the instances, where a table is another one, or where roll-ups
     changed by themselves.
     """
-    note: dict[str, Any] = orjson.loads(db.execute(f"SELECT note FROM {source}.made").fetchall()[0][0])
-    if not note["settled"]:
+    note = Note.read(db, source)
+    if not note.settled:
         raise RebuildNeeded("the tables were being written when the index was made")
     for name, snapshot in snapshots.items():
-        before = note["tables"][name]
-        if before and (snapshot is None or snapshot.table_id != before[0]):
+        before = note.tables[name]
+        if before and (snapshot is None or snapshot.table_id != before.table_id):
             raise RebuildNeeded(f"table {name} is another one")
-        if name in overlay.ROLLED and not moved and snapshot and (not before or before[1] != snapshot.version):
-            instances = note["tables"]["instances"]
-            if snapshot.mark is None or instances is None or snapshot.mark != instances[1]:
+        if name in overlay.ROLLED and not moved and snapshot and (not before or before.version != snapshot.version):
+            instances = note.tables["instances"]
+            if snapshot.mark is None or instances is None or snapshot.mark != instances.version:
                 raise RebuildNeeded(f"table {name} changed by itself")

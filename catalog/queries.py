@@ -64,12 +64,13 @@ class Queries(Protocol):
         or where there is no index at hand. `load` has one opened in the background. Raises CatalogError."""
 
 
-def open_queries(settings: Settings) -> Queries:
-    """What ``catalog.mode`` names."""
+def open_queries(settings: Settings, *, apart: bool = False) -> Queries:
+    """What ``catalog.mode`` names; `apart` where the process serves others, who should not notice that an index is
+    made."""
     if settings.catalog.mode == "delta":
         from sphere.catalog.service import QueryService
 
-        return QueryService(settings)
+        return QueryService(settings, apart=apart)
     from sphere.catalog.files import FileQueries
 
     return FileQueries(settings)
@@ -78,7 +79,7 @@ def open_queries(settings: Settings) -> Queries:
 class LateQueries:
     """Queries that are opened, and their libraries loaded, when the first one comes.
 
-    DuckDB, deltalake and their kin are 35 MB, of which a process that only receives needs nothing.
+    DuckDB, Arrow and their kin are 35 MB, of which a process that only receives needs nothing.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -130,5 +131,5 @@ class LateQueries:
     def _queries(self) -> Queries:
         with self._lock:
             if self._opened is None:
-                self._opened = open_queries(self._settings)
+                self._opened = open_queries(self._settings, apart=True)
             return self._opened

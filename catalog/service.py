@@ -71,11 +71,12 @@ class QueryService:
     """Finds patients, studies, series and instances. One per process, shared by its threads.
 
     Every answer of one `find` comes from one version of the catalog. An archive that has no catalog yet has no matches.
+    `apart` as of IndexCache.
     """
 
-    def __init__(self, settings: Settings, grant: Grant | None = None) -> None:
-        self._settings = settings
-        self._indexes = IndexCache(settings, grant)
+    def __init__(self, settings: Settings, grant: Grant | None = None, *, apart: bool = False) -> None:
+        self._settings, self._apart = settings, apart
+        self._indexes = IndexCache(settings, grant, apart=apart)
         self._ae_title = settings.archive.ae_title
         self._restricted: OrderedDict[Grant, QueryService] = OrderedDict()
         self._lock = threading.Lock()
@@ -99,7 +100,7 @@ class QueryService:
     def restricted(self, grant: Grant) -> QueryService:
         """The service as if the archive held what is granted alone; those asked last are kept open."""
         with self._lock:
-            found = self._restricted.pop(grant, None) or QueryService(self._settings, grant)
+            found = self._restricted.pop(grant, None) or QueryService(self._settings, grant, apart=self._apart)
             self._restricted[grant] = found
             while len(self._restricted) > GRANTS:
                 self._restricted.popitem(last=False)  # not closed: somebody may ask it just now

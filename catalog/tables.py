@@ -2,26 +2,28 @@
 
 A table that does not exist yet (nothing was extracted) has no snapshot, and answers are empty. Data are read by DuckDB
 from the files of a snapshot: that gives back a whole version, whatever is committed meanwhile, until vacuum removes it.
+delta-rs (60 MB of memory) is loaded by who asks for a snapshot; whether a table has moved is told by names of files.
 """
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
 import duckdb
-from deltalake import DeltaTable
-from deltalake.exceptions import DeltaError, TableNotFoundError
 
 from sphere.catalog.rollup import MARK
 from sphere.conf.errors import CatalogError
 from sphere.conf.settings import Settings
 
 if TYPE_CHECKING:
+    from deltalake import DeltaTable
     from hdfs_native import Client
 
 
@@ -29,7 +31,8 @@ if TYPE_CHECKING:
 class Snapshot:
     """One version of a table: its files as DuckDB reads them, and the columns that they have.
 
-    `mark` is, of a roll-up, the version of `instances` that it shows, where its writer says so.
+    `mark` is, of a roll-up, the version of `instances` that it shows, where its writer says so; `commit` tells the file
+    of its commit from others of that name (see `CatalogTables.commit`).
     """
 
     name: str
@@ -38,6 +41,7 @@ class Snapshot:
     files: tuple[str, ...]
     columns: frozenset[str]
     mark: int | None = None
+    commit: str = ""
 
 
 class CatalogTables:
@@ -61,46 +65,68 @@ class CatalogTables:
 
         Raises CatalogError where it cannot be read.
         """
-        try:
-            table = DeltaTable(f"{self.root}/{name}", version=version)
+        with self._errors_of(name):
+            table = self._open(name, version)
+            if table is None:
+                return None
             paths = table.get_add_actions().column("path").to_pylist()
-        except TableNotFoundError:
-            return None
-        except (DeltaError, OSError) as error:
-            raise CatalogError(f"catalog table {name} below {self.root} cannot be read: {_plain(error)}") from None
-        files = tuple(sorted(f"{self._folder}/{name}/{unquote(path)}" for path in paths))
-        columns = frozenset(field.name for field in table.schema().fields)
-        mark = table.transaction_version(MARK)
-        return Snapshot(name, table.version(), str(table.metadata().id), files, columns, mark)
+            files = tuple(sorted(f"{self._folder}/{name}/{unquote(path)}" for path in paths))
+            columns = frozenset(field.name for field in table.schema().fields)
+            found, mark = table.version(), table.transaction_version(MARK)
+            return Snapshot(name, found, str(table.metadata().id), files, columns, mark, self.commit(name, found))
 
     def commits(self, name: str) -> dict[int, int]:
         """Versions of a table, as far as its log reaches back, with their times in ms since 1970 (UTC).
 
         Empty where there is no table. Raises CatalogError where it cannot be read.
         """
+        with self._errors_of(name):
+            table = self._open(name)
+            return {commit["version"]: commit["timestamp"] for commit in table.history()} if table else {}
+
+    def _open(self, name: str, version: int | None = None) -> DeltaTable | None:
+        from deltalake import DeltaTable
+        from deltalake.exceptions import TableNotFoundError
+
         try:
-            history = DeltaTable(f"{self.root}/{name}").history()
+            return DeltaTable(f"{self.root}/{name}", version=version)
         except TableNotFoundError:
-            return {}
+            return None
+
+    @contextmanager
+    def _errors_of(self, name: str) -> Iterator[None]:
+        """What goes wrong with a table, as CatalogError."""
+        from deltalake.exceptions import DeltaError
+
+        try:
+            yield
         except (DeltaError, OSError) as error:
             raise CatalogError(f"catalog table {name} below {self.root} cannot be read: {_plain(error)}") from None
-        return {commit["version"]: commit["timestamp"] for commit in history}
 
     def has_moved(self, name: str, version: int) -> bool:
         """Whether a table has a commit after `version` (-1: the table did not exist). One look at one file name.
 
         Raises CatalogError where the storage does not answer.
         """
-        path = f"{self._folder}/{name}/_delta_log/{version + 1:020}.json"
-        if self._hdfs is None:
-            return os.path.exists(path)  # noqa: PTH110  asked by every query: Path costs ten times as much
+        return bool(self.commit(name, version + 1))
+
+    def commit(self, name: str, version: int) -> str:
+        """What tells the file of a commit from others of that name, as of another catalog at this place: its size and
+        when it was written; "" where it is not there (any more).
+
+        Raises CatalogError where the storage does not answer.
+        """
+        path = f"{self._folder}/{name}/_delta_log/{version:020}.json"
         try:
-            self._hdfs.get_file_info(urlsplit(path).path)
-        except FileNotFoundError:
-            return False
+            if self._hdfs is None:
+                found = os.stat(path)  # noqa: PTH116  asked by every query: Path costs ten times as much
+                return f"{found.st_size}@{found.st_mtime_ns}"
+            status = self._hdfs.get_file_info(urlsplit(path).path)
+            return f"{status.length}@{status.modification_time}"
+        except (FileNotFoundError, NotADirectoryError):
+            return ""
         except (OSError, RuntimeError) as error:
             raise CatalogError(f"{self.root} does not answer: {_plain(error)}") from None
-        return True
 
     def connect(self, path: Path | None, *, memory_limit: str, threads: int) -> duckdb.DuckDBPyConnection:
         """A DuckDB database (None: in memory) that can read the tables' files; raises duckdb.Error."""

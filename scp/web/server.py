@@ -90,7 +90,7 @@ def services_of(settings: Settings) -> Iterator[Services]:
     """What the routes ask, closed at the end; raises StorageError where the storage cannot be had."""
     storage = open_storage(settings.storage.root, user=settings.storage.user)
     with (
-        closing(open_queries(settings)) as finder,
+        closing(open_queries(settings, apart=True)) as finder,
         closing(Transcoder()) as transcoder,
         closing(open_writer(settings)) as writer,
         closing(AuditJournal(storage, settings.archive.state_dir / "audit.jsonl")) as journal,

@@ -18,6 +18,7 @@ from pynetdicom.dsutils import encode
 import sphere
 from sphere.archive import Archive
 from sphere.catalog import index as index_module
+from sphere.catalog import index_folder
 from sphere.catalog.asof import parse_as_of
 from sphere.catalog.query import Query
 from sphere.catalog.service import QueryService
@@ -90,7 +91,8 @@ def test_nothing_extracted(tmp_path: Path) -> None:
 
 
 def test_few_earlier_indexes_are_kept(grown: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(index_module, "PAST", 1)
+    for module in (index_module, index_folder):
+        monkeypatch.setattr(module, "PAST", 1)
     folder = grown.archive.state_dir / "index"
     for path in folder.glob("past-*"):
         path.unlink()
@@ -106,8 +108,8 @@ def test_few_earlier_indexes_are_kept(grown: Settings, monkeypatch: pytest.Monke
 
 def test_an_earlier_version_is_looked_up_once_a_while(grown: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     looks: list[Any] = []
-    plain = index_module.snapshots_as_of
-    monkeypatch.setattr(index_module, "snapshots_as_of", lambda *a: looks.append(a[2]) or plain(*a))
+    plain = index_folder.snapshots_as_of
+    monkeypatch.setattr(index_folder, "snapshots_as_of", lambda *a: looks.append(a[2]) or plain(*a))
     soon = datetime.now(timezone.utc)
     with QueryService(grown) as service:
         for as_of in (0, 1, 0, soon, soon):

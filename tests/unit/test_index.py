@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import multiprocessing
+import shutil
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,8 @@ import pytest
 
 from sphere.catalog import index as index_module
 from sphere.catalog.index import IndexCache
+from sphere.catalog.index_folder import IndexFolder
+from sphere.catalog.index_process import IndexProcess
 from sphere.catalog.query import Query
 from sphere.catalog.service import QueryService
 from sphere.catalog.tables import CatalogTables
@@ -153,15 +158,15 @@ def test_questions_about_instances_open_only_their_files(settings: Settings) -> 
 
 
 def test_a_long_build_does_not_hold_up_answers(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    build = IndexCache._build
+    build = IndexFolder._build
 
-    def slow(self: IndexCache, *arguments: Any, **options: Any) -> None:
+    def slow(self: IndexFolder, *arguments: Any, **options: Any) -> None:
         time.sleep(0.5)
         build(self, *arguments, **options)
 
     with QueryService(settings) as service:
         assert count(service) == 4
-        monkeypatch.setattr(IndexCache, "_build", slow)
+        monkeypatch.setattr(IndexFolder, "_build", slow)
         monkeypatch.setattr(index_module, "REFRESH_WAIT_S", 0.05)
         write_catalog(settings, rows(5))
         assert count(service) == 4, "from the version before"
@@ -220,7 +225,7 @@ def test_storage_that_does_not_answer(settings: Settings, monkeypatch: pytest.Mo
                 assert count(service) == 4, "from the index at hand"
         assert count(service) == 5
     with monkeypatch.context() as patch, QueryService(settings) as service:
-        patch.setattr(CatalogTables, "snapshot", fail)
+        patch.setattr(CatalogTables, "has_moved", fail)
         with pytest.raises(CatalogError, match="away"):
             count(service)
 
@@ -240,3 +245,65 @@ def test_processes_that_start_together(settings: Settings) -> None:
     for process in processes:
         process.join()
     assert len(files(settings)) == 1
+
+
+def test_made_in_a_process_of_its_own(settings: Settings) -> None:
+    with QueryService(settings, apart=True) as service:
+        assert count(service) == 4
+        write_catalog(settings, rows(5))
+        assert count(service) == 5
+        assert service.count(Query.build("STUDY"), as_of=0) == 4
+    assert len(files(settings)) == 3, "a base, a refresh, and what was asked for of the past"
+
+
+def test_an_index_that_is_the_newest_is_opened_without_a_look_into_the_tables(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with QueryService(settings) as service:
+        assert count(service) == 4
+    monkeypatch.setattr(IndexProcess, "make", lambda self, as_of=None: pytest.fail("one was made"))
+    with QueryService(settings, apart=True) as service:
+        assert count(service) == 4
+
+
+def test_another_catalog_at_that_place_with_the_same_versions(settings: Settings) -> None:
+    with QueryService(settings) as service:
+        assert count(service) == 4
+    shutil.rmtree(Path(settings.catalog_root.removeprefix("file://")))
+    write_catalog(settings, rows(3))
+    with QueryService(settings) as service:
+        assert count(service) == 3
+
+
+def test_what_goes_wrong_in_a_process_of_its_own(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch, QueryService(settings, apart=True) as service:
+        patch.setattr("sys.executable", shutil.which("false"))
+        with pytest.raises(CatalogError, match="no index was made: its process ended with 1"):
+            count(service)
+    log = Path(settings.catalog_root.removeprefix("file://")) / "studies" / "_delta_log"
+    for path in log.iterdir():
+        path.write_text("{ not json")
+    with QueryService(settings, apart=True) as service, pytest.raises(CatalogError, match="catalog table studies"):
+        count(service)
+
+
+def test_closing_ends_the_process_that_makes_one(settings: Settings) -> None:
+    folder = settings.archive.state_dir / "index"
+    folder.mkdir(parents=True)
+    maker = IndexProcess(settings, None)
+    ended: list[str] = []
+
+    def make() -> None:
+        with pytest.raises(CatalogError, match="its process ended with -9") as error:
+            maker.make()
+        ended.append(str(error.value))
+
+    with (folder / "build.lock").open("a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)  # somebody else makes one, and takes long
+        making = threading.Thread(target=make)
+        making.start()
+        until = time.monotonic() + 30
+        while making.is_alive() and time.monotonic() < until:
+            maker.close()
+            making.join(0.05)
+    assert len(ended) == 1

@@ -1,0 +1,191 @@
+"""The indexes of a catalog on this host: which is the newest, and making one where there is none.
+
+Files are made under a temporary name and renamed, by one process of the host at a time. See sphere.catalog.index.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import duckdb
+import pyarrow as pa
+
+from sphere.catalog import rows
+from sphere.catalog.asof import AsOf, snapshots_as_of
+from sphere.catalog.grant import Grant
+from sphere.catalog.index_build import RebuildNeeded, build_base, build_refresh
+from sphere.catalog.index_note import Snapshots, attach, note_of, parts_of
+from sphere.catalog.tables import CatalogTables
+from sphere.conf.errors import CatalogError
+from sphere.conf.settings import Settings
+
+log = logging.getLogger(__name__)
+
+FORMAT = 6
+"""Raised when the layout of the file changes: files of another format are built anew."""
+
+WATCHED = ("bundles", "instances", "series", "studies", "patients")
+"""Tables whose versions an index belongs to, in the order in which they are looked at: the reverse of that in which
+extraction commits them (but for `patients` and `studies`, see sphere.catalog.recent), so that whatever `bundles` calls
+catalogued is in the others; what these have beyond it counts as a recent arrival."""
+
+BUILD_MEMORY = "1GB"
+THREADS = 2
+PAST = 4
+"""Indexes of earlier versions that are kept."""
+
+
+class IndexFolder:
+    """The files in `<state_dir>/index/`; with a `grant` those of the granted instances, in a folder of its own."""
+
+    def __init__(self, settings: Settings, grant: Grant | None = None) -> None:
+        self._tables = CatalogTables(settings)
+        self._grant = grant
+        self.path = settings.archive.state_dir / "index"
+        if grant is not None:
+            self.path /= f"of-{grant.digest}"
+
+    def newest(self) -> Path | None:
+        """The index that was made last, where the tables have not moved since. Reads no table.
+
+        Raises CatalogError where the storage does not answer.
+        """
+        made = self._made()
+        try:
+            return made[-1] if made and note_of(made[-1]).is_newest(self._tables) else None
+        except (OSError, duckdb.Error):  # damaged, or removed since by the builder of a newer version
+            return None
+
+    def wait(self) -> None:
+        """Return when nobody makes one."""
+        with self._alone():
+            return
+
+    def make(self, as_of: AsOf | None = None) -> Path:
+        """The index of the newest version, or of an earlier one, made where it is not there. Raises CatalogError."""
+        if as_of is None:
+            snapshots: Snapshots = {name: self._tables.snapshot(name) for name in WATCHED}
+        else:
+            snapshots = snapshots_as_of(self._tables, WATCHED, as_of)
+        path = self._path(snapshots, past=as_of is not None)
+        if not path.exists():
+            with self._alone():
+                if not path.exists():
+                    self._make(path, snapshots, past=as_of is not None)
+        return path
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def _made(self) -> list[Path]:
+        """Indexes that were the newest once, the last one last."""
+        found = [(path, _modified(path)) for path in self.path.glob(f"{self._prefix()}*.duckdb")]
+        return [path for path, _ in sorted(found, key=lambda one: one[1])]
+
+    def _path(self, snapshots: Snapshots, *, past: bool) -> Path:
+        """One name per catalog root and its versions; the table ids tell a catalog from its successor at that place."""
+        parts = [f"{s.table_id}@{s.version}" if s else "none" for s in snapshots.values()]
+        return self.path / f"{'past-' if past else ''}{self._prefix()}{_digest(*parts)}.duckdb"
+
+    def _prefix(self) -> str:
+        """Of the files of this catalog, in a form that we can read: hashes are those of one version of DuckDB."""
+        return f"catalog-{_digest(self._tables.root)[:8]}-{_digest(str(FORMAT), duckdb.__version__)[:4]}-"
+
+    def _make(self, path: Path, snapshots: Snapshots, *, past: bool) -> None:
+        """A refresh of the index that was made last, where that will do, else a new base."""
+        try:
+            base = self._refresh_of_last(path, snapshots)
+        except RebuildNeeded as reason:
+            log.info("index %s: made from nothing, as %s", path.name, reason)
+            self._build(path, snapshots)
+            base = path
+        if past:
+            self._remove_past()
+        else:
+            self._remove_others({path, base})
+
+    def _refresh_of_last(self, path: Path, snapshots: Snapshots) -> Path:
+        """Make a refresh; returns its base. Raises RebuildNeeded."""
+        made = self._made()
+        if not made:
+            raise RebuildNeeded("there is none")
+        try:
+            base, *newer = parts_of(made[-1], note_of(made[-1]))
+            self._build(path, snapshots, base=base, since=newer[0] if newer else None)
+        except (duckdb.Error, CatalogError, OSError) as error:
+            log.warning("index %s cannot be gone on from: %s", made[-1].name, type(error).__name__)
+            raise RebuildNeeded("the one before is damaged") from None
+        return base
+
+    def _build(self, path: Path, snapshots: Snapshots, *, base: Path | None = None, since: Path | None = None) -> None:
+        began = time.monotonic()
+        building = path.with_suffix(f".{os.getpid()}.building")
+        building.unlink(missing_ok=True)
+        db = self._tables.connect(building, memory_limit=BUILD_MEMORY, threads=THREADS)
+        try:
+            if self._grant is not None:
+                self._grant.attach(db)
+            if base is None:
+                build_base(db, snapshots, grant=self._grant)
+                rows.build(db, rows.folder_of(building))
+            else:
+                attach(db, base, "base")
+                if since:
+                    attach(db, since, "since")
+                build_refresh(db, snapshots, since="since" if since else None, base=base.name, grant=self._grant)
+        except (duckdb.Error, pa.ArrowException, OSError) as error:
+            raise CatalogError(f"no index can be built from {self._tables.root}: {error}") from None
+        finally:
+            db.close()
+        if base is None:
+            shutil.rmtree(rows.folder_of(path), ignore_errors=True)
+            rows.folder_of(building).rename(rows.folder_of(path))
+        building.rename(path)
+        log.info("index %s %s in %.2f s", path.name, "refreshed" if base else "built", time.monotonic() - began)
+
+    def _remove_past(self) -> None:
+        """Keep the PAST files of earlier versions that were made last."""
+        files = sorted(self.path.glob(f"past-{self._prefix()}*.duckdb"), key=lambda path: path.stat().st_mtime)
+        for path in files[:-PAST]:
+            path.unlink(missing_ok=True)
+            shutil.rmtree(rows.folder_of(path), ignore_errors=True)
+
+    def _remove_others(self, kept: set[Path]) -> None:
+        """Delete files of other versions; a process that has one open keeps reading it."""
+        stays = kept | {rows.folder_of(path) for path in kept}
+        for other in self.path.glob(f"catalog-{_digest(self._tables.root)[:8]}-*"):
+            if other not in stays and other.suffix == rows.SUFFIX:
+                shutil.rmtree(other, ignore_errors=True)
+            elif other not in stays and not other.is_dir():
+                other.unlink(missing_ok=True)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """One process of the host builds, the others wait for its result."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        fd = os.open(self.path / "build.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(fd)
+
+
+def _modified(path: Path) -> int:
+    """When a file was written, in ns since 1970; 0 where it is gone."""
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("|".join(parts).encode()).hexdigest()[:16]

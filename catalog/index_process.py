@@ -1,0 +1,81 @@
+"""Indexes made in a process of its own: delta-rs and what DuckDB needs to build one stay out of the process that
+answers, and so do the pauses of an interpreter that both would share.
+
+`python -m sphere.catalog.index_process` is its body: it reads one request from standard input, and ends before its
+answer when that ends, as its parent has.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import subprocess
+import sys
+import threading
+from contextlib import suppress
+from pathlib import Path
+
+import orjson
+
+from sphere.catalog.asof import AsOf
+from sphere.catalog.grant import Grant
+from sphere.conf import logs
+from sphere.conf.errors import CatalogError
+from sphere.conf.settings import Settings
+
+
+class IndexProcess:
+    """Makes indexes as `IndexFolder.make` does, in one process for each. Thread-safe."""
+
+    def __init__(self, settings: Settings, grant: Grant | None) -> None:
+        self._settings, self._grant = settings, grant
+        self._running: set[subprocess.Popen[bytes]] = set()
+
+    def make(self, as_of: AsOf | None = None) -> Path:
+        """As of IndexFolder; raises CatalogError also where the process ended without an answer."""
+        level = logging.getLogger("sphere").getEffectiveLevel()
+        process = subprocess.Popen([sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert process.stdin is not None and process.stdout is not None
+        said = b""
+        self._running.add(process)
+        try:
+            with suppress(BrokenPipeError), process:
+                process.stdin.write(pickle.dumps((level, self._settings, self._grant, as_of)))
+                process.stdin.flush()
+                said = process.stdout.read()
+        finally:
+            self._running.discard(process)
+        answer = orjson.loads(said or b"{}")
+        if "path" in answer:
+            return Path(answer["path"])
+        raise CatalogError(answer.get("error") or f"no index was made: its process ended with {process.returncode}")
+
+    def close(self) -> None:
+        """End what is under way; what it leaves, the next one removes."""
+        for process in list(self._running):
+            process.kill()
+
+
+def main() -> None:
+    """Make what is asked for."""
+    level, settings, grant, as_of = pickle.load(sys.stdin.buffer)
+    logs.configure("info")
+    logging.getLogger("sphere").setLevel(level)
+    threading.Thread(target=_end_with_parent, daemon=True, name="parent").start()
+    from sphere.catalog.index_folder import IndexFolder
+
+    try:
+        answer = {"path": str(IndexFolder(settings, grant).make(as_of))}
+    except CatalogError as error:
+        answer = {"error": str(error)}
+    sys.stdout.buffer.write(orjson.dumps(answer))
+
+
+def _end_with_parent() -> None:
+    sys.stdin.buffer.read()
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main()
