@@ -159,8 +159,8 @@ class _Extraction:
 
     def _batch(self, batch: Batch) -> Report:
         self._steps.begin("plan")
-        instances = self._tables.ensure("instances")
-        onto = instances.version()
+        instances = self._tables.current("instances")
+        onto = instances.version() if instances else -1
         known = known_instances(self._tables, instances, (record.SOPInstanceUID for record in batch.records))
         planned = plan(batch.records, known)
         total = len(planned.new) + len(planned.contested)
@@ -171,6 +171,8 @@ class _Extraction:
         if found.files:
             self._steps.begin("instances")
             self._tables.append("instances", found.files, onto=instances)
+        elif instances is None:
+            self._tables.ensure("instances")
         rejected = self._quarantine(batch, planned, found)
         settled = self._settle(batch, found)
         self._steps.begin("roll up")

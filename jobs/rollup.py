@@ -49,11 +49,13 @@ def refresh(tables: Tables, settings: Settings, *, on_step: Callable[[str], None
     instances = tables.current("instances")
     if instances is None:
         return
-    rolled = {name: tables.ensure(name) for name in ("patients", "studies", "series")}
+    rolled = {name: tables.current(name) for name in ("patients", "studies", "series")}
     if min(map(_seen, rolled.values())) >= instances.version():
         return
     touched, new = _touched(tables, instances, rolled, added)
     if not touched and not (new and len(new.studies)):
+        for name in rolled:
+            tables.ensure(name)  # empty, where everything was rejected: SQL knows it
         return
     news = _roll_up(tables, settings, instances, rolled, touched, new)
     on_step("contradictions")
@@ -66,14 +68,14 @@ def refresh(tables: Tables, settings: Settings, *, on_step: Callable[[str], None
         tables.merge(name, news.rows[name], gone=_gone(news.had[name], news.rows[name]), onto=table, mark=mark)
 
 
-def _seen(table: DeltaTable) -> int:
+def _seen(table: DeltaTable | None) -> int:
     """The version of `instances` that a roll-up shows, -1 before the first."""
-    mark = table.transaction_version(MARK)
+    mark = table.transaction_version(MARK) if table else None
     return -1 if mark is None else mark
 
 
 def _touched(
-    tables: Tables, instances: DeltaTable, rolled: Mapping[str, DeltaTable], added: Added | None
+    tables: Tables, instances: DeltaTable, rolled: Mapping[str, DeltaTable | None], added: Added | None
 ) -> tuple[set[str], Rolled | None]:
     """Studies to be rolled up from the table, and the others that changed, rolled up already."""
     if added is None or not added.rolled or not _show(instances, rolled.values(), added.onto):
@@ -88,7 +90,7 @@ def _touched(
     return touched, Rolled(**kept, rows=new.rows)
 
 
-def _show(instances: DeltaTable, rolled: Iterable[DeltaTable], version: int) -> bool:
+def _show(instances: DeltaTable, rolled: Iterable[DeltaTable | None], version: int) -> bool:
     """Whether the roll-ups show what `instances` had in a version."""
     seen = set(map(_seen, rolled))
     if seen == {version}:
@@ -99,7 +101,7 @@ def _show(instances: DeltaTable, rolled: Iterable[DeltaTable], version: int) -> 
         return False
 
 
-def _changed_studies(instances: DeltaTable, rolled: Mapping[str, DeltaTable], since: int) -> list[str]:
+def _changed_studies(instances: DeltaTable, rolled: Mapping[str, DeltaTable | None], since: int) -> list[str]:
     """Studies that changed after a version; every study where the change feed no longer reaches so far back."""
     try:
         found = changed(instances, (_STUDY,), since=since)
@@ -129,7 +131,7 @@ def _roll_up(
     tables: Tables,
     settings: Settings,
     instances: DeltaTable,
-    rolled: Mapping[str, DeltaTable],
+    rolled: Mapping[str, DeltaTable | None],
     touched: set[str],
     new: Rolled | None,
 ) -> _News:

@@ -14,9 +14,9 @@ from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from deltalake import CommitProperties, DeltaTable, Field, QueryBuilder, Transaction
-from deltalake.exceptions import CommitFailedError, TableNotFoundError
-from deltalake.transaction import AddAction, RemoveAction
+from deltalake import CommitProperties, DeltaTable, Field, QueryBuilder, Schema, Transaction
+from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
+from deltalake.transaction import AddAction, RemoveAction, create_table_with_add_actions
 
 from sphere.catalog.schema import TABLES
 from sphere.conf.errors import CatalogError, JobFailed
@@ -84,8 +84,9 @@ class Tables:
 
     def ensure(self, name: str) -> DeltaTable:
         """What `current` gives, of a table that is made where there is none."""
-        properties = {**_PROPERTIES, **TABLES[name].properties}
-        return self.current(name) or DeltaTable.create(self.url(name), TABLES[name].schema, configuration=properties)
+        return self.current(name) or DeltaTable.create(
+            self.url(name), TABLES[name].schema, configuration=_properties(name)
+        )
 
     def find(
         self, name: str, columns: Sequence[str], *, key: str, values: Iterable[str], at: DeltaTable | None
@@ -138,8 +139,8 @@ class Tables:
             return
         rows = rows.select(schema.names).cast(schema)
         leaving = pa.concat_tables([rows.select(key), pa.Table.from_pylist(list(gone), schema=schema).select(key)])
-        table = onto or self.ensure(name)
-        kept, removed = self._without(name, table, leaving)
+        table = onto or self.current(name)
+        kept, removed = self._without(name, table, leaving) if table else ([], {})
         result = pa.concat_tables([*kept, rows]).sort_by([(column, "ascending") for column in key])
         new = [self._write(name, result.slice(start, FILE_ROWS)) for start in range(0, len(result), FILE_ROWS)]
         self.append(name, new, removed=removed, onto=table, mark=mark)
@@ -174,23 +175,42 @@ class Tables:
         files: Sequence[NewFile],
         *,
         removed: Mapping[str, int] | None = None,
-        onto: DeltaTable,
+        onto: DeltaTable | None,
         mark: tuple[str, int] | None = None,
     ) -> None:
         """Make `files` part of the table, those at the paths `removed` (with their sizes) no longer, in one commit,
-        which carries `mark` as that of `merge` does.
+        which carries `mark` as that of `merge` does, and makes the table where `onto` is None.
 
         Raises JobFailed where the table is no longer as in `onto`.
         """
-        actions: list[AddAction | RemoveAction] = [
-            AddAction(file.path, file.size, {}, file.modified_ms, True, file.stats) for file in files
-        ]
+        added = [AddAction(file.path, file.size, {}, file.modified_ms, True, file.stats) for file in files]
         now = int(time.time() * 1000)
-        actions += [RemoveAction(path, True, now, size, {}) for path, size in (removed or {}).items()]
+        leaving = [RemoveAction(path, True, now, size, {}) for path, size in (removed or {}).items()]
         try:
-            onto.create_write_transaction(actions, "append", TABLES[name].schema, commit_properties=_commit(mark))
+            if onto is None:
+                self._make(name, added, mark)
+            else:
+                schema, commit = TABLES[name].schema, _commit(mark)
+                onto.create_write_transaction([*added, *leaving], "append", schema, commit_properties=commit)
         except CommitFailedError as error:
             raise _overtaken(name) from error
+        except DeltaError as error:
+            if onto is None and self.open(name) is not None:
+                raise _overtaken(name) from error
+            raise
+
+    def _make(self, name: str, files: list[AddAction], mark: tuple[str, int] | None) -> None:
+        create_table_with_add_actions(
+            self.url(name),
+            Schema.from_arrow(TABLES[name].schema),
+            files,
+            configuration=_properties(name),
+            commit_properties=_commit(mark),
+        )
+
+
+def _properties(name: str) -> dict[str, str | None]:
+    return {**_PROPERTIES, **TABLES[name].properties}
 
 
 def become_hdfs_user(settings: Settings) -> None:

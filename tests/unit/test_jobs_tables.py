@@ -37,7 +37,16 @@ def test_merge_is_by_key(settings: Settings) -> None:
     tables.merge("bundles", [{**ROWS[1], "sealed": True}], gone=[ROWS[2], {**ROWS[2], "bundle": "bundles/never.tar"}])
     assert table_rows(settings, "bundles") == [ROWS[0], {**ROWS[1], "sealed": True}]
     tables.merge("bundles", [])
-    assert DeltaTable(tables.url("bundles")).version() == 2
+    assert DeltaTable(tables.url("bundles")).version() == 1  # the first merge made the table
+
+
+def test_a_table_that_another_process_made_meanwhile_is_left_as_it_is(settings: Settings) -> None:
+    tables = Tables(settings)
+    tables.merge("bundles", ROWS[:1])
+    file = NewFile("part-x.parquet", 1, 1, '{"numRecords": 1}')
+    with pytest.raises(JobFailed, match="bundles was changed by another process"):
+        tables.append("bundles", [file], onto=None)
+    assert table_rows(settings, "bundles") == ROWS[:1]
 
 
 def test_commit_onto_another_version_is_refused(settings: Settings) -> None:
