@@ -15,7 +15,7 @@ from types import TracebackType
 from sphere.conf.errors import StorageError
 from sphere.ingest.storage.base import Readable
 
-WINDOW = 4 << 20  # bytes of one read
+WINDOW = 2 << 20  # bytes of one read
 GAP = 64 << 10  # bytes between two wanted ranges that are read rather than skipped: a tar header has some kB
 QUEUE = 1  # windows read ahead
 PUBLISHED_S = 3.0  # seconds until the last bytes of an open bundle can be read on HDFS (it promises 1)

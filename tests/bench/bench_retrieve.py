@@ -104,10 +104,10 @@ def dcmqrscp(folder: Path, files: list[Path], destination: int) -> Iterator[tupl
         yield port, "QR"
 
 
-def ask(tool: str, port: int, ae_title: str) -> float:
-    """Seconds that movescu or getscu takes for the study."""
+def ask(tool: str, port: int, ae_title: str, study: str = STUDY) -> float:
+    """Seconds that movescu or getscu takes for a study."""
     where = ["-aem", "DEST"] if tool == "movescu" else ["--ignore", "-pdu", "131072"]
-    keys = ["-k", "QueryRetrieveLevel=STUDY", "-k", f"StudyInstanceUID={STUDY}"]
+    keys = ["-k", "QueryRetrieveLevel=STUDY", "-k", f"StudyInstanceUID={study}"]
     started = time.monotonic()
     run = subprocess.run(
         [require_tool(tool), "-aet", "DEST", "-aec", ae_title, *where, "-S", *keys, "127.0.0.1", str(port)],

@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
+from tests.support.memory import peak
 from tests.support.raw_peer import RawPeer, identifying
 from tests.support.receiver import Receiver, running_receiver
 
@@ -24,15 +24,6 @@ def receiver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Receiver]:
     with running_receiver(tmp_path_factory.mktemp("archive")) as running:
         send(running, 100, 40_000)
         yield running
-
-
-def peak(receiver: Receiver, *, forget: bool = False) -> int:
-    """The most bytes that the process ever had resident; `forget`: from now on."""
-    process = Path("/proc") / str(receiver.process.pid)
-    if forget:
-        (process / "clear_refs").write_text("5")
-    [line] = [line for line in (process / "status").read_text().splitlines() if line.startswith("VmHWM:")]
-    return int(line.split()[1]) * 1024
 
 
 def fragments(uid: str, size: int) -> Iterator[bytes]:
@@ -56,18 +47,18 @@ def send(receiver: Receiver, count: int, size: int) -> None:
 
 
 def test_any_number_of_instances(receiver: Receiver) -> None:
-    before = peak(receiver, forget=True)
+    before = peak(receiver.process.pid, forget=True)
     send(receiver, 2000, 40_000)
-    assert peak(receiver) - before < 4 * MIB
-    assert peak(receiver) < RESIDENT
+    assert peak(receiver.process.pid) - before < 4 * MIB
+    assert peak(receiver.process.pid) < RESIDENT
 
 
 def test_one_instance_of_600_mb(receiver: Receiver) -> None:
     size = 600 * MIB + 1
-    before = peak(receiver, forget=True)
+    before = peak(receiver.process.pid, forget=True)
     send(receiver, 1, size)
-    assert peak(receiver) - before < 24 * MIB
-    assert peak(receiver) < RESIDENT
+    assert peak(receiver.process.pid) - before < 24 * MIB
+    assert peak(receiver.process.pid) < RESIDENT
     record = receiver.members()[-1]
     assert record.length - record.dataset_offset == size
     digest = hashlib.sha256()
@@ -78,7 +69,7 @@ def test_one_instance_of_600_mb(receiver: Receiver) -> None:
 
 def test_many_large_instances_at_once(receiver: Receiver) -> None:
     """16 associations with 7 MiB each, all of them held before their last byte: more than the budget for memory."""
-    before = peak(receiver, forget=True)
+    before = peak(receiver.process.pid, forget=True)
     nearly, gate = threading.Barrier(17, timeout=120), threading.Barrier(17, timeout=120)
 
     def one() -> Iterator[bytes]:
@@ -100,7 +91,7 @@ def test_many_large_instances_at_once(receiver: Receiver) -> None:
     for thread in threads:
         thread.start()
     nearly.wait()
-    held = peak(receiver)
+    held = peak(receiver.process.pid)
     gate.wait()
     for thread in threads:
         thread.join()

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,6 +78,7 @@ def running_supervisor(
     web: bool = False,
     extract_every_s: float = 0,
     ingest: Mapping[str, Any] | None = None,
+    peers: Sequence[Mapping[str, Any]] = (),
 ) -> Iterator[Serving]:
     """`sphere serve` on an archive in `base`, every part ready; killed at the end where the test has not stopped it."""
     base.mkdir(parents=True, exist_ok=True)
@@ -86,6 +87,8 @@ def running_supervisor(
     text = f'[dimse]\nport = {port}\nworkers = {workers}\n[storage]\nroot = "{root}"\n'
     text += f"[extract]\nevery_s = {extract_every_s}\n"
     text += "[ingest]\n" + "".join(f"{name} = {json.dumps(value)}\n" for name, value in (ingest or {}).items())
+    for peer in peers:
+        text += "[[peers]]\n" + "".join(f"{name} = {json.dumps(value)}\n" for name, value in peer.items())
     text += f"[web]\nenabled = {str(web).lower()}\nport = 0\n"
     config.write_text(text)
     tables = {
@@ -93,6 +96,7 @@ def running_supervisor(
         "storage": {"root": root},
         "extract": {"every_s": extract_every_s},
         "ingest": dict(ingest or {}),
+        "peers": list(peers),
     }
     with (base / "serve.log").open("a") as log:
         command = [sys.executable, "-m", "sphere.cli", "--config", str(config), "serve"]
