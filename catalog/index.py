@@ -36,6 +36,7 @@ from sphere.catalog.parts import InstanceFiles
 from sphere.catalog.recent import Recent, Sources
 from sphere.catalog.tables import CatalogTables
 from sphere.catalog.tail import JournalTail
+from sphere.catalog.tombstones import open_tombstones
 from sphere.conf.errors import CatalogError
 from sphere.conf.settings import Settings
 from sphere.ingest.journal import Landed
@@ -79,6 +80,7 @@ class IndexCache:
         self._storage = open_readable(settings)
         self._folder = IndexFolder(settings, grant)
         self._maker: IndexFolder | IndexProcess = IndexProcess(settings, grant) if apart else self._folder
+        self._tombstones = open_tombstones(settings)
         self._grant = grant
         self._lock = threading.Lock()
         self._index: Index | None = None
@@ -131,7 +133,8 @@ class IndexCache:
             return self._index
 
     def at(self, as_of: AsOf) -> Index:
-        """The index of an earlier version, without recent arrivals; the last PAST of them are kept.
+        """The index of an earlier version, without recent arrivals and what was deleted since; the last PAST of them
+        are kept.
 
         Raises CatalogError where there is no such version, or its files are gone.
         """
@@ -173,6 +176,7 @@ class IndexCache:
         self._builder.shutdown()
         self._index = None
         self._past.clear()
+        self._tombstones.close()
 
     def _is_stale(self, index: Index) -> bool:
         """Extraction commits `bundles` last: its next version means a complete batch."""
@@ -240,21 +244,28 @@ class IndexCache:
         published = overlay.Published(overlay.copy(db, newer) if len(paths) > 1 else overlay.Touched())
         files = FileMap.read(db, ("base", "newer")[: len(paths)])
         columns = frozenset(note.columns)
-        recent = None if past else self._recent(db, columns, files, published)
+        recent = self._recent(db, columns, files, published, past=past)
         rows_beside = _rows_of(paths[0])
         return Index(
             paths, note.versions, db, columns, files, published, recent, rows_beside, self._instances, self._grant
         )
 
     def _recent(
-        self, db: duckdb.DuckDBPyConnection, columns: frozenset[str], files: FileMap, published: overlay.Published
+        self,
+        db: duckdb.DuckDBPyConnection,
+        columns: frozenset[str],
+        files: FileMap,
+        published: overlay.Published,
+        *,
+        past: bool,
     ) -> Recent:
         rows = db.execute(f"SELECT bundle, journal_bytes, sealed FROM {files.sources[-1]}.bundles").fetchall()
         positions = {bundle: size for bundle, size, sealed in rows if not sealed}
         sealed = {row[0] for row in rows if row[2]}
         state_dir = self._settings.archive.state_dir
         sources = Sources(
-            JournalTail(self._storage, state_dir, positions, sealed),
+            None if past else JournalTail(self._storage, state_dir, positions, sealed),
+            self._tombstones,
             HeadersOfMembers(self._storage, self._settings.extract.max_header_mib << 20),
             self._settings.ingest.on_conflict,
             Conflicts(self._tables, db, Landed(self._storage, state_dir)).versions,

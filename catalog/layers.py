@@ -38,7 +38,7 @@ class Index:
     instance_columns: frozenset[str]
     files: FileMap
     published: overlay.Published
-    recent: Recent | None = None
+    recent: Recent
     rows: RowStore | None = None
     instances: InstanceFiles = field(default_factory=InstanceFiles)
     grant: Grant | None = None
@@ -50,9 +50,8 @@ class Index:
         return self.paths[-1]
 
     def catch_up(self) -> None:
-        """Take up what arrived since."""
-        if self.recent is not None:
-            self.recent.catch_up()
+        """Take up what was deleted and what arrived since."""
+        self.recent.catch_up()
 
     def ask(self, put: Callable[[Layer], T]) -> list[T]:
         """Put a question to each layer, as of one moment: `put` must have begun to read when it returns."""
@@ -119,7 +118,7 @@ class Layer:
         """SQL of a relation with the columns `names` of the instances in `files` and of the recent ones, and its
         values; None where there are neither."""
         read = instances_sql(names, self.index.grant)
-        if self.name == "base" or self.index.recent is None or not self.index.recent.members:
+        if self.name == "base" or not self.index.recent.differs:
             return (read, [list(files)]) if files else None
         recent = ", ".join(f'{column_of(name)} AS "{name}"' for name in names)
         arrived = f"SELECT {recent} FROM memory.recent.arrivals WHERE shown"

@@ -1,8 +1,8 @@
 """Every member that landed, as a table: what queries without a catalog are answered from, next to the headers.
 
 The journals are followed as recent arrivals follow them (see sphere.catalog.tail); of an instance that came more than
-once, the version that extraction would show is marked. Held in DuckDB's memory up to MEMORY_LIMIT, beyond it on this
-host's disk.
+once, the version that extraction would show is marked, and what was deleted is left out. Held in DuckDB's memory up to
+MEMORY_LIMIT, beyond it on this host's disk.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import pyarrow as pa
 from sphere.catalog.grant import Grant
 from sphere.catalog.scan import open_reader
 from sphere.catalog.tail import JournalTail
+from sphere.catalog.tombstones import open_tombstones
 from sphere.catalog.versions import in_line, shown
 from sphere.conf.errors import CatalogError
 from sphere.conf.settings import Settings
@@ -59,12 +60,14 @@ class Members:
         self._db = duckdb.connect(config={**config, "autoinstall_known_extensions": False})
         self._db.register("empty", _SCHEMA.empty_table())
         self._db.execute("CREATE TABLE members AS SELECT *, true AS shown FROM empty")
+        self._db.execute("CREATE TABLE deleted (SOPInstanceUID VARCHAR)")
         self._tail = JournalTail(open_readable(settings), settings.archive.state_dir, {})
+        self._tombstones, self._deletions = open_tombstones(settings), ""
         self._reader = open_reader(settings)
         self._policy = settings.ingest.on_conflict
         self._lock = threading.Lock()
         self._restricted: dict[Grant, Members] = {}
-        self._wanted = "shown"
+        self._wanted = "shown AND SOPInstanceUID NOT IN (SELECT SOPInstanceUID FROM deleted)"
 
     def restricted(self, grant: Grant) -> Members:
         """Those that are granted; raises CatalogError where journals do not say so."""
@@ -76,23 +79,35 @@ class Members:
             if grant not in self._restricted:
                 grant.attach(self._db)
                 part = copy.copy(self)
-                part._wanted = f"shown AND {grant.condition(_quoted)}"
+                part._wanted = f"{self._wanted} AND {grant.condition(_quoted)}"
                 self._restricted[grant] = part
             return self._restricted[grant]
 
     def close(self) -> None:
         """Let go of the table."""
         self._db.close()
+        self._tombstones.close()
 
     def catch_up(self) -> None:
-        """Take up what landed since; raises StorageError."""
+        """Take up what was deleted and what landed since; raises StorageError."""
         with self._lock:
+            self._bury()
             while records := self._tail.take(CHUNK):
                 try:
                     self._take_up(records)
                 except BaseException:
                     self._tail.give_back(records)
                     raise
+
+    def _bury(self) -> None:
+        while True:
+            changes, cursor = self._tombstones.changes(self._deletions)
+            if not changes:
+                return
+            gone, back = ([one.SOPInstanceUID for one in changes if one.deleted is which] for which in (True, False))
+            self._db.execute("INSERT INTO deleted SELECT unnest(?::VARCHAR[]) EXCEPT SELECT * FROM deleted", [gone])
+            self._db.execute("DELETE FROM deleted WHERE SOPInstanceUID IN (SELECT unnest(?::VARCHAR[]))", [back])
+            self._deletions = cursor
 
     def count(self, study: Sequence[str] | None) -> int:
         """How many members there are to look at (of some studies)."""

@@ -1,8 +1,9 @@
-"""Recent arrivals: members that landed and that the catalog version of an index does not have, as tables beside it.
+"""What the catalog version of an index does not have, as tables beside it: members that landed since, and deletions.
 
-Each serving process holds its own, in memory. Studies that have an arrival are rolled up anew over the catalog's rows
-and the arrivals, so that counts are right; they are in the overlay of the index with all else of their patients. A
-change is one transaction: a query sees all of it or nothing. See docs/decisions/0009-recent-arrivals.md.
+Each serving process holds its own, in memory. Studies that have an arrival or lost an instance are rolled up anew over
+the catalog's rows and the arrivals, so that counts are right; they are in the overlay of the index with all else of
+their patients. A change is one transaction: a query sees all of it or nothing. See
+docs/decisions/0009-recent-arrivals.md and 0031-tombstones.md.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from typing import Any
@@ -27,8 +28,9 @@ from sphere.catalog.reading import instances_sql
 from sphere.catalog.rollup import duckdb_type, source_columns
 from sphere.catalog.schema import BY_KEYWORD, TABLES
 from sphere.catalog.tail import JournalTail
+from sphere.catalog.tombstones import Tombstones
 from sphere.catalog.versions import Policy, Version, place, shown
-from sphere.conf.errors import SphereError
+from sphere.conf.errors import CatalogError, SphereError, StorageError
 from sphere.ingest.records import MemberRecord
 
 log = logging.getLogger(__name__)
@@ -70,9 +72,11 @@ FindVersions = Callable[[Sequence[str]], dict[str, list[MemberRecord]]]
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """Where arrivals come from, and how they meet what is catalogued."""
+    """Where arrivals come from (nowhere: an earlier version has none), what was deleted, and how they meet what is
+    catalogued."""
 
-    tail: JournalTail
+    tail: JournalTail | None
+    tombstones: Tombstones
     headers: HeadersOfMembers
     policy: Policy
     conflicting: FindVersions
@@ -92,10 +96,10 @@ def column_of(name: str) -> str:
 
 
 class Recent:
-    """The arrivals beside one index, which `connection` has attached as `base`, with its overlay. Thread-safe.
+    """The arrivals and deletions beside one index, which `connection` has attached as `base`, with its overlay.
 
-    `selected` gives the expression by which the index holds a column of a roll-up; what the overlay replaces is told
-    through `published`.
+    Thread-safe. `selected` gives the expression by which the index holds a column of a roll-up; what the overlay
+    replaces is told through `published`.
     """
 
     def __init__(
@@ -115,18 +119,49 @@ class Recent:
         self._unread: list[MemberRecord] = []
         self._retry_at = 0.0
         self._full = False
+        self._deletions: str | None = None  # up to which they are taken up; None before the first look
+        self._buried: set[str] = set()  # instances that are here or in the catalog, and deleted
         self.members = 0
-        """Members taken up so far; while none is, the views show nothing that the index does not."""
+        """Members taken up so far."""
+        self.differs = False
+        """Whether anything may be shown otherwise than the index has it."""
         self._db.execute("SET TimeZone = 'UTC'")
         _create(self._db)
 
     def catch_up(self) -> None:
-        """Take up what arrived, for at most about CATCH_UP_S. Without the storage, what is known stays."""
+        """Take up all that was deleted, then what arrived, for at most about CATCH_UP_S. Without the storage, what is
+        known stays; raises CatalogError where nothing is known of deletions, or they cannot be held."""
+        try:
+            self._bury()
+        except StorageError as error:
+            if self._deletions is None:
+                raise CatalogError(f"what was deleted cannot be read: {error}") from None
+            log.warning("deletions by other hosts cannot be seen for now: %s", error)
+        except duckdb.OutOfMemoryException:
+            raise CatalogError("the deletions that wait for extraction take too much memory") from None
+        if self._sources.tail is not None:
+            self._arrivals(self._sources.tail)
+
+    def _bury(self) -> None:
+        """Hide what was deleted since, show what was restored: all of it, before anything is answered."""
+        if self._deletions is not None and not self._sources.tombstones.changes(self._deletions)[0]:
+            return
+        with self._lock:
+            while True:
+                changes, cursor = self._sources.tombstones.changes(self._deletions or "")
+                moved = {one.SOPInstanceUID for one in changes if one.deleted != (one.SOPInstanceUID in self._buried)}
+                if moved:
+                    self._take_up([], [], moved)
+                self._deletions = cursor
+                if not changes:
+                    return
+
+    def _arrivals(self, tail: JournalTail) -> None:
         if not self._lock.acquire(timeout=CATCH_UP_S):
             return
         try:
             end = time.monotonic() + CATCH_UP_S
-            while self._step() and time.monotonic() < end:
+            while self._step(tail) and time.monotonic() < end:
                 continue
         except duckdb.OutOfMemoryException:
             log.warning("recent arrivals take too much memory: further ones are found when they are extracted")
@@ -136,7 +171,7 @@ class Recent:
         finally:
             self._lock.release()
 
-    def _step(self) -> bool:
+    def _step(self, tail: JournalTail) -> bool:
         if not self._full and self.members >= MAX_MEMBERS:
             log.warning("more than %d members wait for extraction: further ones are found after it", MAX_MEMBERS)
             self._full = True
@@ -145,14 +180,14 @@ class Recent:
         again: list[MemberRecord] = []
         if self._unread and time.monotonic() >= self._retry_at:
             again = self._unread
-        new = self._sources.tail.take(CHUNK)
+        new = tail.take(CHUNK)
         if not new and not again:
             return False
         try:
             rows, unread = self._sources.headers.read([*again, *new])
             self._take_up(rows, again)
         except BaseException:
-            self._sources.tail.give_back(new)
+            tail.give_back(new)
             raise
         if again or unread:
             self._unread = unread if again else [*self._unread, *unread]
@@ -160,15 +195,20 @@ class Recent:
         self.members += len(new)
         return bool(new)
 
-    def _take_up(self, rows: Sequence[dict[str, Any]], again: Sequence[MemberRecord]) -> None:
+    def _take_up(
+        self, rows: Sequence[dict[str, Any]], again: Sequence[MemberRecord], moved: Set[str] = frozenset()
+    ) -> None:
+        """New `rows`, those of members that are read `again`, and instances that were deleted or restored."""
         db = self._db
+        uids = sorted({row["SOPInstanceUID"] for row in rows} | moved)
+        deleted = self._sources.tombstones.deleted(uids)
         db.execute("BEGIN")
         try:
             for record in again:
                 db.execute('DELETE FROM recent.arrivals WHERE bundle = ? AND "offset" = ?', list(place(record)))
             self._insert(rows)
-            known = self._versions(sorted({row["SOPInstanceUID"] for row in rows}))
-            self._show(known)
+            known = self._versions(uids, deleted | moved)
+            self._show(known, deleted)
             studies = self._folded(rows, again, known)
             touched = overlay.replace(
                 db,
@@ -178,6 +218,7 @@ class Recent:
                 studies=_rolled("studies", studies),
                 selected=self._selected,
             )
+            self.differs = True  # before anybody can be told of a study that is touched
             with self._published.changing(touched):
                 db.execute("COMMIT")
         except BaseException:
@@ -185,6 +226,7 @@ class Recent:
             self._studies.clear()  # they may hold what was rolled back: computed anew when touched again
             raise
         self._studies |= studies
+        self._buried = (self._buried - moved) | {one.uid for one in known if one.uid in deleted}
 
     def _insert(self, rows: Sequence[dict[str, Any]]) -> None:
         if rows:
@@ -192,8 +234,8 @@ class Recent:
             self._db.execute(f"INSERT INTO recent.arrivals SELECT *, {self._allowed} FROM incoming")
             self._db.unregister("incoming")
 
-    def _versions(self, uids: list[str]) -> list[_Known]:
-        """All that is known of the instances that have more than one version."""
+    def _versions(self, uids: list[str], settled: Set[str]) -> list[_Known]:
+        """All that is known of the instances that have more than one version, and of those that are `settled` anew."""
         columns = 'SOPInstanceUID, epoch_us(received_at), bundle, "offset", sha256, StudyInstanceUID'
         condition = "WHERE SOPInstanceUID IN (SELECT unnest(?))"
         found = self._db.execute(f"SELECT {columns}, true FROM recent.arrivals {condition}", [uids]).fetchall()
@@ -207,20 +249,20 @@ class Recent:
             one.versions.append(version)
             one.studies.add(study)
             one.base = one.base if arrived else version
-        several = [one for one in known.values() if len(one.versions) > 1]
+        several = [one for one in known.values() if len(one.versions) > 1 or one.uid in settled]
         contested = [one.uid for one in several if one.base and len({v.sha256 for v in one.versions}) > 1]
         for uid, more in (self._sources.conflicting(contested) if contested else {}).items():
             known[uid].versions += more
         return several
 
-    def _show(self, known: Sequence[_Known]) -> None:
-        """Say which version of each instance is shown: an arrival, or the catalogued one."""
+    def _show(self, known: Sequence[_Known], deleted: Set[str]) -> None:
+        """Say which version of each instance is shown: an arrival, or the catalogued one; none that is deleted."""
         if not known:
             return
-        winners = {one.uid: place(shown(one.versions, self._sources.policy)) for one in known}
-        hidden = [one.uid for one in known if one.base and winners[one.uid] != place(one.base)]
-        arrived = [winners[one.uid] for one in known if not one.base or one.uid in hidden]
-        uids = list(winners)
+        uids = [one.uid for one in known]
+        winners = {one.uid: place(shown(one.versions, self._sources.policy)) for one in known if one.uid not in deleted}
+        hidden = [one.uid for one in known if one.base and winners.get(one.uid) != place(one.base)]
+        arrived = [winners[one.uid] for one in known if one.uid in winners and (not one.base or one.uid in hidden)]
         self._db.execute(
             f"UPDATE recent.arrivals SET shown = {self._allowed} "
             "AND (bundle || '/' || \"offset\") IN (SELECT unnest(?::VARCHAR[])) "

@@ -1,0 +1,236 @@
+"""Tombstones: which instances were deleted, so that nobody is shown them; their bytes stay until compaction.
+
+A deletion and its undoing are events below ``tombstones/`` of the storage (see sphere.ingest.events), durable and seen
+by every process of every host when they return; of an instance the latest counts. Extraction carries them out in the
+tables, see docs/decisions/0031-tombstones.md.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from datetime import datetime, timedelta, timezone
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Final, Literal, Protocol
+
+import orjson
+
+from sphere.conf.settings import Settings
+from sphere.ingest.events import EventLog
+from sphere.ingest.storage import open_storage
+from sphere.ingest.storage.base import Storage
+from sphere.ingest.storage.local import LocalStorage
+
+FOLDER: Final = "tombstones"
+FAR_S: Final = 1.0
+"""Seconds between looks at a storage on which looking costs a call to a server; a change is waited with as long."""
+EVENT: Final = 1000  # instances of one event: its line is far shorter than what is read at a time
+PAGE: Final = 20_000  # changes given at once
+_TICK = timedelta(microseconds=1)
+
+Action = Literal["deleted", "restored"]
+
+
+class Named(Protocol):
+    """What names an instance: a row of `instances`, say."""
+
+    @property
+    def StudyInstanceUID(self) -> str: ...
+    @property
+    def SeriesInstanceUID(self) -> str: ...
+    @property
+    def SOPInstanceUID(self) -> str: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Tombstone:
+    """The latest that was done to an instance: whether it is deleted, when (RFC 3339, UTC), by whom, and why."""
+
+    StudyInstanceUID: str
+    SeriesInstanceUID: str
+    SOPInstanceUID: str
+    deleted: bool
+    at: str
+    by: str
+    reason: str
+
+
+_DDL = """
+CREATE TABLE IF NOT EXISTS instances (
+  SOPInstanceUID TEXT PRIMARY KEY, StudyInstanceUID TEXT NOT NULL, SeriesInstanceUID TEXT NOT NULL,
+  deleted INTEGER NOT NULL, at TEXT NOT NULL, id TEXT NOT NULL, by TEXT NOT NULL, reason TEXT NOT NULL,
+  seq INTEGER NOT NULL) WITHOUT ROWID;
+CREATE UNIQUE INDEX IF NOT EXISTS by_seq ON instances (seq);
+CREATE INDEX IF NOT EXISTS by_study ON instances (StudyInstanceUID) WHERE deleted;
+CREATE INDEX IF NOT EXISTS by_series ON instances (SeriesInstanceUID) WHERE deleted;
+CREATE TABLE IF NOT EXISTS made (one INTEGER PRIMARY KEY, name TEXT NOT NULL);
+INSERT OR IGNORE INTO made VALUES (1, lower(hex(randomblob(8))));
+CREATE TABLE IF NOT EXISTS told (table_id TEXT PRIMARY KEY, cursor TEXT NOT NULL);
+"""
+_NAMES = ", ".join(field.name for field in fields(Tombstone))
+_LATER = """
+INSERT INTO instances VALUES (:sop, :study, :series, :deleted, :at, :id, :by, :reason,
+  (SELECT coalesce(max(seq), 0) + 1 FROM instances))
+ON CONFLICT DO UPDATE SET StudyInstanceUID = excluded.StudyInstanceUID, SeriesInstanceUID = excluded.SeriesInstanceUID,
+  deleted = excluded.deleted, at = excluded.at, id = excluded.id, by = excluded.by, reason = excluded.reason,
+  seq = excluded.seq
+WHERE (excluded.at, excluded.id) > (at, id)
+"""
+_AMONG = "IN (SELECT value FROM json_each(?))"
+
+
+def _apply(db: sqlite3.Connection, event: Mapping[str, Any]) -> None:
+    action: Action = event["action"]
+    said = {name: event[name] for name in ("at", "id", "by", "reason")}
+    said |= {"study": event["StudyInstanceUID"], "series": event["SeriesInstanceUID"], "deleted": action == "deleted"}
+    db.executemany(_LATER, [{**said, "sop": uid} for uid in event["SOPInstanceUIDs"]])
+
+
+class Tombstones:
+    """The tombstones of an archive. One per process, shared by its threads; nothing is opened before it is needed."""
+
+    def __init__(self, storage: Storage, state_dir: Path) -> None:
+        self._storage = storage
+        self._log = EventLog(storage, state_dir, FOLDER, ddl=_DDL, apply=_apply)
+        self._look_s = 0.0 if isinstance(storage, LocalStorage) else FAR_S
+        self._any = False
+        self._looked = -FAR_S
+
+    def close(self) -> None:
+        """Let go of what was opened."""
+        self._log.close()
+
+    def delete(self, instances: Iterable[Named], *, by: str, reason: str = "") -> int:
+        """Show these instances no more; how many were shown before. Raises StorageError.
+
+        When it returns, it is durable and no process of any host shows them. Those of one call are deleted in pieces
+        of EVENT: a crash may leave it at some of them.
+        """
+        known = {one.SOPInstanceUID: one for one in instances}
+        gone = self.deleted(list(known))
+        new = [one for uid, one in known.items() if uid not in gone]
+        return self._tell("deleted", new, by=by, reason=reason)
+
+    def restore(self, sop_instance_uids: Sequence[str], *, by: str, reason: str = "") -> int:
+        """Undo the deletion of these instances; how many were deleted. Raises StorageError."""
+        return self._tell("restored", list(self.find(sop=sop_instance_uids)), by=by, reason=reason)
+
+    def deleted(self, sop_instance_uids: Sequence[str]) -> set[str]:
+        """Those of the UIDs that are deleted. Raises StorageError."""
+        if not self._are_any():
+            return set()
+        sql = f"SELECT SOPInstanceUID FROM instances WHERE deleted AND SOPInstanceUID {_AMONG}"
+        with self._log.reading(max_age_s=self._look_s) as db:
+            return {row[0] for row in db.execute(sql, (_json(sop_instance_uids),))}
+
+    def find(
+        self, *, study: Sequence[str] = (), series: Sequence[str] = (), sop: Sequence[str] = ()
+    ) -> Iterator[Tombstone]:
+        """The tombstones of deleted instances in the order of UIDs. Given several, all must hold; given none, every
+        one. Raises StorageError."""
+        if not self._are_any():
+            return
+        wanted = {"StudyInstanceUID": study, "SeriesInstanceUID": series, "SOPInstanceUID": sop}
+        named = {name: _json(uids) for name, uids in wanted.items() if uids}
+        where = " AND ".join(["deleted", "SOPInstanceUID > ?", *(f"{name} {_AMONG}" for name in named)])
+        sql = f"SELECT {_NAMES} FROM instances WHERE {where} ORDER BY SOPInstanceUID LIMIT {PAGE}"
+        last = ""
+        while True:
+            with self._log.reading(max_age_s=self._look_s) as db:
+                page = [_tombstone(row) for row in db.execute(sql, (last, *named.values()))]
+            yield from page
+            if len(page) < PAGE:
+                return
+            last = page[-1].SOPInstanceUID
+
+    def count(self) -> int:
+        """How many instances are deleted. Raises StorageError."""
+        if not self._are_any():
+            return 0
+        with self._log.reading(max_age_s=self._look_s) as db:
+            return int(db.execute("SELECT count(*) FROM instances WHERE deleted").fetchone()[0])
+
+    def changes(self, after: str = "") -> tuple[list[Tombstone], str]:
+        """(up to PAGE instances that changed since the cursor `after`, each as it is now, a cursor to go on from).
+
+        "" is before everything. A cursor is of this host: one of another gives everything, as does one from before the
+        cache of this host was made anew. Nothing is left when the list is empty. Raises StorageError.
+        """
+        if not self._are_any():
+            return [], after
+        with self._log.reading(max_age_s=self._look_s) as db:
+            (made,) = db.execute("SELECT name FROM made").fetchone()
+            name, _, number = after.partition(":")
+            since = int(number) if name == made else 0
+            sql = f"SELECT {_NAMES}, seq FROM instances WHERE seq > ? ORDER BY seq LIMIT {PAGE}"
+            rows = db.execute(sql, (since,)).fetchall()
+        return [_tombstone(row) for row in rows], f"{made}:{rows[-1]['seq'] if rows else since}"
+
+    def told(self, table_id: str) -> str:
+        """The cursor up to which this host has told the table of that id; "" at first. Raises StorageError."""
+        if not self._are_any():
+            return ""
+        with self._log.reading(max_age_s=self._look_s) as db:
+            row = db.execute("SELECT cursor FROM told WHERE table_id = ?", (table_id,)).fetchone()
+        return str(row[0]) if row else ""
+
+    def tell(self, table_id: str, cursor: str) -> None:
+        """Remember that a table was told up to a cursor that `changes` gave. Raises StorageError."""
+        with self._log.reading(max_age_s=self._look_s) as db:
+            db.execute("INSERT OR REPLACE INTO told VALUES (?, ?)", (table_id, cursor))
+
+    def _are_any(self) -> bool:
+        """Whether anything was ever deleted; until then nobody pays more than a look at whether there is a folder."""
+        if not self._any and time.monotonic() - self._looked >= self._look_s:
+            self._any = next(iter(self._storage.walk(FOLDER)), None) is not None
+            self._looked = time.monotonic()
+        return self._any
+
+    def _tell(self, action: Action, instances: Sequence[Named], *, by: str, reason: str) -> int:
+        if not instances:
+            return 0
+        at = self._moment([one.SOPInstanceUID for one in instances]).isoformat(timespec="microseconds")
+        events = []
+        for (study, series), group in groupby(sorted(instances, key=_uids), key=lambda one: _uids(one)[:2]):
+            sops = [one.SOPInstanceUID for one in group]
+            for start in range(0, len(sops), EVENT):
+                named = {"StudyInstanceUID": study, "SeriesInstanceUID": series}
+                said = {"id": uuid.uuid4().hex, "action": action, "at": at, "by": by, "reason": reason}
+                events.append({**said, **named, "SOPInstanceUIDs": sops[start : start + EVENT]})
+        self._log.append(events)
+        self._any = True
+        time.sleep(self._look_s)  # until what others saw last is too old to answer from
+        return len(instances)
+
+    def _moment(self, uids: Sequence[str]) -> datetime:
+        """Now, and after all that is known to have been done to these: clocks of hosts differ."""
+        now = datetime.now(timezone.utc)
+        if not self._are_any():
+            return now
+        with self._log.reading() as db:
+            sql = f"SELECT max(at) FROM instances WHERE SOPInstanceUID {_AMONG}"
+            (last,) = db.execute(sql, (_json(uids),)).fetchone()
+        return max(now, datetime.fromisoformat(last) + _TICK) if last else now
+
+
+def open_tombstones(settings: Settings) -> Tombstones:
+    """Those of the archive of `settings`; connects when it is first used."""
+    return Tombstones(open_storage(settings.storage.root, user=settings.storage.user), settings.archive.state_dir)
+
+
+def _json(uids: Sequence[str]) -> str:
+    """For `json_each`, which takes any number of them as one value."""
+    return orjson.dumps(list(uids)).decode()
+
+
+def _uids(one: Named) -> tuple[str, str, str]:
+    return one.StudyInstanceUID, one.SeriesInstanceUID, one.SOPInstanceUID
+
+
+def _tombstone(row: sqlite3.Row) -> Tombstone:
+    fields = {name: row[name] for name in row.keys() if name != "seq"}  # noqa: SIM118  a Row is not a mapping
+    return Tombstone(**{**fields, "deleted": bool(fields["deleted"])})
