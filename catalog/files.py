@@ -65,6 +65,10 @@ class FileQueries:
         part._members = self._members.restricted(grant)
         return part
 
+    def deletions(self) -> str:
+        """As of sphere.catalog.queries.Queries."""
+        return self._members.tombstones.state()
+
     def versions_of(self, study: str, *, seen: str, load: bool) -> None:
         """There is no index: what journals do not say is not known."""
         return

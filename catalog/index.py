@@ -80,7 +80,7 @@ class IndexCache:
         self._storage = open_readable(settings)
         self._folder = IndexFolder(settings, grant)
         self._maker: IndexFolder | IndexProcess = IndexProcess(settings, grant) if apart else self._folder
-        self._tombstones = open_tombstones(settings)
+        self.tombstones = open_tombstones(settings)
         self._grant = grant
         self._lock = threading.Lock()
         self._index: Index | None = None
@@ -176,7 +176,7 @@ class IndexCache:
         self._builder.shutdown()
         self._index = None
         self._past.clear()
-        self._tombstones.close()
+        self.tombstones.close()
 
     def _is_stale(self, index: Index) -> bool:
         """Extraction commits `bundles` last: its next version means a complete batch."""
@@ -265,7 +265,7 @@ class IndexCache:
         state_dir = self._settings.archive.state_dir
         sources = Sources(
             None if past else JournalTail(self._storage, state_dir, positions, sealed),
-            self._tombstones,
+            self.tombstones,
             HeadersOfMembers(self._storage, self._settings.extract.max_header_mib << 20),
             self._settings.ingest.on_conflict,
             Conflicts(self._tables, db, Landed(self._storage, state_dir)).versions,

@@ -62,7 +62,7 @@ class Members:
         self._db.execute("CREATE TABLE members AS SELECT *, true AS shown FROM empty")
         self._db.execute("CREATE TABLE deleted (SOPInstanceUID VARCHAR)")
         self._tail = JournalTail(open_readable(settings), settings.archive.state_dir, {})
-        self._tombstones, self._deletions = open_tombstones(settings), ""
+        self.tombstones, self._deletions = open_tombstones(settings), ""
         self._reader = open_reader(settings)
         self._policy = settings.ingest.on_conflict
         self._lock = threading.Lock()
@@ -86,7 +86,7 @@ class Members:
     def close(self) -> None:
         """Let go of the table."""
         self._db.close()
-        self._tombstones.close()
+        self.tombstones.close()
 
     def catch_up(self) -> None:
         """Take up what was deleted and what landed since; raises StorageError."""
@@ -101,7 +101,7 @@ class Members:
 
     def _bury(self) -> None:
         while True:
-            changes, cursor = self._tombstones.changes(self._deletions)
+            changes, cursor = self.tombstones.changes(self._deletions)
             if not changes:
                 return
             gone, back = ([one.SOPInstanceUID for one in changes if one.deleted is which] for which in (True, False))

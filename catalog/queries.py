@@ -59,6 +59,10 @@ class Queries(Protocol):
     ) -> Iterator[tuple[StoredInstance, str]]:
         """The instances of a study, a series or with a SOPInstanceUID, each with its header as DICOM JSON text."""
 
+    def deletions(self) -> str:
+        """A text that is another one after every deletion and its undoing: what was remembered before is to be looked
+        up again. Raises StorageError."""
+
     def versions_of(self, study: str, *, seen: str, load: bool) -> tuple[str, list[KnownVersion]] | None:
         """What the catalog shows of a study, and the name of the index that says so; None where that is the one `seen`,
         or where there is no index at hand. `load` has one opened in the background. Raises CatalogError."""
@@ -121,6 +125,10 @@ class LateQueries:
     ) -> Iterator[StoredInstance]:
         """As of Queries."""
         return self._queries().lookup_instances(study=study, series=series, sop=sop, as_of=as_of)
+
+    def deletions(self) -> str:
+        """As of Queries."""
+        return self._queries().deletions()
 
     def versions_of(self, study: str, *, seen: str, load: bool) -> tuple[str, list[KnownVersion]] | None:
         """As of Queries; nothing is opened for it without `load`."""

@@ -106,6 +106,10 @@ class QueryService:
                 self._restricted.popitem(last=False)  # not closed: somebody may ask it just now
         return found
 
+    def deletions(self) -> str:
+        """As of sphere.catalog.queries.Queries."""
+        return self._indexes.tombstones.state()
+
     def versions_of(self, study: str, *, seen: str, load: bool) -> tuple[str, list[KnownVersion]] | None:
         """What the catalog shows of a study (see sphere.catalog.queries.Queries)."""
         index = self._indexes.at_hand(load=load)

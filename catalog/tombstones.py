@@ -7,18 +7,22 @@ tables, see docs/decisions/0031-tombstones.md.
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from datetime import datetime, timedelta, timezone
 from itertools import groupby
+from math import inf
 from pathlib import Path
 from typing import Any, Final, Literal, Protocol
 
 import orjson
 
+from sphere.conf.errors import StorageError
 from sphere.conf.settings import Settings
 from sphere.ingest.events import EventLog
 from sphere.ingest.storage import open_storage
@@ -26,12 +30,14 @@ from sphere.ingest.storage.base import Storage
 from sphere.ingest.storage.local import LocalStorage
 
 FOLDER: Final = "tombstones"
-FAR_S: Final = 1.0
-"""Seconds between looks at a storage on which looking costs a call to a server; a change is waited with as long."""
+LOOK_S: Final = 1.0
+"""Seconds between looks at the events. On local disk the time of the folder tells of a change as well, and is looked at
+each time; elsewhere who makes a change waits as long before it is called done."""
 EVENT: Final = 1000  # instances of one event: its line is far shorter than what is read at a time
 PAGE: Final = 20_000  # changes given at once
 _TICK = timedelta(microseconds=1)
 
+Stamp = tuple[int, int]
 Action = Literal["deleted", "restored"]
 
 
@@ -96,9 +102,11 @@ class Tombstones:
     def __init__(self, storage: Storage, state_dir: Path) -> None:
         self._storage = storage
         self._log = EventLog(storage, state_dir, FOLDER, ddl=_DDL, apply=_apply)
-        self._look_s = 0.0 if isinstance(storage, LocalStorage) else FAR_S
+        self._folder = storage.root / FOLDER if isinstance(storage, LocalStorage) else None
         self._any = False
-        self._looked = -FAR_S
+        self._seen: Stamp | None = None  # as of which the cache has every event
+        self._settled: tuple[str, Stamp] | None = None  # a cursor after which nothing had come then
+        self._state: tuple[Stamp | None, str] = None, ""
 
     def close(self) -> None:
         """Let go of what was opened."""
@@ -117,14 +125,15 @@ class Tombstones:
 
     def restore(self, sop_instance_uids: Sequence[str], *, by: str, reason: str = "") -> int:
         """Undo the deletion of these instances; how many were deleted. Raises StorageError."""
-        return self._tell("restored", list(self.find(sop=sop_instance_uids)), by=by, reason=reason)
+        buried = list(self.find(sop=sop_instance_uids)) if sop_instance_uids else []
+        return self._tell("restored", buried, by=by, reason=reason)
 
     def deleted(self, sop_instance_uids: Sequence[str]) -> set[str]:
         """Those of the UIDs that are deleted. Raises StorageError."""
-        if not self._are_any():
+        if (stamp := self._stamp()) is None:
             return set()
         sql = f"SELECT SOPInstanceUID FROM instances WHERE deleted AND SOPInstanceUID {_AMONG}"
-        with self._log.reading(max_age_s=self._look_s) as db:
+        with self._reading(stamp) as db:
             return {row[0] for row in db.execute(sql, (_json(sop_instance_uids),))}
 
     def find(
@@ -132,7 +141,7 @@ class Tombstones:
     ) -> Iterator[Tombstone]:
         """The tombstones of deleted instances in the order of UIDs. Given several, all must hold; given none, every
         one. Raises StorageError."""
-        if not self._are_any():
+        if (stamp := self._stamp()) is None:
             return
         wanted = {"StudyInstanceUID": study, "SeriesInstanceUID": series, "SOPInstanceUID": sop}
         named = {name: _json(uids) for name, uids in wanted.items() if uids}
@@ -140,7 +149,7 @@ class Tombstones:
         sql = f"SELECT {_NAMES} FROM instances WHERE {where} ORDER BY SOPInstanceUID LIMIT {PAGE}"
         last = ""
         while True:
-            with self._log.reading(max_age_s=self._look_s) as db:
+            with self._reading(stamp) as db:
                 page = [_tombstone(row) for row in db.execute(sql, (last, *named.values()))]
             yield from page
             if len(page) < PAGE:
@@ -149,9 +158,9 @@ class Tombstones:
 
     def count(self) -> int:
         """How many instances are deleted. Raises StorageError."""
-        if not self._are_any():
+        if (stamp := self._stamp()) is None:
             return 0
-        with self._log.reading(max_age_s=self._look_s) as db:
+        with self._reading(stamp) as db:
             return int(db.execute("SELECT count(*) FROM instances WHERE deleted").fetchone()[0])
 
     def changes(self, after: str = "") -> tuple[list[Tombstone], str]:
@@ -160,35 +169,64 @@ class Tombstones:
         "" is before everything. A cursor is of this host: one of another gives everything, as does one from before the
         cache of this host was made anew. Nothing is left when the list is empty. Raises StorageError.
         """
-        if not self._are_any():
+        stamp = self._stamp()
+        if stamp is None or self._settled == (after, stamp):
             return [], after
-        with self._log.reading(max_age_s=self._look_s) as db:
+        with self._reading(stamp) as db:
             (made,) = db.execute("SELECT name FROM made").fetchone()
             name, _, number = after.partition(":")
             since = int(number) if name == made else 0
             sql = f"SELECT {_NAMES}, seq FROM instances WHERE seq > ? ORDER BY seq LIMIT {PAGE}"
             rows = db.execute(sql, (since,)).fetchall()
+        if not rows:
+            self._settled = f"{made}:{since}", stamp
         return [_tombstone(row) for row in rows], f"{made}:{rows[-1]['seq'] if rows else since}"
 
     def told(self, table_id: str) -> str:
         """The cursor up to which this host has told the table of that id; "" at first. Raises StorageError."""
-        if not self._are_any():
+        if (stamp := self._stamp()) is None:
             return ""
-        with self._log.reading(max_age_s=self._look_s) as db:
+        with self._reading(stamp) as db:
             row = db.execute("SELECT cursor FROM told WHERE table_id = ?", (table_id,)).fetchone()
         return str(row[0]) if row else ""
 
     def tell(self, table_id: str, cursor: str) -> None:
         """Remember that a table was told up to a cursor that `changes` gave. Raises StorageError."""
-        with self._log.reading(max_age_s=self._look_s) as db:
+        with self._log.reading(max_age_s=inf) as db:
             db.execute("INSERT OR REPLACE INTO told VALUES (?, ?)", (table_id, cursor))
 
-    def _are_any(self) -> bool:
-        """Whether anything was ever deleted; until then nobody pays more than a look at whether there is a folder."""
-        if not self._any and time.monotonic() - self._looked >= self._look_s:
+    def state(self) -> str:
+        """A text that is another one after every change; "" before the first. Raises StorageError."""
+        stamp = self._stamp()
+        if stamp is None or self._state[0] == stamp:
+            return self._state[1] if stamp else ""
+        sql = "SELECT name || ':' || (SELECT coalesce(max(seq), 0) FROM instances) FROM made"
+        with self._reading(stamp) as db:
+            self._state = stamp, db.execute(sql).fetchone()[0]
+        return self._state[1]
+
+    def _stamp(self) -> Stamp | None:
+        """What is another one after every change; None where nothing was ever deleted, which costs no more than a look
+        at whether there is a folder."""
+        now = int(time.monotonic() / LOOK_S)
+        if self._folder is not None:
+            try:
+                return os.stat(self._folder).st_mtime_ns, now  # noqa: PTH116  asked for each query and each arrival
+            except FileNotFoundError:
+                return None
+            except OSError as error:
+                raise StorageError(f"{self._folder} cannot be looked at: {error.strerror}") from None
+        if not self._any and self._seen != (0, now):
             self._any = next(iter(self._storage.walk(FOLDER)), None) is not None
-            self._looked = time.monotonic()
-        return self._any
+            self._seen = None if self._any else (0, now)
+        return (0, now) if self._any else None
+
+    @contextmanager
+    def _reading(self, stamp: Stamp) -> Iterator[sqlite3.Connection]:
+        """The cache, with what had happened when `stamp` was taken."""
+        with self._log.reading(max_age_s=inf if self._seen == stamp else 0.0) as db:
+            self._seen = stamp
+            yield db
 
     def _tell(self, action: Action, instances: Sequence[Named], *, by: str, reason: str) -> int:
         if not instances:
@@ -202,16 +240,24 @@ class Tombstones:
                 said = {"id": uuid.uuid4().hex, "action": action, "at": at, "by": by, "reason": reason}
                 events.append({**said, **named, "SOPInstanceUIDs": sops[start : start + EVENT]})
         self._log.append(events)
-        self._any = True
-        time.sleep(self._look_s)  # until what others saw last is too old to answer from
+        self._spread()
         return len(instances)
+
+    def _spread(self) -> None:
+        """Return when no process answers any more from what it saw before."""
+        if self._folder is not None:
+            now = time.time_ns()
+            with suppress(OSError):  # the folder is another user's
+                os.utime(self._folder, ns=(now, now))
+                return
+        time.sleep(LOOK_S)
 
     def _moment(self, uids: Sequence[str]) -> datetime:
         """Now, and after all that is known to have been done to these: clocks of hosts differ."""
         now = datetime.now(timezone.utc)
-        if not self._are_any():
+        if (stamp := self._stamp()) is None:
             return now
-        with self._log.reading() as db:
+        with self._reading(stamp) as db:
             sql = f"SELECT max(at) FROM instances WHERE SOPInstanceUID {_AMONG}"
             (last,) = db.execute(sql, (_json(uids),)).fetchone()
         return max(now, datetime.fromisoformat(last) + _TICK) if last else now

@@ -77,7 +77,10 @@ class Web(Section):
     enabled: bool = Field(True, description="Serve HTTP beside DIMSE.")
     host: str = Field("127.0.0.1", description="Address that HTTP listens on.")
     port: Port = Field(8080, description="TCP port; 0 takes a free one.")
-    read_only: bool = Field(False, description="Refuse to store over HTTP.")
+    read_only: bool = Field(False, description="Refuse to store, and to delete, over HTTP.")
+    delete: bool = Field(
+        False, description="Offer DELETE of studies, series and instances to admins: they are shown no more."
+    )
     auth: Literal["remote", "all"] = Field(
         "remote",
         description="Who must show a token: clients of other hosts, or all. A reverse proxy on this host is no client "

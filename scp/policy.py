@@ -28,6 +28,7 @@ from sphere.conf.settings import Settings
 from sphere.ingest.header import Header as ReadHeader
 from sphere.ingest.header import HeaderReader
 from sphere.ingest.members import NewMember
+from sphere.scp.deleted import Deleted
 from sphere.scp.peers import CallingPolicy
 
 Via = Literal["dimse", "web", "import"]
@@ -73,6 +74,7 @@ class Policy:
         callers = callers or CallingPolicy(settings.peers)
         self._rules = [_Compiled(number, rule, callers) for number, rule in enumerate(settings.rules)]
         self._snapshots = {snapshot.ae_title.strip() for snapshot in settings.snapshots}
+        self._deleted = Deleted(settings)
         self._max_header = settings.extract.max_header_mib << 20
         self._local = threading.local()
 
@@ -80,10 +82,12 @@ class Policy:
         """The member with the collections that the rules give it.
 
         Rules are taken in their order: each that matches adds its collections, the first that accepts or rejects ends
-        it. Raises Refused, and StorageError where its waiting file cannot be read.
+        it. What was deleted is not let in. Raises Refused, and StorageError where its waiting file cannot be read.
         """
         if called_ae in self._snapshots:
             raise Refused(f"{called_ae} is a snapshot of the catalog and takes no instances")
+        if self._deleted.holds(member.SOPInstanceUID):
+            raise Refused("this instance was deleted here (sphere undelete brings it back)")
         if not self._rules:
             return member
         arrival = _Arrival(member=member, via=via, called_ae=called_ae, address=address, reader=self._reader)

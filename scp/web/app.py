@@ -18,6 +18,7 @@ from sphere.catalog.audit import AuditJournal
 from sphere.catalog.cohorts import Cohorts
 from sphere.catalog.overview import Overview
 from sphere.catalog.queries import Queries
+from sphere.catalog.tombstones import Tombstones
 from sphere.conf.errors import SphereError
 from sphere.conf.settings import Settings
 from sphere.scp.upper.dataset import Budget
@@ -25,6 +26,7 @@ from sphere.scp.web import annotations as annotating
 from sphere.scp.web import (
     bulk,
     capabilities,
+    deleting,
     frames,
     health,
     metadata,
@@ -63,6 +65,7 @@ class Services:
     journal: AuditJournal
     annotations: Annotations
     overview: Overview
+    tombstones: Tombstones
 
 
 def make_app(settings: Settings, services: Services) -> Starlette:
@@ -83,6 +86,7 @@ def make_app(settings: Settings, services: Services) -> Starlette:
     )
     offered += stow.offered(landing)
     web = settings.web
+    offered += deleting.offered(deleting.Deleting(services.finder, services.tombstones, web.delete, web.read_only))
     linked = annotating.Service(services.annotations, services.archive.catalog, web.idle_s, web.read_only)
     offered += annotating.offered(linked)
     arrivals = Arrivals(services.archive.storage, settings.archive.state_dir)

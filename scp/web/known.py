@@ -26,10 +26,14 @@ class Catalog(Protocol):
     ) -> Iterator[tuple[StoredInstance, str]]:
         """Instances with their headers as DICOM JSON."""
 
+    def deletions(self) -> str:
+        """A text that is another one after every deletion and its undoing."""
+
 
 @dataclass(slots=True)
 class _Series:
     read_at: float
+    deletions: str
     instances: dict[str, StoredInstance] = field(default_factory=dict)
     headers: dict[str, str] = field(default_factory=dict)
 
@@ -45,9 +49,11 @@ class KnownSeries:
     def instance(self, study: str, series: str, sop: str) -> StoredInstance | None:
         """An instance of a series; None where there is none. Raises CatalogError."""
         with self._lock:
-            known = self._known.get((study, series))
-            if known is None or self._clock() - known.read_at > FRESH_S or sop not in known.instances:
-                known = self._read(study, series, sop)
+            known, deletions = self._known.get((study, series)), self._catalog.deletions()
+            if known is not None and (self._clock() - known.read_at > FRESH_S or known.deletions != deletions):
+                known = None
+            if known is None or sop not in known.instances:
+                known = self._read(study, series, sop, deletions)
             return known.instances.get(sop)
 
     def header(self, instance: StoredInstance) -> str:
@@ -62,9 +68,9 @@ class KnownSeries:
         )
         return next((header for one, header in found if one.sha256 == instance.sha256), "{}")
 
-    def _read(self, study: str, series: str, sop: str) -> _Series:
+    def _read(self, study: str, series: str, sop: str, deletions: str) -> _Series:
         """The whole series, as far as it may be remembered; if that does not reach the instance, it alone."""
-        known, size = _Series(self._clock()), 0
+        known, size = _Series(self._clock(), deletions), 0
         for one, header in self._catalog.lookup_headers(study=study, series=series):
             if len(known.instances) >= INSTANCES:
                 break

@@ -21,6 +21,7 @@ from sphere.catalog.cohorts import Cohorts
 from sphere.catalog.known import KnownInstances
 from sphere.catalog.overview import Overview
 from sphere.catalog.queries import open_queries
+from sphere.catalog.tombstones import open_tombstones
 from sphere.conf.errors import SettingsError
 from sphere.conf.settings import Settings
 from sphere.ingest.spool import open_readable, open_writer
@@ -96,12 +97,13 @@ def services_of(settings: Settings) -> Iterator[Services]:
         closing(AuditJournal(storage, settings.archive.state_dir / "audit.jsonl")) as journal,
         closing(Annotations(settings)) as annotations,
         closing(Overview(settings)) as overview,
+        closing(open_tombstones(settings)) as tombstones,
     ):
         archive = Archive(finder, open_readable(settings), transcoder, KnownSeries(finder))
         known, on_conflict = KnownInstances(settings, finder), settings.ingest.on_conflict
         store = StoreService(writer, Policy(settings), known, on_conflict=on_conflict)
         tokens, cohorts = Tokens(storage), Cohorts(storage)
-        yield Services(finder, archive, store, tokens, cohorts, journal, annotations, overview)
+        yield Services(finder, archive, store, tokens, cohorts, journal, annotations, overview, tombstones)
 
 
 def make_server(settings: Settings, services: Services, ready: Callable[[], None]) -> uvicorn.Server:

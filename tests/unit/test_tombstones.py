@@ -47,7 +47,7 @@ def lines(settings: Settings) -> list[bytes]:
 def test_nothing_is_opened_or_made_before_something_is_deleted(settings: Settings, graves: Tombstones) -> None:
     assert graves.deleted(["9.1"]) == set()
     assert graves.changes() == ([], "")
-    assert (graves.count(), list(graves.find()), graves.told("t")) == (0, [], "")
+    assert (graves.count(), list(graves.find()), graves.told("t"), graves.state()) == (0, [], "", "")
     assert graves.restore(["9.1"], by="test") == 0
     assert not (settings.archive.state_dir / "events").exists()
 
@@ -57,6 +57,7 @@ def test_deleted_and_restored(graves: Tombstones) -> None:
     assert graves.delete(named(3, 4), by="ben") == 1
     assert graves.deleted(["9.1", "9.4", "9.5"]) == {"9.1", "9.4"}
     assert graves.restore(["9.1", "9.4", "9.5"], by="cem") == 2
+    assert graves.restore([], by="cem") == 0
     assert graves.deleted(["9.1", "9.2", "9.3", "9.4"]) == {"9.2", "9.3"}
     assert graves.count() == 2
     assert [(one.SOPInstanceUID, one.by, one.reason) for one in graves.find()] == [
@@ -165,21 +166,69 @@ class FarStorage:
         return getattr(self._storage, name)
 
 
+class Clock:
+    """Time that goes on where somebody sleeps."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def time_ns(self) -> int:
+        return int(self.now * 1e9)
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
 def test_a_far_storage_is_not_asked_each_time(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    waited: list[float] = []
-    monkeypatch.setattr(tombstones.time, "sleep", waited.append)
+    clock = Clock()
+    monkeypatch.setattr(tombstones, "time", clock)
     far = FarStorage(open_storage(settings.storage.root))
     graves = Tombstones(far, settings.archive.state_dir)  # type: ignore[arg-type]
     for _ in range(50):
         assert graves.deleted(["9.1"]) == set()
     assert far.walks == 1
     graves.delete(named(1), by="x")
-    assert waited == [tombstones.FAR_S]
+    assert clock.now == 101  # what others saw before is a second old
+    assert graves.deleted(["9.1"]) == {"9.1"}
     walks = far.walks
     for _ in range(50):
         assert graves.deleted(["9.1"]) == {"9.1"}
+        assert graves.changes(graves.changes()[1])[0] == []
     assert far.walks == walks
+    other = open_tombstones(settings)
+    other.delete(named(2), by="y")
+    clock.now += 1
+    assert graves.deleted(["9.1", "9.2"]) == {"9.1", "9.2"}
     graves.close()
+    other.close()
+
+
+def test_on_a_local_disk_a_look_without_news_reads_nothing(
+    settings: Settings, graves: Tombstones, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tombstones, "LOOK_S", 1e9)
+    other = open_tombstones(settings)
+    other.delete(named(1), by="x")
+    _, cursor = graves.changes()
+    assert graves.changes(cursor) == ([], cursor)
+    state = graves.state()
+    walks: list[str] = []
+    walk = LocalStorage.walk
+    monkeypatch.setattr(
+        LocalStorage, "walk", lambda self, prefix="", **more: walks.append(prefix) or walk(self, prefix)
+    )
+    for _ in range(20):
+        assert graves.changes(cursor) == ([], cursor)
+        assert graves.deleted(["9.1"]) == {"9.1"}
+        assert graves.state() == state
+    assert walks == []
+    other.restore(["9.1"], by="x")
+    assert graves.state() != state
+    assert graves.deleted(["9.1"]) == set()
+    other.close()
 
 
 def test_what_cannot_be_written_is_not_deleted(

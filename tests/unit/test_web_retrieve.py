@@ -402,6 +402,10 @@ def test_instances_of_a_series_are_looked_up_together(web: Web) -> None:
             self.asked += 1
             return web.services.archive.catalog.lookup_headers(**named)
 
+        def deletions(self) -> str:
+            return deletions[0]
+
+    deletions = [""]
     now, catalog = [0.0], Counting()
     known = KnownSeries(catalog, clock=lambda: now[0])
     ones = [SAMPLES[f"slice-{number}"].identity for number in range(12)]
@@ -415,3 +419,6 @@ def test_instances_of_a_series_are_looked_up_together(web: Web) -> None:
     now[0] = 6
     known.instance(ones[0].StudyInstanceUID, ones[0].SeriesInstanceUID, ones[0].SOPInstanceUID)
     assert catalog.asked == 3
+    deletions[0] = "one"
+    known.instance(ones[0].StudyInstanceUID, ones[0].SeriesInstanceUID, ones[0].SOPInstanceUID)
+    assert catalog.asked == 4

@@ -1,0 +1,249 @@
+"""DELETE over HTTP: from the moment it is answered no door of any process shows the instance, or takes it again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import orjson
+import pytest
+from starlette.testclient import TestClient
+
+from sphere.archive import Archive
+from sphere.catalog.tombstones import open_tombstones
+from sphere.conf.errors import StorageError
+from sphere.conf.settings import Settings
+from sphere.ingest.header import identify
+from sphere.ingest.journal import Landed
+from sphere.ingest.storage import open_storage
+from sphere.ingest.storage.local import LocalStorage
+from sphere.scp.deleted import Deleted
+from sphere.scp.web.app import make_app
+from sphere.scp.web.server import services_of
+from sphere.scp.web.tokens import Role, Tokens
+from tests.support.extracted import extract
+from tests.support.landing import archive, land, new_member, slices
+from tests.support.web import Web, serving_web
+
+pytestmark = pytest.mark.unit
+
+SLICES = slices(3, seed=41)
+STUDY, SERIES, _ = (
+    getattr(new_member(SLICES[0]), name) for name in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID")
+)
+UIDS = [new_member(data).SOPInstanceUID for data in SLICES]
+OFF = "nothing is deleted over HTTP unless the settings say web.delete = true"
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    """Two instances that are catalogued, and one that has just arrived."""
+    settings = archive(tmp_path, web={"delete": True})
+    land(settings, [new_member(data) for data in SLICES[:2]])
+    extract(settings)
+    land(settings, [new_member(SLICES[2])])
+    return settings
+
+
+@pytest.fixture
+def web(settings: Settings) -> Iterator[Web]:
+    with serving_web(settings) as running:
+        yield running
+
+
+def delete(web: Web, path: str = f"/studies/{STUDY}", **params: str) -> httpx.Response:
+    return web.client.delete(f"{web.url}{path}", params=params)
+
+
+def at(uid: str = "") -> str:
+    return f"/studies/{STUDY}/series/{SERIES}" + (f"/instances/{uid}" if uid else "")
+
+
+def doors(web: Web, uid: str) -> dict[str, int]:
+    """The status of each way to an instance."""
+    paths = ["", "/metadata", "/frames/1", "/rendered", "/thumbnail", "?accept=application/zip"]
+    found = {path: web.get(at(uid) + path, headers={"accept": "*/*"}).status_code for path in paths}
+    wado = {"requestType": "WADO", "studyUID": STUDY, "seriesUID": SERIES, "objectUID": uid}
+    found["/wado"] = web.client.get(f"http://127.0.0.1:{web.port}/wado", params=wado).status_code
+    return found
+
+
+def uids(response: httpx.Response) -> set[str]:
+    """SOPInstanceUIDs of DICOM JSON."""
+    return {one["00080018"]["Value"][0] for one in response.json()} if response.status_code == 200 else set()
+
+
+def counts(web: Web, **params: str) -> list[int]:
+    response = web.get("/studies", params={"includefield": "NumberOfStudyRelatedInstances", **params})
+    return [one["00201208"]["Value"][0] for one in response.json()] if response.status_code == 200 else []
+
+
+def members(settings: Settings) -> int:
+    landed = Landed(open_storage(settings.storage.root), settings.archive.state_dir)
+    return sum(len(landed.records(state.bundle, unpublished=True)[0]) for state in landed.bundles())
+
+
+def store(web: Web, data: bytes) -> httpx.Response:
+    content = b"--B\r\nContent-Type: application/dicom\r\n\r\n" + data + b"\r\n--B--\r\n"
+    kind = 'multipart/related; type="application/dicom"; boundary=B'
+    return web.client.post(f"{web.url}/studies", content=content, headers={"content-type": kind})
+
+
+def test_no_door_of_any_process_shows_it(settings: Settings, web: Web) -> None:
+    with serving_web(settings) as other:
+        for one in (web, other):
+            assert set(doors(one, UIDS[0]).values()) | set(doors(one, UIDS[2]).values()) == {200}
+            assert counts(one) == [3]
+            assert counts(one, asOf="0") == [2]
+        for gone in (0, 2):
+            assert delete(web, at(UIDS[gone])).status_code == 204
+            for one in (web, other):
+                assert set(doors(one, UIDS[gone]).values()) == {404}
+        for one in (web, other):
+            assert set(doors(one, UIDS[1]).values()) == {200}
+            assert counts(one) == counts(one, asOf="0") == [1]
+            for path in ("/instances", f"/studies/{STUDY}/metadata", f"{at()}/metadata", f"{at()}/instances"):
+                assert uids(one.get(path, headers={"accept": "application/dicom+json"})) == {UIDS[1]}
+            whole = one.get(f"/studies/{STUDY}", headers={"accept": 'multipart/related; type="application/dicom"'})
+            assert whole.content.count(b"Content-Type: application/dicom") == 1
+            with_zip = one.get(f"/studies/{STUDY}", params={"accept": "application/zip"}).content
+            assert UIDS[1].encode() in with_zip
+            assert UIDS[0].encode() not in with_zip
+        assert delete(web, at(UIDS[0])).status_code == 404
+        assert delete(web, f"/studies/{STUDY}").status_code == 204
+        for one in (web, other):
+            assert counts(one) == counts(one, asOf="0") == []
+            assert one.get(f"/studies/{STUDY}").status_code == one.get(f"{at()}/rendered").status_code == 404
+            assert one.client.get(f"http://127.0.0.1:{one.port}/annotations", params={"uid": STUDY}).json() == []
+
+
+def test_undone_it_is_shown_again(settings: Settings, web: Web) -> None:
+    assert delete(web, at()).status_code == 204
+    assert counts(web) == []
+    graves = open_tombstones(settings)
+    assert graves.restore(UIDS, by="test") == 3
+    graves.close()
+    assert counts(web) == [3]
+    assert set(doors(web, UIDS[0]).values()) == {200}
+
+
+def test_what_comes_again_is_refused(settings: Settings, web: Web, tmp_path: Path) -> None:
+    assert delete(web, at(UIDS[0])).status_code == 204
+    before = members(settings)
+    response = store(web, SLICES[0])
+    assert response.status_code == 409
+    [failed] = response.json()["00081198"]["Value"]
+    assert failed["00081197"]["Value"] == [0x0124]
+    file = tmp_path / "again.dcm"
+    file.write_bytes(SLICES[0])
+    with Archive(settings) as one:
+        [imported] = list(one.import_files([file]))
+    assert imported.record is None
+    assert "deleted here" in imported.error
+    assert members(settings) == before
+    graves = open_tombstones(settings)
+    graves.restore([UIDS[0]], by="test")
+    graves.close()
+    assert store(web, SLICES[0]).status_code == 200
+
+
+def test_recorded_with_who_and_why(settings: Settings, web: Web) -> None:
+    assert delete(web, reason="consent withdrawn").status_code == 204
+    [tombstone, *others] = list(web.services.tombstones.find())
+    assert (len(others), tombstone.by, tombstone.reason) == (2, "local", "consent withdrawn")
+    web.services.journal.close()
+    folder = Path(settings.archive.state_dir.parent, "storage", "audit")
+    records = [orjson.loads(line) for file in folder.rglob("*.jsonl") for line in file.read_bytes().splitlines()]
+    [record] = [one for one in records if one["method"] == "DELETE"]
+    assert (record["path"], record["query"]) == (f"/dicom-web/studies/{STUDY}", "reason=consent+withdrawn")
+    assert (record["status"], record["outcome"], record["entities"]) == (204, "done", 3)
+
+
+@pytest.mark.parametrize(
+    ("path", "params", "status", "detail"),
+    [
+        ("/studies/1.2.3", {}, 404, "there is no such study"),
+        (f"/studies/{STUDY}/series/1.2.3", {}, 404, "there is no such series"),
+        (at("1.2.3"), {}, 404, "there is no such instance"),
+        ("/studies/x", {}, 400, "study in the path is not a UID (PS3.5 9.1)"),
+        (f"/studies/{STUDY}", {"PatientID": "1"}, 400, "'PatientID' is no parameter of this request"),
+        (f"/studies/{STUDY}", {"reason": "a" * 1001}, 400, "reason has at most 1000 characters"),
+        (f"/studies/{STUDY}", {"reason": "a\0"}, 400, "reason has characters that cannot be shown"),
+    ],
+)
+def test_what_cannot_be_deleted(web: Web, path: str, params: dict[str, str], status: int, detail: str) -> None:
+    response = delete(web, path, **params)
+    assert (response.status_code, response.json()["detail"]) == (status, detail)
+    assert counts(web) == [3]
+
+
+def with_web(settings: Settings, **changes: Any) -> Settings:
+    return settings.model_copy(update={"web": settings.web.model_copy(update=changes)})
+
+
+def test_switched_off_by_default_and_where_read_only(settings: Settings) -> None:
+    assert archive(settings.archive.state_dir).web.delete is False
+    for changes, detail in (
+        ({"delete": False}, OFF),
+        ({"read_only": True}, "this archive takes nothing over HTTP (web.read_only)"),
+    ):
+        with serving_web(with_web(settings, **changes)) as web:
+            response = delete(web)
+            assert (response.status_code, response.json()["detail"]) == (403, detail)
+            assert counts(web) == [3]
+
+
+def test_only_an_admin_deletes(settings: Settings) -> None:
+    tokens = Tokens(open_storage(settings.storage.root))
+    roles: tuple[Role, ...] = ("researcher", "reader", "writer", "admin")
+    seen = {"researcher": ("trial",)}
+    made = [tokens.create(f"a {role}", role, None, collections=seen.get(role, ())) for role in roles]
+    shown = [{"authorization": f"Bearer {secret}"} for secret in made]
+    with services_of(settings) as services:
+        far = TestClient(make_app(settings, services), client=("10.0.0.5", 40000), base_url="http://pacs.example")
+        path = f"/dicom-web{at(UIDS[0])}"
+        assert far.delete(path).status_code == 401
+        assert [far.delete(path, headers=headers).status_code for headers in shown] == [403, 403, 403, 204]
+        assert [one.by.rpartition(":")[2] for one in services.tombstones.find()] == ["a admin"]
+
+
+def test_a_storage_that_refuses_deletes_nothing(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    create = LocalStorage.create
+
+    def refuse(self: LocalStorage, path: str, attempt: int = 0) -> Any:
+        if path.startswith("tombstones"):
+            raise StorageError("the disk is full")
+        return create(self, path, attempt)
+
+    monkeypatch.setattr(LocalStorage, "create", refuse)
+    response = delete(web)
+    assert (response.status_code, response.json()["detail"]) == (507, "the disk is full")
+    assert counts(web) == [3]
+
+
+def test_described(web: Web) -> None:
+    document = web.client.get(f"http://127.0.0.1:{web.port}/openapi.json").json()
+    described = [path for path, methods in document["paths"].items() if "delete" in methods and "studies" in path]
+    assert len(described) == 3
+    assert b'<method name="DELETE" id="DELETE-dicom-web-studies-study">' in web.get("/capabilities").content
+
+
+def test_what_arrives_is_let_in_where_the_storage_does_not_answer(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graves = open_tombstones(settings)
+    graves.delete([identify(SLICES[0], size=len(SLICES[0]))], by="test")  # type: ignore[list-item]
+    graves.close()
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise StorageError("it is away")
+
+    spooled = settings.model_copy(update={"ingest": settings.ingest.model_copy(update={"durability": "spool"})})
+    for one in (settings, spooled):
+        assert Deleted(one).holds(UIDS[0])
+        assert not Deleted(one).holds(UIDS[1])
+        with monkeypatch.context() as patched:
+            patched.setattr(LocalStorage, "walk", refuse)
+            assert not Deleted(one).holds(UIDS[0])
