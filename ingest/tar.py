@@ -91,8 +91,17 @@ def _pax_record(keyword: bytes, value: bytes) -> bytes:
 def _header_block(name: bytes, mode: int, length: int, mtime: int, kind: bytes) -> bytes:
     """One ustar header (IEEE Std 1003.1, ustar Interchange Format)."""
     head = name.ljust(100, b"\0") + b"%07o\0" % mode + b"0000000\0" * 2 + b"%011o\0%011o\0" % (length, mtime)
+    tail, its_sum = _TAILS[kind]
+    return head + b"%06o\0 " % (sum(head) + its_sum) + tail
+
+
+def _tail(kind: bytes) -> tuple[bytes, int]:
+    """What follows the checksum, and the sum of all bytes that never differ; those of the checksum count as spaces."""
     tail = kind + bytes(100) + b"ustar\x0000" + bytes(247)
-    return head + b"%06o\0 " % (sum(head) + sum(tail) + 8 * ord(" ")) + tail
+    return tail, sum(tail) + 8 * ord(" ")
+
+
+_TAILS = {kind: _tail(kind) for kind in (tarfile.XHDTYPE, tarfile.REGTYPE)}
 
 
 def padding(length: int) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from typing import Protocol
@@ -12,7 +13,7 @@ from sphere.conf.errors import SphereError
 from sphere.conf.logs import hashed
 from sphere.conf.settings import OnConflict
 from sphere.ingest.bundle import FileRange, NewMember
-from sphere.ingest.header import Identity, identify
+from sphere.ingest.header import Identifier, Identity
 from sphere.ingest.members import Dataset, with_digest
 from sphere.ingest.part10 import file_meta
 from sphere.ingest.records import MemberRecord
@@ -26,6 +27,7 @@ MISMATCH = 0xB007  # warning: data set does not match SOP class (PS3.4 Table B.2
 DUPLICATE_INSTANCE = 0x0111  # duplicate SOP instance (PS3.7 C.5.7)
 PROCESSING_FAILURE = 0x0110  # PS3.7 C.5.9
 PREFIXES = (1 << 16, 1 << 23)  # bytes given to the header reader to find the UIDs: first, and if that is too little
+_threads = threading.local()
 MAX_COMMENT = 64  # characters of an Error Comment, LO (PS3.7 Table E.2-1)
 
 
@@ -129,11 +131,20 @@ class StoreService:
 
 def identify_request(request: StoreRequest) -> Identity:
     """The UIDs that the data set itself gives; raises OSError."""
+    identifier = _of_this_thread()
     for length in PREFIXES:
         prefix = _first(request.dataset, length)
-        found = identify(prefix, transfer_syntax_uid=request.TransferSyntaxUID, size=request.size)
+        found = identifier.identify(prefix, transfer_syntax_uid=request.TransferSyntaxUID, size=request.size)
         if found.complete or len(prefix) >= request.size:
             break
+    return found
+
+
+def _of_this_thread() -> Identifier:
+    """A thread serves one association, or one request after the other."""
+    found: Identifier | None = getattr(_threads, "identifier", None)
+    if found is None:
+        found = _threads.identifier = Identifier()
     return found
 
 

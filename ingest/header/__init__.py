@@ -1,8 +1,9 @@
 """Headers to rows: a tolerant reader of DICOM headers that never looks at pixels and never fails on any bytes."""
 
+from sphere.ingest.header.alike import Identifier
 from sphere.ingest.header.identity import Identity, identify
 from sphere.ingest.header.layout import Rejected
 from sphere.ingest.header.reader import Header, HeaderReader
 from sphere.ingest.header.rows import RowBuilder
 
-__all__ = ["Header", "HeaderReader", "Identity", "Rejected", "RowBuilder", "identify"]
+__all__ = ["Header", "HeaderReader", "Identifier", "Identity", "Rejected", "RowBuilder", "identify"]

@@ -12,12 +12,12 @@ from sphere.ingest.header.layout import Layout, find_layout
 from sphere.ingest.header.window import HeaderTooLarge, InflateFailed
 from sphere.ingest.part10 import LONG_VRS, SHORT_VRS
 
-_SOP_CLASS: Final = 0x00080016
-_SOP_INSTANCE: Final = 0x00080018
-_STUDY: Final = 0x0020000D
-_SERIES: Final = 0x0020000E
-_WANTED: Final = frozenset((_SOP_CLASS, _SOP_INSTANCE, _STUDY, _SERIES))
-_IN_GROUP_8: Final = frozenset((_SOP_CLASS & 0xFFFF, _SOP_INSTANCE & 0xFFFF))
+SOP_CLASS: Final = 0x00080016
+SOP_INSTANCE: Final = 0x00080018
+STUDY: Final = 0x0020000D
+SERIES: Final = 0x0020000E
+_WANTED: Final = frozenset((SOP_CLASS, SOP_INSTANCE, STUDY, SERIES))
+_IN_GROUP_8: Final = frozenset((SOP_CLASS & 0xFFFF, SOP_INSTANCE & 0xFFFF))
 _HEAD: Final = {order: struct.Struct(order + "HHHH").unpack_from for order in "<>"}  # VR and 16-bit length as numbers
 _LONG_LENGTH: Final = {order: struct.Struct(order + "I").unpack_from for order in "<>"}
 
@@ -73,10 +73,10 @@ def identify(prefix: bytes, *, transfer_syntax_uid: str | None = None, size: int
         found, complete = {}, True
     complete = complete or len(prefix) >= size
     return Identity(
-        found.get(_SOP_INSTANCE) or layout.meta.MediaStorageSOPInstanceUID,
-        found.get(_SOP_CLASS) or layout.meta.MediaStorageSOPClassUID,
-        found.get(_STUDY, ""),
-        found.get(_SERIES, ""),
+        found.get(SOP_INSTANCE) or layout.meta.MediaStorageSOPInstanceUID,
+        found.get(SOP_CLASS) or layout.meta.MediaStorageSOPClassUID,
+        found.get(STUDY, ""),
+        found.get(SERIES, ""),
         layout.TransferSyntaxUID,
         layout.dataset_offset,
         complete,
@@ -97,7 +97,7 @@ def _walk(layout: Layout) -> tuple[dict[int, str], bool]:
         head = read_head(window.buf, index, layout.encoding, window.size - pos)
         if head is None:
             return found, False
-        if head.tag > _SERIES or head.tag in PIXEL_DATA:
+        if head.tag > SERIES or head.tag in PIXEL_DATA:
             return found, True
         pos += head.size
         if head.length == UNDEFINED:
@@ -113,7 +113,7 @@ def _walk(layout: Layout) -> tuple[dict[int, str], bool]:
             if len(value) < head.length:
                 return found, False
             found[head.tag] = value.decode("latin-1").strip("\0 ")
-            if head.tag == _SERIES:
+            if head.tag == SERIES:
                 return found, True
         pos += head.length
     return found, True

@@ -135,7 +135,7 @@ def _plain(window: Window, meta: FileMeta, declared: str, start: int) -> Layout 
         return Rejected(RejectReason.NOT_DICOM, "no data element could be recognised")
     known_as_dicom = bool(meta.elements or meta.has_prefix or declared)
     seen = _recognise(window, start, last_group=0x7FE0 if known_as_dicom else 0x0020)
-    expected = _expected(declared)
+    expected = expected_encoding(declared)
     if seen is None:
         return _unrecognised(known_as_dicom, declared, expected) or Layout(
             meta, declared, expected or EXPLICIT_LE, window, start, start, False, []
@@ -158,7 +158,7 @@ def _unrecognised(known_as_dicom: bool, declared: str, expected: Encoding | None
     return None
 
 
-def _expected(declared: str) -> Encoding | None:
+def expected_encoding(declared: str) -> Encoding | None:
     """The encoding of a transfer syntax: all standard ones but three are explicit little endian (PS3.5 Annex A)."""
     if declared in _DECLARED:
         return _DECLARED[declared]

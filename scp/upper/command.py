@@ -29,6 +29,8 @@ NO_DATA_SET: Final = 0x0101  # CommandDataSetType; anything else says that a dat
 
 _ELEMENT = struct.Struct("<HHI")
 _ANSWERED = _ELEMENT.pack(0, 0x0120, 2)  # the head of MessageIDBeingRespondedTo
+_GROUP_LENGTH = _ELEMENT.pack(0, 0, 4)
+_INSTANCE = 0x1000  # the element AffectedSOPInstanceUID
 _NAMED = ("Affected", "Requested")
 
 
@@ -102,22 +104,27 @@ def encode(command: Mapping[str, Any]) -> bytes:
     for tag, pack, value in sorted(elements, key=itemgetter(0)):
         packed = pack(value)
         body += _ELEMENT.pack(0, tag, len(packed)) + packed
-    return _ELEMENT.pack(0, 0, 4) + len(body).to_bytes(4, "little") + body
+    return _GROUP_LENGTH + len(body).to_bytes(4, "little") + body
 
 
 def encoded_response(request: Command, status: int, **more: Any) -> bytes:
-    """`response_to` as it is sent; those of a kind differ in the number of their request only."""
-    affected = [request.get(f"{what}SOP{level}UID") for level in ("Class", "Instance") for what in _NAMED]
-    if more.keys() - {"CommandDataSetType"} or any(affected[2:]):  # of an instance: never the same twice
+    """`response_to` as it is sent; those of a kind differ in the number and the instance of their request only."""
+    classes = [request.get(f"{what}SOPClassUID") for what in _NAMED]
+    instance = request.get("AffectedSOPInstanceUID", "")
+    if more.keys() - {"CommandDataSetType"} or request.get("RequestedSOPInstanceUID"):
         return encode(response_to(request, status, **more))
-    kind = request["CommandField"], affected[0], affected[1], status, more.get("CommandDataSetType", NO_DATA_SET)
+    kind = request["CommandField"], *classes, status, more.get("CommandDataSetType", NO_DATA_SET)
     before, after = _alike(*kind)
-    return before + _ENCODE["US"](request["MessageID"]) + after
+    body = before + _ENCODE["US"](request["MessageID"]) + after
+    if instance:  # AffectedSOPInstanceUID comes last
+        value = _ENCODE["UI"](instance)
+        body += _ELEMENT.pack(0, _INSTANCE, len(value)) + value
+    return _GROUP_LENGTH + len(body).to_bytes(4, "little") + body
 
 
 @functools.lru_cache(1024)
 def _alike(field: int, affected: str, requested: str, status: int, follows: int) -> tuple[bytes, bytes]:
-    """What goes before and after MessageIDBeingRespondedTo in a response."""
+    """What goes before and after MessageIDBeingRespondedTo in a response of no instance, without group length."""
     request = {
         "CommandField": field,
         "MessageID": 0,
@@ -126,7 +133,7 @@ def _alike(field: int, affected: str, requested: str, status: int, follows: int)
     }
     encoded = encode(response_to(request, status, CommandDataSetType=follows))
     place = encoded.index(_ANSWERED) + len(_ANSWERED)
-    return encoded[:place], encoded[place + 2 :]
+    return encoded[len(_GROUP_LENGTH) + 4 : place], encoded[place + 2 :]
 
 
 def response_to(request: Command, status: int, **more: Any) -> Command:
