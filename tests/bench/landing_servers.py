@@ -24,6 +24,22 @@ from tests.support.serving import running_supervisor
 
 NODELAY = {"TCP_NODELAY": "1"}  # read by DCMTK, and so by storescp and Orthanc
 
+SYNCING = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <unistd.h>
+
+int fclose(FILE *file)
+{
+    int (*next)(FILE *) = (int (*)(FILE *)) dlsym(RTLD_NEXT, "fclose");
+    if ((fcntl(fileno(file), F_GETFL) & O_ACCMODE) != O_RDONLY && (fflush(file) || fdatasync(fileno(file))))
+        return EOF;
+    return next(file);
+}
+"""
+
 Server = tuple[int, list[psutil.Process], Callable[[], None]]  # port, processes, and what makes all of it durable
 
 
@@ -52,13 +68,27 @@ def receivers(
 
 
 @contextmanager
-def storescp(folder: Path, *, tuned: bool) -> Iterator[Server]:
-    """storescp writes files and syncs none: one syncfs at the end, counted in, is the least that durable can mean."""
+def storescp(folder: Path, *, tuned: bool, synced: bool = False) -> Iterator[Server]:
+    """storescp writes files and syncs none: one syncfs at the end, counted in, is the least that durable can mean.
+
+    `synced`: each file is synced when it is closed, which is before its Success, so that both sides promise the same.
+    """
     port, output = free_port(), folder / "output"
     output.mkdir(parents=True)
     command = [require_tool("storescp"), "--fork", "-od", str(output), str(port)]  # else one association at a time
-    with _processes([command], folder, port, NODELAY if tuned else {}) as processes:
-        yield port, processes, lambda: _syncfs(output)
+    environment = dict(NODELAY) if tuned else {}
+    if synced:
+        environment["LD_PRELOAD"] = str(_syncing_library(folder))
+    with _processes([command], folder, port, environment) as processes:
+        yield port, processes, _nothing if synced else lambda: _syncfs(output)
+
+
+def _syncing_library(folder: Path) -> Path:
+    """A library whose fclose syncs what was written: for a program that has no setting for it."""
+    source, library = folder / "syncing.c", folder / "syncing.so"
+    source.write_text(SYNCING)
+    subprocess.run([require_tool("cc"), "-O2", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
+    return library
 
 
 @contextmanager
