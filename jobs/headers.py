@@ -33,7 +33,8 @@ from sphere.jobs.versions import Place, place
 STAGING = "_staging"
 """Folder below the catalog root for rows of contested versions; empty between two runs."""
 TASK_MEMBERS = 16_384
-"""Members of one task, and so rows of one file, at most."""
+"""Members of one task, and so rows of one file, at most; a cut between two studies may add a twentieth."""
+_LEEWAY = 20
 _FILE_BYTES = 64 * 1024 * 1024  # of datasets, above which a row group ends early, and a file: it is made in memory
 
 # A member travels as its line of the journal; one row of the frame is one task.
@@ -108,7 +109,7 @@ def read_headers(
     if not members:
         return HeadersRead()
     members.sort(key=lambda item: _by_study(item[0]))
-    tasks = _split(members, parallelism=spark.sparkContext.defaultParallelism)
+    tasks = in_tasks(members, parallelism=spark.sparkContext.defaultParallelism)
     frame = spark.createDataFrame(pa.concat_tables(_planned(tasks)))
     found = frame.mapInArrow(_Task(Sources.of(settings)), _RESULT_DDL).toArrow()
     return _collect(found.to_pylist())
@@ -118,11 +119,30 @@ def _by_study(record: MemberRecord) -> tuple[str, str, str, int]:
     return record.StudyInstanceUID, record.SeriesInstanceUID, record.bundle, record.offset
 
 
-def _split(members: Sequence[Any], *, parallelism: int) -> list[Sequence[Any]]:
-    """Equal pieces: as many as cores, or multiples of that where a piece would be too long."""
+def in_tasks(members: Sequence[Any], *, parallelism: int) -> list[Sequence[Any]]:
+    """Pieces of about one size: as many as cores, or multiples of that where a piece would be too long.
+
+    A cut moves to the nearest place between two studies, where that is at most a twentieth of a piece away: a study in
+    two pieces is rolled up by the driver, while all else waits.
+    """
     rounds = -(-len(members) // (TASK_MEMBERS * parallelism))
     size = -(-len(members) // (rounds * parallelism))
-    return [members[start : start + size] for start in range(0, len(members), size)]
+    cuts = [_between_studies(members, cut, size // _LEEWAY) for cut in range(size, len(members), size)]
+    return [members[start:end] for start, end in itertools.pairwise([0, *cuts, len(members)])]
+
+
+def _between_studies(members: Sequence[Any], cut: int, leeway: int) -> int:
+    """The nearest place to `cut`, at most `leeway` members away, where a study begins; `cut` where there is none."""
+
+    def study(at: int) -> str:
+        uid: str = members[at][0].StudyInstanceUID
+        return uid
+
+    for away in range(leeway + 1):
+        for at in (cut - away, cut + away):
+            if 0 < at < len(members) and study(at) != study(at - 1):
+                return at
+    return cut
 
 
 def _planned(tasks: Sequence[Sequence[tuple[MemberRecord, bool]]]) -> Iterator[pa.Table]:

@@ -16,7 +16,9 @@ from pydicom import dcmread
 from sphere.catalog.schema import TABLES, Table
 from sphere.ingest.header import Header, HeaderReader
 from sphere.ingest.journal import Landed
+from sphere.ingest.records import MemberRecord
 from sphere.ingest.storage import open_storage
+from sphere.jobs.headers import TASK_MEMBERS, in_tasks
 from sphere.jobs.parquet import INDEXED, FileWriter, statistics
 from sphere.jobs.plan import batches
 from sphere.jobs.ranges import MAX_RANGE, PREFIX, prefixes
@@ -123,6 +125,46 @@ def test_a_file_has_the_columns_that_say_something(tmp_path: Path) -> None:
     assert rows["KVP"].to_pylist() == [None, 120.0, 80.0]
     assert rows["ImageType"].to_pylist() == [None, None, ["ORIGINAL"]]
     assert orjson.loads(file.stats)["nullCount"]["PatientID"] == 3
+
+
+def _of_study(uid: str) -> MemberRecord:
+    """A member of a study, of which nothing else counts here."""
+    return MemberRecord(
+        bundle="bundles/a.tar",
+        offset=0,
+        length=1,
+        dataset_offset=0,
+        SOPInstanceUID="1.2.3",
+        SOPClassUID="1.2",
+        StudyInstanceUID=uid,
+        SeriesInstanceUID="1.2.4",
+        TransferSyntaxUID="1.2.840",
+        sha256="0" * 64,
+        received_at=datetime(2026, 1, 1, tzinfo=timezone.utc),
+        source_aet="",
+        origin="",
+    )
+
+
+@pytest.mark.parametrize(
+    ("studies", "sizes"),
+    [
+        ([750] * 13 + [250], [5250, 4750]),  # 250 members away is still a twentieth
+        ([740] * 13 + [380], [5180, 4820]),
+        ([10_000], [5000, 5000]),  # one study, or a cut in the middle of a long one
+        ([4000, 2000, 4000], [5000, 5000]),
+        ([1, 1], [1, 1]),
+        ([3], [2, 1]),
+        ([1], [1]),
+        ([1000] * 40, [10_000] * 4),
+        ([2 * TASK_MEMBERS, 1], [8193, 8193, 8193, 8190]),
+    ],
+)
+def test_tasks_are_cut_between_studies_where_one_is_near(studies: list[int], sizes: list[int]) -> None:
+    members = [(_of_study(f"1.2.{number:04}"), False) for number, count in enumerate(studies) for _ in range(count)]
+    tasks = in_tasks(members, parallelism=2)
+    assert [member for task in tasks for member in task] == members
+    assert [len(task) for task in tasks] == sizes
 
 
 def test_report_adds_up() -> None:
