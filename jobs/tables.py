@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote
 
@@ -52,6 +53,9 @@ class Tables:
         self._keys: dict[str, KeyFiles] = {}
         self._checked: set[str] = set()  # tables that have all the columns, and keep them: they are only ever added
         self._storage = open_storage(self._root, user=settings.storage.user)
+        self._kept: dict[str, DeltaTable] = {}
+        self._committed: dict[str, int] = {}  # by table, the version that the last commit of ours made
+        self._files: dict[str, _Files] = {}
 
     def url(self, name: str) -> str:
         """Where the table is."""
@@ -63,13 +67,36 @@ class Tables:
 
     def open(self, name: str) -> DeltaTable | None:
         """The table as of now, or None where nothing was ever written to it; raises CatalogError where it cannot be
-        read."""
+        read.
+
+        A table that was opened before is gone on with, as to read its log takes the longer the more files it has: it
+        becomes as of now where nobody but us committed since. Whoever holds it from before another's commit keeps that
+        version, so that what is committed onto it is refused.
+        """
         try:
-            return DeltaTable(self.url(name))
+            table = self._gone_on_with(name) or DeltaTable(self.url(name))
         except TableNotFoundError:
             return None
         except OSError as error:
             raise CatalogError(f"{self.url(name)} cannot be read: {' '.join(str(error).split())}") from None
+        self._kept[name] = table
+        return table
+
+    def _gone_on_with(self, name: str) -> DeltaTable | None:
+        """The table that was opened before, as of now; None where there is none, or another process committed."""
+        table = self._kept.pop(name, None)
+        if table is None:
+            return None
+        version = table.version()
+        committed = self._committed.get(name) == version + 1
+        if self._has(name, version + 1 + committed) or not self._has(name, version + committed):
+            return None
+        if committed:
+            table.update_incremental()
+        return table
+
+    def _has(self, name: str, version: int) -> bool:
+        return self._storage.exists(f"{name}/_delta_log/{version:020}.json")
 
     def current(self, name: str) -> DeltaTable | None:
         """The table as of now, given the columns that it lacks, or None where nothing was ever written to it.
@@ -84,9 +111,11 @@ class Tables:
 
     def ensure(self, name: str) -> DeltaTable:
         """What `current` gives, of a table that is made where there is none."""
-        return self.current(name) or DeltaTable.create(
-            self.url(name), TABLES[name].schema, configuration=_properties(name)
-        )
+        table = self.current(name)
+        if table is None:
+            table = DeltaTable.create(self.url(name), TABLES[name].schema, configuration=_properties(name))
+            self._kept[name] = table
+        return table
 
     def find(
         self, name: str, columns: Sequence[str], *, key: str, values: Iterable[str], at: DeltaTable | None
@@ -104,7 +133,7 @@ class Tables:
 
     def _holding(self, name: str, table: DeltaTable, key: str, values: pa.Array) -> list[str]:
         """The files that may hold one of the values of a key: all of them where no cache is kept of the key."""
-        paths = list(files(table))
+        paths = list(self._files_of(name, table))
         columns = KEYS.get(name, ())
         if key not in columns:
             return paths
@@ -116,6 +145,14 @@ class Tables:
                 return file.read(columns=list(columns))
 
         return self._keys[name].holding(str(table.metadata().id), paths, key, values, load=load)
+
+    def _files_of(self, name: str, table: DeltaTable) -> Mapping[str, int]:
+        """What sphere.jobs.lookup.files gives, which reads the statistics of all files: listed once, and what we commit
+        is added."""
+        known = self._files.get(name)
+        if known is None or known.table is not table or known.version != table.version():
+            known = self._files[name] = _Files(table, table.version(), files(table))
+        return known.sizes
 
     def merge(
         self,
@@ -154,7 +191,7 @@ class Tables:
     def _without(self, name: str, table: DeltaTable, leaving: pa.Table) -> tuple[list[pa.Table], dict[str, int]]:
         """What is left without the keys of the files that hold them and of small ones, and these files' sizes."""
         schema = TABLES[name].schema
-        sizes = files(table)
+        sizes = self._files_of(name, table)
         key = leaving.column_names[0]
         holding = set(self._holding(name, table, key, leaving[key].combine_chunks()))
         small = {path for path, size in sizes.items() if size < SMALL}
@@ -198,6 +235,17 @@ class Tables:
             if onto is None and self.open(name) is not None:
                 raise _overtaken(name) from error
             raise
+        if onto is not None:
+            self._note(name, onto, files, removed or {})
+
+    def _note(self, name: str, onto: DeltaTable, files: Sequence[NewFile], removed: Mapping[str, int]) -> None:
+        """Remember what the table is after a commit of ours onto `onto`."""
+        version = onto.version() + 1
+        self._committed[name] = version
+        known = self._files.get(name)
+        if known is not None and known.table is onto and known.version == onto.version():
+            left = {path: size for path, size in known.sizes.items() if path not in removed}
+            self._files[name] = _Files(onto, version, left | {file.path: file.size for file in files})
 
     def _make(self, name: str, files: list[AddAction], mark: tuple[str, int] | None) -> None:
         create_table_with_add_actions(
@@ -207,6 +255,15 @@ class Tables:
             configuration=_properties(name),
             commit_properties=_commit(mark),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Files:
+    """The files of a table in a version, by their paths as its log has them, with their sizes in bytes."""
+
+    table: DeltaTable
+    version: int
+    sizes: Mapping[str, int]
 
 
 def _properties(name: str) -> dict[str, str | None]:

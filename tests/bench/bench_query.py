@@ -228,10 +228,10 @@ def _nightly(settings: Settings, hospital: Hospital) -> None:
 
 def rivals(settings: Settings, hospital: Hospital, options: argparse.Namespace) -> None:
     """Both Orthancs on what they load of the smallest catalog, SPHERE on the same questions, and the ratios."""
-    with tempfile.TemporaryDirectory(prefix="bench-query-") as name, _servers(Path(name), options) as servers:
+    with _rivals_folder(options) as folder, _servers(folder) as servers:
         results, asked = [], []
         for what, port in servers:
-            loaded = load(port, settings, Path(name) / f"{what}.json", seconds=options.load)
+            loaded = load(port, settings, folder / f"{what}.json", seconds=options.load)
             print(
                 f"\n{what}: {len(loaded.studies):,} studies, {loaded.instances:,} instances loaded in "
                 f"{loaded.seconds:.0f} s"
@@ -252,7 +252,17 @@ def rivals(settings: Settings, hospital: Hospital, options: argparse.Namespace) 
 
 
 @contextmanager
-def _servers(folder: Path, options: argparse.Namespace) -> Iterator[Iterator[tuple[str, int]]]:
+def _rivals_folder(options: argparse.Namespace) -> Iterator[Path]:
+    """Where the rivals' databases are, and what each was given: temporary, or kept for the next time."""
+    if options.rivals_folder is not None:
+        yield options.rivals_folder.absolute()
+        return
+    with tempfile.TemporaryDirectory(prefix="bench-query-") as name:
+        yield Path(name)
+
+
+@contextmanager
+def _servers(folder: Path) -> Iterator[Iterator[tuple[str, int]]]:
     def each() -> Iterator[tuple[str, int]]:
         with orthanc(folder / "sqlite") as port:
             yield "Orthanc + SQLite", port
@@ -274,6 +284,9 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=100, help="times that each question is put")
     parser.add_argument("--seconds", type=float, default=5.0, help="how long 16 clients ask")
     parser.add_argument("--load", type=float, default=60.0, help="seconds for loading each Orthanc; 0 leaves them out")
+    parser.add_argument(
+        "--rivals-folder", type=Path, help="where the loaded Orthancs are kept; else a temporary folder"
+    )
     parser.add_argument("--full", action="store_true", help="up to 1,000,000 studies; load for 20 minutes")
     options = parser.parse_args()
     if options.full:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pyarrow as pa
 import pytest
@@ -13,7 +15,8 @@ from deltalake.exceptions import DeltaError
 from sphere.catalog.schema import TABLES
 from sphere.conf.errors import CatalogError, JobFailed
 from sphere.conf.settings import Settings
-from sphere.jobs import rollup
+from sphere.jobs import lookup, rollup
+from sphere.jobs import tables as module
 from sphere.jobs.parquet import NewFile
 from sphere.jobs.rolling import COLUMNS, Rolled
 from sphere.jobs.rolling import roll_up as roll_up_rows
@@ -59,6 +62,48 @@ def test_commit_onto_another_version_is_refused(settings: Settings) -> None:
     with pytest.raises(JobFailed, match="bundles was changed by another process"):
         tables.append("bundles", [file], onto=seen)
     assert table_rows(settings, "bundles") == ROWS[:1]
+
+
+def test_an_open_table_is_gone_on_with(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its log is read once and its files are listed once, however many commits of ours follow."""
+    listed: list[int] = []
+
+    def counted(table: DeltaTable) -> dict[str, int]:
+        listed.append(table.version())
+        return lookup.files(table)
+
+    monkeypatch.setattr(module, "files", counted)
+    tables = Tables(settings)
+    first = tables.ensure("patients")
+    for number in range(3):
+        tables.merge("patients", [{"patient_key": f"1:{number}", "PatientID": str(number)}])
+        tables.merge("patients", [{"patient_key": "1:0", "PatientID": f"now {number}"}])
+    assert tables.ensure("patients") is first
+    assert first.version() == 6
+    assert listed == [0]
+    assert [row["PatientID"] for row in table_rows(settings, "patients")] == ["now 2", "1", "2"]
+
+
+def test_a_table_held_while_another_process_commits_keeps_its_version(settings: Settings) -> None:
+    tables, other = Tables(settings), Tables(settings)
+    tables.merge("bundles", ROWS[:1])
+    held = tables.ensure("bundles")
+    other.merge("bundles", ROWS[1:2])
+    assert tables.ensure("bundles").version() == held.version() + 1
+    with pytest.raises(JobFailed, match="bundles was changed by another process"):
+        tables.merge("bundles", ROWS[2:], onto=held)
+    tables.merge("bundles", ROWS[2:])
+    assert table_rows(settings, "bundles") == ROWS
+
+
+def test_a_table_that_was_made_anew_is_opened_anew(settings: Settings) -> None:
+    tables = Tables(settings)
+    tables.merge("bundles", ROWS[:1])
+    tables.merge("bundles", ROWS[1:2])
+    shutil.rmtree(Path(unquote(tables.url("bundles").removeprefix("file://"))))
+    assert tables.open("bundles") is None
+    tables.merge("bundles", ROWS[2:])
+    assert table_rows(settings, "bundles") == ROWS[2:]
 
 
 def test_missing_columns_are_added(settings: Settings) -> None:
