@@ -146,6 +146,13 @@ class Hospital:
         return int(self.first_instance[-1])
 
     @cached_property
+    def bundles(self) -> pa.Array:
+        """Names of all bundles, in the order of their members."""
+        count = -(-self.instances // PER_BUNDLE)
+        day = (1 + number * 28 * PER_BUNDLE // (self.instances + PER_BUNDLE) for number in range(count))
+        return pa.array([f"bundles/2024/01/{at:02}/{self.seed}-{number:07}.tar" for number, at in enumerate(day)])
+
+    @cached_property
     def study_uid(self) -> pa.Array:
         """Study Instance UIDs: the root of the device, then digits that look like a time and a counter."""
         roots = pa.array([kind.root for kind in KINDS]).take(pa.array(self.kind))
@@ -303,7 +310,7 @@ class Batch:
         h = self.hospital
         place = h.first_instance[series] + number - 1
         length = 1_900 + 2 * h.rows[h.study_of[series]] ** 2
-        bundle = pa.array(self.bundles(h)).take(pa.array(place // PER_BUNDLE))
+        bundle = h.bundles.take(pa.array(place // PER_BUNDLE))
         digest = _padded(place * 48_271 % (1 << 61), 64)
         return {
             "bundle": bundle,
@@ -317,14 +324,6 @@ class Batch:
             "source_aet": _joined("MOD", _text(h.kind[h.study_of[series]])),
             "origin": pa.repeat(pa.scalar("C-STORE"), len(place)),
         }
-
-    @staticmethod
-    def bundles(h: Hospital) -> list[str]:
-        """Names of all bundles."""
-        return [
-            f"bundles/2024/01/{1 + number * 28 * PER_BUNDLE // (h.instances + PER_BUNDLE):02}/{h.seed}-{number:07}.tar"
-            for number in range(-(-h.instances // PER_BUNDLE))
-        ]
 
 
 def received_us(h: Hospital, series: Ints) -> Ints:

@@ -53,7 +53,8 @@ def _write_instances(settings: Settings, hospital: Hospital, batches: Sequence[B
     with ThreadPoolExecutor(threads) as pool:
         for batch in batches:
             total = len(batch.series)
-            _ = batch.number, hospital.series_values, hospital.study_values  # made once, before the threads need them
+            _ = batch.number, hospital.bundles  # made once, before the threads need them
+            _ = hospital.series_values, hospital.study_values
             made = pool.map(functools.partial(_file, storage, batch), range(0, total, TASK_MEMBERS))
             tables.append("instances", list(made), onto=tables.ensure("instances"))
 
@@ -150,10 +151,10 @@ def _write_batches(settings: Settings, hospital: Hospital, threads: int) -> None
 
 
 def _write_bundles(settings: Settings, hospital: Hospital) -> None:
-    names = Batch.bundles(hospital)
+    names = hospital.bundles
     members = np.minimum(PER_BUNDLE, hospital.instances - np.arange(len(names)) * PER_BUNDLE)
     _write(settings, "bundles", {
-        "bundle": pa.array(names),
+        "bundle": names,
         "journal_bytes": pa.array(members * 640),
         "members": pa.array(members),
         "sealed": pa.array(np.full(len(names), True)),

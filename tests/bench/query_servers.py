@@ -49,7 +49,7 @@ def orthanc(folder: Path, *, postgresql: int = 0) -> Iterator[int]:
         "DicomPort": dicom, "DicomAet": "ORTHANC", "DicomCheckCalledAet": False, "DicomAlwaysAllowStore": True,
         "DicomAlwaysAllowFind": True, "LimitFindResults": 0, "LimitFindInstances": 0, "SyncStorageArea": False,
         "SaveJobs": False, "DefaultEncoding": "Utf8", "Plugins": [str(PLUGIN)] if postgresql else [],
-        "DicomThreadsCount": 16,
+        "DicomThreadsCount": 16, "DicomScpTimeout": 300,
     }  # fmt: skip
     if postgresql:
         configuration["PostgreSQL"] = {
