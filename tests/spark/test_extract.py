@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from deltalake import DeltaTable
 from pyspark.sql import SparkSession
 
 from sphere.catalog.lock import CatalogLock
@@ -122,6 +123,32 @@ def test_replaced_row_leaves_its_series(spark: SparkSession, tmp_path: Path) -> 
     assert [row["SeriesInstanceUID"] for row in table_rows(settings, "series")] == ["1.2.3.4"]
     assert [row["StudyInstanceUID"] for row in table_rows(settings, "studies")] == ["1.2.3"]
     assert [row["PatientID"] for row in table_rows(settings, "patients")] == ["OTHER"]
+
+
+def test_a_batch_touches_the_files_that_it_must(spark: SparkSession, tmp_path: Path) -> None:
+    """Files that leave the tables are those that hold a study which the batch changes, and no other."""
+    settings = archive(tmp_path, ingest={"on_conflict": "replace"})
+    studies = [slices(1, seed=number) for number in range(5)]
+    for number, files in enumerate(studies[:4]):
+        land(settings, [new_member(data, second=number) for data in files])
+        run(spark, settings)
+    grown = ("instances", "series", "studies", "patients")
+    before = {name: _files(settings, name) for name in grown}
+    assert {name: len(files) for name, files in before.items()} == dict.fromkeys(grown, 4)
+
+    land(settings, [new_member(data, second=10) for data in studies[4]])
+    run(spark, settings)  # a new study: nothing is written anew
+    assert {name: len(before[name] - _files(settings, name)) for name in grown} == dict.fromkeys(grown, 0)
+
+    before = {name: _files(settings, name) for name in grown}
+    replaced = [changed(studies[n][0], SeriesDescription="sent again") for n in (0, 2)]
+    land(settings, [new_member(data, second=20) for data in replaced])
+    assert run(spark, settings).updated == 2
+    assert {name: len(before[name] - _files(settings, name)) for name in grown} == dict.fromkeys(grown, 2)
+
+
+def _files(settings: Settings, name: str) -> set[str]:
+    return set(DeltaTable(f"{settings.catalog_root}/{name}").file_uris())
 
 
 def test_same_bytes_again_are_duplicates(spark: SparkSession, settings: Settings) -> None:
