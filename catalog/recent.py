@@ -149,12 +149,24 @@ class Recent:
         with self._lock:
             while True:
                 changes, cursor = self._sources.tombstones.changes(self._deletions or "")
-                moved = {one.SOPInstanceUID for one in changes if one.deleted != (one.SOPInstanceUID in self._buried)}
-                if moved:
+                deleted = {one.SOPInstanceUID for one in changes if one.deleted} - self._buried
+                restored = {one.SOPInstanceUID for one in changes if not one.deleted} & self._buried
+                if moved := self._held(deleted) | restored:
                     self._take_up([], [], moved)
                 self._deletions = cursor
                 if not changes:
                     return
+
+    def _held(self, uids: Set[str]) -> set[str]:
+        """Those of the instances that the catalog (by a hash of their UIDs) or the arrivals have."""
+        if not uids:
+            return set()
+        self._db.register("asked", pa.table({"uid": list(uids)}))
+        hashes = [f"hash(uid) IN (SELECT hash FROM {source}.sop_files)" for source in self._sources.files.sources]
+        condition = " OR ".join([*hashes, "uid IN (SELECT SOPInstanceUID FROM recent.arrivals)"])
+        found = self._db.execute(f"SELECT uid FROM asked WHERE {condition}").fetchall()
+        self._db.unregister("asked")
+        return {row[0] for row in found}
 
     def _arrivals(self, tail: JournalTail) -> None:
         if not self._lock.acquire(timeout=CATCH_UP_S):

@@ -77,7 +77,8 @@ CREATE TABLE IF NOT EXISTS made (one INTEGER PRIMARY KEY, name TEXT NOT NULL);
 INSERT OR IGNORE INTO made VALUES (1, lower(hex(randomblob(8))));
 CREATE TABLE IF NOT EXISTS told (table_id TEXT PRIMARY KEY, cursor TEXT NOT NULL);
 """
-_NAMES = ", ".join(field.name for field in fields(Tombstone))
+_FIELDS = [field.name for field in fields(Tombstone)]
+_NAMES = ", ".join(_FIELDS)
 _LATER = """
 INSERT INTO instances VALUES (:sop, :study, :series, :deleted, :at, :id, :by, :reason,
   (SELECT coalesce(max(seq), 0) + 1 FROM instances))
@@ -278,5 +279,5 @@ def _uids(one: Named) -> tuple[str, str, str]:
 
 
 def _tombstone(row: sqlite3.Row) -> Tombstone:
-    fields = {name: row[name] for name in row.keys() if name != "seq"}  # noqa: SIM118  a Row is not a mapping
-    return Tombstone(**{**fields, "deleted": bool(fields["deleted"])})
+    study, series, sop, deleted, at, by, reason = tuple(row)[: len(_FIELDS)]
+    return Tombstone(study, series, sop, bool(deleted), at, by, reason)
