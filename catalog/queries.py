@@ -126,10 +126,6 @@ class LateQueries:
         """As of Queries."""
         return self._queries().lookup_instances(study=study, series=series, sop=sop, as_of=as_of)
 
-    def deletions(self) -> str:
-        """As of Queries."""
-        return self._queries().deletions()
-
     def versions_of(self, study: str, *, seen: str, load: bool) -> tuple[str, list[KnownVersion]] | None:
         """As of Queries; nothing is opened for it without `load`."""
         if self._opened is None and not load:
