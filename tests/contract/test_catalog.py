@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from sphere.catalog import index
+from sphere.catalog.index_folder import IndexFolder
 from sphere.catalog.lock import CatalogLock
 from sphere.catalog.query import Query
 from sphere.catalog.service import QueryService
@@ -57,6 +58,19 @@ class CatalogContract(Backend):
             write_catalog(archive, rows(5))
             assert service.count(Query.build("STUDY")) == 5
             assert len(list(service.lookup_instances(study=["9.4"]))) == 2
+
+    def test_the_newest_index_is_opened_without_delta_rs(
+        self, archive: Settings, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        write_catalog(archive, rows(3))
+        with QueryService(archive) as service:
+            assert service.count(Query.build("STUDY")) == 3
+        with monkeypatch.context() as patch, QueryService(archive) as service:
+            patch.setattr(IndexFolder, "make", lambda self, as_of=None: pytest.fail("tables were read"))
+            assert service.count(Query.build("STUDY")) == 3
+        write_catalog(archive, rows(5))
+        with QueryService(archive) as service:
+            assert service.count(Query.build("STUDY")) == 5
 
     def test_what_was_stored_is_found_at_once(self, archive: Settings) -> None:
         member = new_member(slices(1)[0])
