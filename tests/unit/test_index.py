@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import fcntl
 import multiprocessing
+import pickle
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from sphere.catalog import index as index_module
@@ -22,6 +26,7 @@ from sphere.catalog.tables import CatalogTables
 from sphere.conf.errors import CatalogError
 from sphere.conf.settings import Settings
 from tests.support.catalog import Row, archive, instance, write_catalog
+from tests.support.receiver import ROOT
 
 pytestmark = pytest.mark.unit
 
@@ -307,3 +312,24 @@ def test_closing_ends_the_process_that_makes_one(settings: Settings) -> None:
             maker.close()
             making.join(0.05)
     assert len(ended) == 1
+
+
+def test_the_process_that_makes_one_ends_with_who_started_it(settings: Settings) -> None:
+    folder = settings.archive.state_dir / "index"
+    folder.mkdir(parents=True)
+    code = (
+        "import pickle, sys; from sphere.catalog.index_process import IndexProcess; "
+        "IndexProcess(pickle.load(sys.stdin.buffer), None).make()"
+    )
+    with (folder / "build.lock").open("a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, cwd=ROOT) as parent:
+            assert parent.stdin is not None
+            parent.stdin.write(pickle.dumps(settings))
+            parent.stdin.flush()
+            until = time.monotonic() + 60
+            while not (children := psutil.Process(parent.pid).children()) and time.monotonic() < until:
+                time.sleep(0.02)
+            parent.kill()
+        assert len(children) == 1
+        assert psutil.wait_procs(children, timeout=60)[1] == []
