@@ -324,6 +324,20 @@ _CONFLICTS = pa.schema(
     ]
 )
 
+_TOMBSTONES = pa.schema(
+    [
+        ("bundle", pa.string()),  # where a member of a deleted instance is: read again when that is restored
+        ("offset", pa.int64()),
+        ("SOPInstanceUID", pa.string()),
+        ("StudyInstanceUID", pa.string()),
+        ("SeriesInstanceUID", pa.string()),
+        ("length", pa.int64()),
+        ("deleted_at", TIMESTAMP),
+        ("deleted_by", pa.string()),
+        ("reason", pa.string()),  # as it was given; "": none was
+    ]
+)
+
 _BUNDLES = pa.schema(
     [
         ("bundle", pa.string()),
@@ -407,6 +421,7 @@ TABLES: Mapping[str, Table] = {
         Table("patients", _rolled(_PATIENTS, _PATIENT_FIRST), _PATIENTS.keys, _PATIENTS),
         Table("quarantine", _QUARANTINE, ("bundle", "offset")),
         Table("conflicts", _CONFLICTS, ("bundle", "offset", "kind")),
+        Table("tombstones", _TOMBSTONES, ("bundle", "offset")),
         Table("forwards", _FORWARDS, ("forward", "StudyInstanceUID", "version")),
         Table("audit", _AUDIT, ("file", "position"), properties={"delta.appendOnly": "true"}),
         Table("annotations", _ANNOTATIONS, ("id", "version")),

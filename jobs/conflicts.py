@@ -45,7 +45,7 @@ class Decisions:
 def decide(tables: Tables, members: Members, contested: Mapping[Place, str], settings: Settings) -> Decisions:
     """Settle every contested SOP Instance UID from all its versions: new, in `instances` and in `conflicts`."""
     rows = known_instances(tables, tables.open("instances"), contested.values())
-    before = _conflicts(tables, set(contested.values()))
+    before = mentioned(tables, contested.values())
     versions: dict[str, set[MemberRecord]] = {uid: set() for uid in contested.values()}
     for where, uid in contested.items():
         versions[uid] |= _found(members, [where])
@@ -53,8 +53,8 @@ def decide(tables: Tables, members: Members, contested: Mapping[Place, str], set
     for uid, records in versions.items():
         if uid in rows:
             records.add(members.find(rows[uid].place) or _nameless(uid, rows[uid]))
-        mentioned = {(row[bundle], row[offset]) for row in before.get(uid, ()) for bundle, offset in _PLACES}
-        settled = settle(uid, records | _found(members, mentioned), settings.ingest.on_conflict)
+        known = {where for row in before.get(uid, ()) for where in places(row)}
+        settled = settle(uid, records | _found(members, known), settings.ingest.on_conflict)
         decisions.conflicts += settled.conflicts
         keys = {_key(row) for row in settled.conflicts}
         decisions.gone += [row for row in before.get(uid, ()) if _key(row) not in keys]
@@ -70,16 +70,22 @@ def replace(spark: SparkSession, settings: Settings, tables: Tables, decided: De
     winners = {place(winner): winner for winner in decided.winners.values()}
     unread = [winner for where, winner in winners.items() if where not in found.contested]
     staged = found.staged + read_headers(spark, settings, contested=unread).staged
-    replace_rows(spark, settings, tables, old=decided.replaced.values(), new=winners.keys(), staged=staged)
+    replace_rows(spark, settings, tables, old=decided.replaced, new=winners.keys(), staged=staged)
 
 
-def _conflicts(tables: Tables, uids: set[str]) -> dict[str, list[dict[str, Any]]]:
-    found: dict[str, list[dict[str, Any]]] = {}
+def mentioned(tables: Tables, uids: Iterable[str]) -> dict[str, list[dict[str, Any]]]:
+    """What `conflicts` says of the versions of these SOP Instance UIDs."""
+    wanted, found = set(uids), dict[str, list[dict[str, Any]]]()
     for piece in read(tables.open("conflicts"), _COLUMNS):
         for row in piece.to_pylist():
-            if row["SOPInstanceUID"] in uids and row["kind"] == "SOP_INSTANCE":
+            if row["SOPInstanceUID"] in wanted and row["kind"] == "SOP_INSTANCE":
                 found.setdefault(row["SOPInstanceUID"], []).append(row)
     return found
+
+
+def places(row: Mapping[str, Any]) -> set[Place]:
+    """Where the versions are that a row of `conflicts` names."""
+    return {(row[bundle], row[offset]) for bundle, offset in _PLACES}
 
 
 def _found(members: Members, places: Iterable[Place]) -> set[MemberRecord]:

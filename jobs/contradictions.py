@@ -54,6 +54,7 @@ _KINDS: Sequence[tuple[str, Level, str]] = (
     ("PATIENT_BIRTH_DATE", "patient", "PatientBirthDate"),
     ("PATIENT_SEX", "patient", "PatientSex"),
 )
+_TABLE: Mapping[Level, str] = {"study": "studies", "series": "series", "patient": "patients"}
 _LEVEL: Mapping[str, Level] = {kind: level for kind, level, _ in _KINDS}
 
 
@@ -104,19 +105,26 @@ def _conflict(kind: str, subject: str, first: Row, row: Row, text: str) -> dict[
 
 
 def record(
-    tables: Tables, instances: DeltaTable, *, heard: pa.Table, studies: pa.Table, series: pa.Table, before: pa.Table
+    tables: Tables,
+    instances: DeltaTable,
+    *,
+    heard: pa.Table,
+    studies: pa.Table,
+    series: pa.Table,
+    before: Mapping[str, pa.Table],
 ) -> None:
     """Bring `conflicts` to the present for what changed.
 
     `heard` is what the studies that changed say now (SAID). `studies` has them and all the others of their patients,
-    `series` their series and the same series in other studies, `before` the studies and series that they had.
+    `series` their series and the same series in other studies, `before` the keys of `studies`, `series` and `patients`
+    that they had.
     """
     owners = {row["StudyInstanceUID"]: row for row in studies.to_pylist()}
     found = [piece for rows in (heard, studies, series) for piece in shaped(rows, _SAID).to_pylist()]
     present = [_owned(row, owners) for row in found]
     changed: dict[Level, set[str]] = {level: {row[name] for row in present} for level, name in SUBJECTS.items()}
-    for level in ("study", "series"):
-        changed[level] |= set(before[SUBJECTS[level]].to_pylist())
+    for level, table in _TABLE.items():
+        changed[level] |= set(before[table][SUBJECTS[level]].to_pylist())
     subjects = contradicted(present)
     recorded = [row for row in _recorded(tables) if row["subject"] in changed[_LEVEL[row["kind"]]]]
     for row in recorded:

@@ -11,7 +11,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from typing import Any
 
 import pyarrow.compute as pc
@@ -34,6 +34,7 @@ from sphere.jobs.plan import Batch, Members, Plan, batches, known_instances, pla
 from sphere.jobs.progress import watched
 from sphere.jobs.report import Report
 from sphere.jobs.tables import Tables, read
+from sphere.jobs.tombstones import Deletions
 from sphere.jobs.versions import place
 
 OnStep = Callable[..., None]
@@ -56,7 +57,10 @@ STEPS = (
     "annotations",
     "done",
 )
-"""Names that `on_step` is called with, in the order of a batch that needs them all."""
+"""Names that `on_step` is called with, in the order of a batch that needs them all.
+
+Where something was deleted or restored there is "tombstones" too, and steps of a batch come before "discover".
+"""
 
 _SEALED: dict[str, Any] = {"sealed": True}
 _log = logging.getLogger(__name__)
@@ -127,20 +131,45 @@ class _Extraction:
         self._tables = Tables(settings)
         self._storage = open_storage(settings.storage.root, user=settings.storage.user)
         self._catalog = open_storage(settings.catalog_root, user=settings.storage.user)
+        self._deletions = Deletions(settings, self._tables)
         self._landed = Landed(self._storage, folders=SealedFolders(self._storage, settings.archive.state_dir))
 
     def run(self) -> Report:
+        with closing(self._deletions):
+            return self._run()
+
+    def _run(self) -> Report:
         self._steps.begin("recover")
         recover(self._storage, self._settings)
         self._sweep()
         rollup.refresh(self._tables, self._settings, on_step=self._steps.begin)  # what a killed run left behind
+        report = self._follow_tombstones()
         self._steps.begin("discover")
-        report = Report()
         for batch in batches(self._landed, self._catalogued(), self._settings.extract.batch):
             report += self._batch(batch)
             self._steps.begin("discover")
         self._steps.begin("annotations")
         follow(self._tables, self._settings)
+        return report
+
+    def _follow_tombstones(self) -> Report:
+        """Take out of the tables what was deleted since, and put in what was restored.
+
+        An empty commit to `bundles` then says that this is complete, to who asks as of it, and to indexes.
+        """
+        report = Report()
+        for deleted, restored in self._deletions.pending():
+            members = Members(self._landed)
+            if deleted:
+                count = self._deletions.take_out(self._spark, deleted, members, on_step=self._steps.begin)
+                self._steps.begin("roll up")
+                rollup.refresh(self._tables, self._settings, on_step=self._steps.begin)
+                report += Report(deleted=count)
+            for batch in self._deletions.restored(restored, members):
+                report += self._batch(batch)
+            self._lock.check()
+            self._steps.begin("bundles")
+            self._tables.append("bundles", [], onto=self._tables.ensure("bundles"))
         return report
 
     def _catalogued(self) -> dict[str, dict[str, Any]]:
@@ -159,6 +188,8 @@ class _Extraction:
 
     def _batch(self, batch: Batch) -> Report:
         self._steps.begin("plan")
+        came = len(batch.records)
+        batch = batch.without(self._deletions.bury((one, one.SOPInstanceUID) for one in batch.records))
         instances = self._tables.current("instances")
         onto = instances.version() if instances else -1
         known = known_instances(self._tables, instances, (record.SOPInstanceUID for record in batch.records))
@@ -168,6 +199,7 @@ class _Extraction:
         with watched(self._spark.sparkContext, lambda part: self._steps.tell("headers", int(part * total), total)):
             found = read_headers(self._spark, self._settings, new=planned.new, contested=planned.contested)
         self._lock.check()
+        batch = self._told_by_headers(batch, found)
         if found.files:
             self._steps.begin("instances")
             self._tables.append("instances", found.files, onto=instances)
@@ -181,8 +213,20 @@ class _Extraction:
         self._lock.check()
         self._steps.begin("bundles")
         self._tables.merge("bundles", batch.bundles)
+        if batch.restored:
+            self._deletions.release(batch.records)
         self._sweep()
-        return _count(batch, planned, found, settled, rejected)
+        return _count(batch, planned, found, settled, rejected) + Report(deleted=came - len(batch.records))
+
+    def _told_by_headers(self, batch: Batch, found: HeadersRead) -> Batch:
+        """The batch without those whose headers, unlike the journals, name a deleted instance."""
+        if not found.contested:
+            return batch
+        by_place = {place(record): record for record in batch.records}
+        gone = self._deletions.bury((by_place[where], uid) for where, uid in found.contested.items())
+        for where in gone:
+            del found.contested[where]
+        return batch.without(gone)
 
     def _quarantine(self, batch: Batch, planned: Plan, found: HeadersRead) -> Counter[str]:
         """Write the rejected members, and all copies of them, into `quarantine`; returns how many by reason."""
@@ -244,6 +288,7 @@ def _count(
         duplicates=len(batch.records) - rows - rejected,
         conflicts=settled.conflicts,
         rejected=rejected,
+        restored=len(batch.records) if batch.restored else 0,
         batches=1,
         reasons=reasons,
     )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from deltalake import DeltaTable
@@ -18,10 +18,18 @@ _KNOWN = ("SOPInstanceUID", "sha256", "received_at", "bundle", "offset")
 
 @dataclass(slots=True)
 class Batch:
-    """Members to be catalogued together, and the rows of `bundles` that say so once they are."""
+    """Members to be catalogued together, and the rows of `bundles` that say so once they are.
+
+    Those that are `restored` are of instances that were deleted, and are in no bundle's row anew.
+    """
 
     records: list[MemberRecord] = field(default_factory=list)
     bundles: list[dict[str, Any]] = field(default_factory=list)
+    restored: bool = False
+
+    def without(self, places: Collection[Place]) -> Batch:
+        """The batch without the members at these places."""
+        return replace(self, records=[one for one in self.records if place(one) not in places]) if places else self
 
 
 @dataclass(frozen=True, slots=True)

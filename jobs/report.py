@@ -15,7 +15,8 @@ class Report:
 
     ``rows`` are in `instances` now, ``updated`` of them in the place of another version. ``duplicates`` are other
     copies of an instance, ``conflicts`` the rows written about those whose bytes differ. ``rejected`` are in
-    `quarantine`, counted by reason (a RejectReason) in ``reasons``. ``seconds`` says how long each step took, in the
+    `quarantine`, counted by reason (a RejectReason) in ``reasons``. ``deleted`` members, not among those read, went to
+    `tombstones`, ``restored`` of those read came from there. ``seconds`` says how long each step took, in the
     order of the steps.
     """
 
@@ -25,6 +26,8 @@ class Report:
     duplicates: int = 0
     conflicts: int = 0
     rejected: int = 0
+    deleted: int = 0
+    restored: int = 0
     batches: int = 0
     reasons: Mapping[str, int] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
@@ -38,6 +41,8 @@ class Report:
             duplicates=self.duplicates + other.duplicates,
             conflicts=self.conflicts + other.conflicts,
             rejected=self.rejected + other.rejected,
+            deleted=self.deleted + other.deleted,
+            restored=self.restored + other.restored,
             batches=self.batches + other.batches,
             reasons=_sum(self.reasons, other.reasons),
             seconds=_sum(self.seconds, other.seconds),
@@ -50,12 +55,15 @@ class Report:
 
     def __str__(self) -> str:
         """One line for the person who ran the job."""
+        taken_out = f"{self.deleted} deleted; " if self.deleted else ""
         if not self.read:
-            return f"nothing new to extract ({self.total_s:.1f} s)"
+            return f"{taken_out}nothing new to extract ({self.total_s:.1f} s)"
         why = ", ".join(f"{reason} {count}" for reason, count in sorted(self.reasons.items()))
+        again = f" ({self.restored} restored)" if self.restored else ""
         return (
-            f"{self.read} read: {self.rows} rows ({self.updated} updated), {self.duplicates} duplicates "
-            f"({self.conflicts} conflicts), {self.rejected} rejected{f' ({why})' if why else ''}; "
+            f"{taken_out}{self.read} read{again}: {self.rows} rows ({self.updated} updated), "
+            f"{self.duplicates} duplicates ({self.conflicts} conflicts), "
+            f"{self.rejected} rejected{f' ({why})' if why else ''}; "
             f"{self.total_s:.1f} s, {self.read / self.total_s:.0f}/s"
         )
 

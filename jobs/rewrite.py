@@ -6,7 +6,7 @@ their members' places, which tell two versions of an instance apart.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -43,18 +43,19 @@ def replace_rows(
     settings: Settings,
     tables: Tables,
     *,
-    old: Collection[Place],
-    new: Collection[Place],
-    staged: Iterable[str],
+    old: Mapping[str, Place],
+    new: Collection[Place] = (),
+    staged: Iterable[str] = (),
 ) -> None:
-    """Take the rows of the members `old` out of `instances` and put those of `new` in, from the `staged` files.
+    """Take the rows of the members `old`, by SOP Instance UID, out of `instances` and put those of `new` in, from the
+    `staged` files.
 
     One commit. Raises JobFailed where the table was changed meanwhile, CatalogError where a row is not where it was.
     """
     table = tables.ensure(_TABLE)
     kept = _copy(spark, settings, _Copy(settings.catalog_root, settings.storage.user, frozenset(new), True), staged)
-    left = _Copy(settings.catalog_root, settings.storage.user, frozenset(old), False)
-    candidates = _candidates(table, old)
+    left = _Copy(settings.catalog_root, settings.storage.user, frozenset(old.values()), False)
+    candidates = _candidates(tables, table, old)
     cleaned = _copy(spark, settings, left, candidates)
     touched = [result for result in cleaned if result["matched"]]
     for results, places in ((kept, new), (touched, old)):
@@ -65,15 +66,19 @@ def replace_rows(
     tables.append(_TABLE, files, removed=removed, onto=table)
 
 
-def _candidates(table: DeltaTable, places: Collection[Place]) -> dict[str, int]:
-    """Files that may hold a row of one of the places, by their statistics of the column `bundle`, and their sizes."""
-    bundles = {bundle for bundle, _ in places}
-    files = pa.table(table.get_add_actions(flatten=True)).to_pylist() if bundles else []
-    return {
-        f"{_TABLE}/{file['path']}": file["size_bytes"]
-        for file in files
-        if file.get("min.bundle") is None or any(file["min.bundle"] <= name <= file["max.bundle"] for name in bundles)
-    }
+def _candidates(tables: Tables, table: DeltaTable, old: Mapping[str, Place]) -> dict[str, int]:
+    """Files that may hold a row of one of these members, by its UID and the statistics of `bundle`, and their sizes."""
+    if not old:
+        return {}
+    bundles = {bundle for bundle, _ in old.values()}
+    holding = set(tables.holding(_TABLE, table, "SOPInstanceUID", pa.array(old, pa.string())))
+
+    def may_hold(file: Mapping[str, Any]) -> bool:
+        low, high = (file.get(f"{bound}.bundle") for bound in ("min", "max"))
+        return file["path"] in holding and (low is None or high is None or any(low <= name <= high for name in bundles))
+
+    files = pa.table(table.get_add_actions(flatten=True)).to_pylist()
+    return {f"{_TABLE}/{file['path']}": file["size_bytes"] for file in files if may_hold(file)}
 
 
 def _copy(spark: SparkSession, settings: Settings, task: _Copy, paths: Iterable[str]) -> list[dict[str, Any]]:

@@ -60,7 +60,7 @@ def refresh(tables: Tables, settings: Settings, *, on_step: Callable[[str], None
     news = _roll_up(tables, settings, instances, rolled, touched, new)
     on_step("contradictions")
     contradictions.record(
-        tables, instances, heard=news.said, studies=news.of_patients, series=news.same_series, before=news.had["series"]
+        tables, instances, heard=news.said, studies=news.of_patients, series=news.same_series, before=news.had
     )
     mark = (MARK, instances.version())
     for name, table in rolled.items():

@@ -129,9 +129,9 @@ class Tables:
     ) -> Iterator[pa.Table]:
         """What `find` finds, without ever holding all of it."""
         wanted = pa.array(sorted(set(values)), pa.string())
-        return find(self._storage, name, self._holding(name, at, key, wanted), columns, key=key, values=wanted)
+        return find(self._storage, name, self.holding(name, at, key, wanted), columns, key=key, values=wanted)
 
-    def _holding(self, name: str, table: DeltaTable, key: str, values: pa.Array) -> list[str]:
+    def holding(self, name: str, table: DeltaTable, key: str, values: pa.Array) -> list[str]:
         """The files that may hold one of the values of a key: all of them where no cache is kept of the key."""
         paths = list(self._files_of(name, table))
         columns = KEYS.get(name, ())
@@ -193,7 +193,7 @@ class Tables:
         schema = TABLES[name].schema
         sizes = self._files_of(name, table)
         key = leaving.column_names[0]
-        holding = set(self._holding(name, table, key, leaving[key].combine_chunks()))
+        holding = set(self.holding(name, table, key, leaving[key].combine_chunks()))
         small = {path for path, size in sizes.items() if size < SMALL}
         if len(small) < JOINED:
             small = set()

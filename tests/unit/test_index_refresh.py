@@ -141,6 +141,27 @@ def test_what_did_not_change_is_not_opened(tmp_path: Path) -> None:
     assert counts == {"9.2": (2, 3), "9.3": (3, 3), "9.77": (1, 3)}
 
 
+@pytest.mark.parametrize("left", [0, 1, 3, 8])
+def test_rows_that_only_leave(tmp_path: Path, left: int) -> None:
+    """What was deleted: some rows of a file, whole files, everything; nothing came."""
+    settings = archive(tmp_path)
+    rows = [row(number, number // 2, number // 4) for number in range(16)]
+    write_catalog(settings, rows, files=8)
+    with QueryService(settings) as service:
+        everything(service)
+        [base] = files(settings)
+        kept = rows[:left]
+        stays = ", ".join(f"'{one['SOPInstanceUID']}'" for one in kept)
+        DeltaTable(f"{settings.catalog_root}/instances").delete(f'"SOPInstanceUID" NOT IN ({stays})' if kept else None)
+        rolled(settings, kept)
+        seen = everything(service)
+        assert len(seen["stored"]) == left
+        assert base in files(settings), "only a refresh was made"
+    fresh = settings.archive.model_copy(update={"state_dir": tmp_path / "fresh"})
+    with QueryService(settings.model_copy(update={"archive": fresh})) as reference:
+        assert seen == everything(reference)
+
+
 @pytest.mark.parametrize("what", ["another table", "roll-ups alone"])
 def test_made_anew_where_instances_do_not_tell_all(tmp_path: Path, what: str) -> None:
     settings = archive(tmp_path)

@@ -125,3 +125,17 @@ def test_what_was_put_right_is_no_longer_there(tmp_path: Path) -> None:
     write_deltalake(table, right, mode="overwrite")
     rollup.refresh(Tables(settings), settings, on_step=lambda name: None)
     assert found(settings) == []
+
+
+def test_what_contradicted_and_left_altogether_leaves_nothing(tmp_path: Path) -> None:
+    """A patient of whom no study is left is in no roll-up any more, and in `conflicts` neither."""
+    settings = archive(tmp_path / "an archive")
+    born = [of(1, PatientBirthDate=date(1950, 1, 1)), of(2, "1.2", "1.1.1", PatientBirthDate=date(1960, 1, 1))]
+    assert {kind for kind, *_ in extracted(settings, [[*born, of(3, "1.3", "1.3.1", "B")]])} == {
+        "PATIENT_BIRTH_DATE",
+        "SERIES_STUDY",
+    }
+    left = pa.Table.from_pylist([of(3, "1.3", "1.3.1", "B")], schema=TABLES["instances"].schema)
+    write_deltalake(Tables(settings).ensure("instances"), left, mode="overwrite")
+    rollup.refresh(Tables(settings), settings, on_step=lambda name: None)
+    assert found(settings) == []
