@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import hashlib
 import os
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import pyarrow as pa
 
+from sphere.caller import who_calls
 from sphere.conf.errors import NotThere, SettingsError, SphereError
 from sphere.conf.settings import load
 from sphere.output import Format, format_options, write_rows
@@ -166,17 +166,10 @@ def _annotating(ctx: click.Context) -> Iterator[Annotating]:
     from sphere.annotating import Here, There
 
     server, token = ctx.meta["server"]
-    one: Annotating = There(server, token) if server else Here(load(ctx.obj), f"cli:{_user()}")
+    one: Annotating = There(server, token) if server else Here(load(ctx.obj), who_calls())
     try:
         yield one
     except FileNotFoundError as error:
         raise NotThere(str(error)) from None
     finally:
         one.close()
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a user without a name
-        return str(os.getuid())

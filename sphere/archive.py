@@ -8,7 +8,7 @@ archive.sql("SELECT Modality, count(*) FROM instances GROUP BY Modality").to_pan
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -184,6 +184,38 @@ class Archive:
         finally:
             writer.close()
 
+    def delete(
+        self,
+        *,
+        study: Sequence[str] = (),
+        series: Sequence[str] = (),
+        sop: Sequence[str] = (),
+        where: Mapping[str, Any] | None = None,
+        reason: str = "",
+    ) -> int:
+        """Show the instances of these studies and series, and with these UIDs, no more, or those that match the keys of
+        `where`; returns how many there were.
+
+        Raises NotThere where a UID names nothing, and QueryError. `undelete` shows them again.
+        """
+        from sphere import deleting
+
+        queries = self.queries()
+        found = deleting.choose(queries, {"study": study, "series": series, "sop": sop})
+        if where is not None:
+            found += deleting.choose_matching(queries, where)
+        return deleting.delete(self.settings, found, reason=reason)
+
+    def undelete(self, *, study: Sequence[str] = (), series: Sequence[str] = (), sop: Sequence[str] = ()) -> int:
+        """Show deleted instances again; returns how many. Those that left the tables are back after an extraction.
+
+        Raises NotThere where nothing is deleted of a UID.
+        """
+        from sphere import deleting
+
+        found = deleting.choose_deleted(self.settings, {"study": study, "series": series, "sop": sop})
+        return deleting.undelete(self.settings, found)
+
     def extract(self, *, on_step: Callable[..., None] | None = None) -> Report:
         """Catalogue what landed and is not yet in the tables; raises LockHeld while another process does so."""
         from sphere.jobs.extract import run
@@ -213,5 +245,11 @@ class Archive:
     def annotated(self) -> bool:
         """Whether the table `annotations` lags behind what was annotated."""
         from sphere.jobs.annotations import waiting
+
+        return waiting(self.settings)
+
+    def buried(self) -> bool:
+        """Whether the tables lag behind what was deleted and restored."""
+        from sphere.jobs.tombstones import waiting
 
         return waiting(self.settings)

@@ -65,7 +65,7 @@ def extract_regularly(settings: Settings, ready: Callable[[int], None]) -> None:
     try:
         while not stop.wait(settings.extract.every_s):
             try:
-                if archive.waiting() or archive.annotated():
+                if archive.waiting() or archive.annotated() or archive.buried():
                     _extract(archive, settings.archive.state_dir, stop, at_work)
                 else:
                     archive.load_audit()

@@ -255,8 +255,8 @@ def verify(ctx: click.Context, bundles: tuple[str, ...]) -> None:
 @format_options
 @click.pass_context
 def sql(ctx: click.Context, statement: str, format_: Format, output: Path | None) -> None:
-    """Ask the catalog in Spark SQL: instances, series, studies, patients, quarantine, conflicts, bundles, audit,
-    annotations.
+    """Ask the catalog in Spark SQL: instances, series, studies, patients, quarantine, conflicts, tombstones, bundles,
+    audit, annotations.
 
     \b
     Examples:
@@ -300,6 +300,16 @@ for verb in (
         "cohort",
         "sphere.cohort_commands",
         "Named lists of studies, series or patients, for `sphere token create --role researcher --cohort`.",
+    ),
+    Late(
+        "delete",
+        "sphere.delete_commands",
+        "Show studies, series and instances no more; their bytes stay until compaction.",
+    ),
+    Late(
+        "undelete",
+        "sphere.delete_commands",
+        "Show deleted studies, series and instances again.",
     ),
     Late("annotate", "sphere.annotate_commands", "Link files of any type to studies, series and instances."),
 ):

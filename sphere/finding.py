@@ -1,18 +1,23 @@
-"""`sphere find`: the same keys asked of a peer over C-FIND, or of this archive's own catalog."""
+"""`sphere find`: the same keys asked of a peer over C-FIND, or of this archive's own catalog; where what matches is."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from itertools import islice
+from typing import Any
 
 from pydicom.dataset import Dataset
 
 from sphere.catalog.asof import parse_as_of
-from sphere.catalog.queries import open_queries
-from sphere.catalog.query import Features, Model, parse_identifier
+from sphere.catalog.queries import Queries, open_queries
+from sphere.catalog.query import Features, Model, Query, parse_identifier
 from sphere.catalog.schema import Level
+from sphere.catalog.service import StoredInstance
 from sphere.conf.peers import Peer
 from sphere.conf.settings import Settings
+
+BATCH = 2000  # instances looked up at once
 
 
 def find_there(
@@ -62,3 +67,13 @@ def find_here(
     with open_queries(settings) as queries:
         for match in queries.find(query, as_of=when):
             yield match.identifier()
+
+
+def find_instances(queries: Queries, keys: Mapping[str, Any]) -> Iterator[StoredInstance]:
+    """Where the instances are that match keys of any level; raises QueryError and CatalogError."""
+    query = Query.build("IMAGE", dict(keys), return_keys=("StudyInstanceUID", "SOPInstanceUID"))
+    identifiers = (match.identifier() for match in queries.find(query))
+    found = iter([(str(one.StudyInstanceUID), str(one.SOPInstanceUID)) for one in identifiers])
+    while batch := list(islice(found, BATCH)):
+        studies = list(dict.fromkeys(study for study, _ in batch))
+        yield from queries.lookup_instances(study=studies, sop=[sop for _, sop in batch])

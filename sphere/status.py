@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 import orjson
 
 from sphere.catalog.overview import COUNTED, Overview
+from sphere.catalog.tombstones import open_tombstones
 from sphere.conf import serving
 from sphere.conf.errors import SphereError
 from sphere.conf.serving import ServeState, SpoolState
@@ -41,6 +42,7 @@ class Status:
     serving: ServeState | None
     spool: SpoolState | None  # what waits to be shipped, where instances are spooled
     forwards: tuple[ForwardState, ...] = ()  # what is sent on to peers
+    deleted: int = 0  # instances that are shown no more; their bytes stay until compaction
     problem: str = ""  # why storage and catalog could not be read: what is said of them is then 0
 
     def to_json(self) -> str:
@@ -64,6 +66,7 @@ class Status:
             f"waiting     {self.waiting} members" + (" (sphere extract)" if self.waiting else ""),
             f"catalog     {self.catalog_root}: {rows}",
             f"quarantine  {why or 'empty'}",
+            *([f"deleted     {self.deleted} instances"] if self.deleted else ()),
         ]
 
 
@@ -92,8 +95,8 @@ def _stored(settings: Settings) -> Status:
         opened += not state.sealed
         landed += members
         waiting += members - done.get(state.bundle, 0)
-    with closing(Overview(settings)) as overview:
-        catalogued, reasons = overview.counts(), overview.reasons()
+    with closing(Overview(settings)) as overview, closing(open_tombstones(settings)) as tombstones:
+        catalogued, reasons, deleted = overview.counts(), overview.reasons(), tombstones.count()
     return replace(
         _nothing(settings),
         bundles=bundles,
@@ -104,6 +107,7 @@ def _stored(settings: Settings) -> Status:
         catalogued=catalogued,
         quarantine=reasons,
         forwards=tuple(states(tables)),
+        deleted=deleted,
     )
 
 

@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,13 +22,10 @@ from sphere.peer_argument import Named, peer_argument
 from sphere.progress import bar
 
 if TYPE_CHECKING:
-    from sphere.catalog.queries import Queries
     from sphere.catalog.service import StoredInstance
     from sphere.scp.client import StoreResult
     from sphere.scp.client.sent import SentJournal
     from sphere.scp.retrieve.outbound import Converter
-
-BATCH = 2000  # instances looked up at once
 
 
 @click.command()
@@ -110,13 +106,14 @@ class _Source:
     def archived(self, keys: dict[str, str]) -> Iterator[tuple[str, StoreResult]]:
         """The same of instances of the archive."""
         from sphere.catalog.queries import open_queries
+        from sphere.finding import find_instances
         from sphere.ingest.spool import open_readable
         from sphere.scp import client
 
         storage = open_readable(self.settings)
         options = {"converter": self.converter, "tries": self.tries}
         with open_queries(self.settings) as service:
-            new = (one for one in _selected(service, keys) if self._is_new(self._key(one)))
+            new = (one for one in find_instances(service, keys) if self._is_new(self._key(one)))
             for result in client.store_instances(
                 self.peer, new, storage, settings=self.settings, **options  # type: ignore[arg-type]
             ):  # fmt: skip
@@ -132,19 +129,6 @@ class _Source:
         known = self.journal.has(key)
         self.skipped += known
         return not known
-
-
-def _selected(service: Queries, keys: dict[str, str]) -> Iterator[StoredInstance]:
-    """Where the instances that match lie; raises QueryError and CatalogError."""
-    from sphere.catalog.query import Query
-
-    query = Query.build("IMAGE", keys, return_keys=("StudyInstanceUID", "SOPInstanceUID"))
-    identifiers = (match.identifier() for match in service.find(query))
-    found = [(str(one.StudyInstanceUID), str(one.SOPInstanceUID)) for one in identifiers]
-    rest = iter(found)
-    while batch := list(islice(rest, BATCH)):
-        studies = list(dict.fromkeys(study for study, _ in batch))
-        yield from service.lookup_instances(study=studies, sop=[sop for _, sop in batch])
 
 
 @dataclass

@@ -15,8 +15,21 @@ from pyspark.sql import SparkSession
 
 from sphere.conf.settings import Settings
 from sphere.jobs.extract import STEPS, run
-from tests.support.landing import all_tables, annotate, archive, copy_of, land, mixture, new_member, slices
+from tests.support.landing import (
+    all_tables,
+    annotate,
+    archive,
+    by_uid,
+    changed,
+    copy_of,
+    land,
+    mixture,
+    new_member,
+    slices,
+    table_rows,
+)
 from tests.support.spark import QUICK_START
+from tests.support.tombs import delete, restore
 
 pytestmark = [pytest.mark.faults, pytest.mark.spark]
 
@@ -50,15 +63,7 @@ def test_killed_and_run_again(
     spark: SparkSession, landed: Settings, undisturbed: dict[str, Any], tmp_path: Path, step: str, call: int
 ) -> None:
     settings = copy_of(landed, tmp_path / "killed", **SECTIONS)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tests.support.extract_until", settings.model_dump_json(), step, str(call)],
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    driver = psutil.Process(process.pid)
-    seen: set[psutil.Process] = set()
-    watch(lambda: process.poll() is not None, lambda: seen.update(_children(driver)))
-    assert process.returncode == -signal.SIGKILL, process.stderr.read()[-2000:] if process.stderr else ""
+    seen = killed(settings, step, str(call))
     report = run(spark, settings)  # at once: the JVM of the killed run may still be about to end
     assert report.read == report.rows + report.duplicates + report.rejected
     assert all_tables(settings) == undisturbed
@@ -67,6 +72,76 @@ def test_killed_and_run_again(
     assert not alive, "the killed run's JVM and workers go with it"
     assert gone or (step in STEPS[:4] and call == 1)
     assert all_tables(settings) == undisturbed
+
+
+@pytest.fixture(scope="module")
+def buried(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    """An archive of which some is deleted, some restored after it had left the tables, and some of it comes again."""
+    settings = archive(tmp_path_factory.mktemp("kill") / "buried", **SECTIONS)
+    mixture(settings)
+    run(spark, settings)
+    uids = sorted(by_uid(settings))
+    [rejected] = {row["SOPInstanceUID"] for row in table_rows(settings, "quarantine")} - {""}
+    delete(settings, [*uids[:3], rejected])
+    run(spark, settings)
+    restore(settings, [*uids[1:3], rejected])
+    delete(settings, uids[3:5])
+    again = slices(4, seed=1)
+    land(settings, [new_member(changed(data, PatientComments="again"), second=60) for data in again])
+    return settings
+
+
+@pytest.fixture(scope="module")
+def followed(spark: SparkSession, buried: Settings) -> dict[str, Any]:
+    """Its tables after one run from beginning to end."""
+    settings = copy_of(buried, buried.archive.state_dir.parent.with_name("followed"), **SECTIONS)
+    report = run(spark, settings)
+    assert report.deleted and report.restored and report.rows > report.restored
+    return all_tables(settings)
+
+
+@pytest.mark.parametrize(
+    ("step", "call"),
+    [
+        ("tombstones", 1),
+        ("conflicts", 1),
+        ("quarantine", 1),
+        ("replace", 1),
+        ("roll up", 1),
+        ("studies", 1),
+        ("plan", 1),  # of what is restored
+        ("instances", 1),
+        ("bundles", 1),  # in the tables, and in tombstones still
+        ("bundles", 2),
+        ("discover", 1),
+        ("headers", 2),  # of what came again: tombstones has what is deleted
+        ("bundles", 3),
+    ],
+)
+def test_killed_while_tombstones_are_followed(
+    spark: SparkSession, buried: Settings, followed: dict[str, Any], tmp_path: Path, step: str, call: int
+) -> None:
+    settings = copy_of(buried, tmp_path / "killed", **SECTIONS)
+    killed(settings, step, str(call), "tombstones")
+    report = run(spark, settings)
+    assert report.read == report.rows + report.duplicates + report.rejected
+    assert all_tables(settings) == followed
+    assert (run(spark, settings).read, run(spark, settings).deleted) == (0, 0)
+    assert all_tables(settings) == followed
+
+
+def killed(settings: Settings, *until: str) -> set[psutil.Process]:
+    """An extraction that was killed at a step; the processes that it had started."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.support.extract_until", settings.model_dump_json(), *until],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    driver = psutil.Process(process.pid)
+    seen: set[psutil.Process] = set()
+    watch(lambda: process.poll() is not None, lambda: seen.update(_children(driver)))
+    assert process.returncode == -signal.SIGKILL, process.stderr.read()[-2000:] if process.stderr else ""
+    return seen
 
 
 def watch(done: Callable[[], bool], look: Callable[[], object]) -> None:

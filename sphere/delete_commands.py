@@ -1,0 +1,118 @@
+"""`sphere delete` and `sphere undelete`: instances that are shown no more, and again."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from sphere.conf.settings import load
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sphere.catalog.service import StoredInstance
+
+_UID = re.compile(r"[0-9.]{1,64}")
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _check(_: click.Context, option: click.Parameter, uids: tuple[str, ...]) -> tuple[str, ...]:
+    for uid in uids:
+        if not _UID.fullmatch(uid):
+            raise click.BadParameter(f"{uid[:80]!r} is not a UID (PS3.5 9.1)", param=option)
+    return uids
+
+
+def _chosen(function: F) -> F:
+    """The options that name studies, series and instances; each may be given several times."""
+    for option, name, what in (
+        ("--instance", "sop", "An instance."),
+        ("--series", "series", "All of a series."),
+        ("--study", "study", "All of a study."),
+    ):
+        function = click.option(option, name, multiple=True, metavar="UID", callback=_check, help=what)(function)
+    return function
+
+
+@click.command()
+@_chosen
+@click.option("--where", multiple=True, metavar="KEYWORD=VALUE",
+              help="What matches, instead of UIDs: keys as of `find`, of any level; all must hold.")  # fmt: skip
+@click.option("--reason", default="", help="Why, for the record.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.pass_context
+def delete(ctx: click.Context, /, where: tuple[str, ...], reason: str, yes: bool, **uids: Sequence[str]) -> None:
+    """Show studies, series and instances no more; their bytes stay until compaction.
+
+    No service shows them from now on, and no table after the next extraction. What comes again with the UID of a
+    deleted instance is refused. Says what it is about to delete, and asks; without a terminal it needs --yes.
+
+    \b
+    Examples:
+      sphere delete --study 1.2.3 --reason "consent withdrawn"
+      sphere delete --series 1.2.3.4 --instance 1.2.3.5.6
+      sphere delete --where PatientID=4711 --where StudyDate=20240101- --yes
+    """
+    from sphere import deleting
+    from sphere.catalog.queries import open_queries
+    from sphere.dimse_commands import split_key
+
+    if bool(where) == any(uids.values()):
+        raise click.UsageError("say what to delete: either --study, --series, --instance, or --where KEYWORD=VALUE")
+    settings = load(ctx.obj)
+    with open_queries(settings) as queries:
+        if where:
+            found = deleting.choose_matching(queries, dict(split_key(key) for key in where))
+        else:
+            found = deleting.choose(queries, uids)
+    if not found:
+        click.echo("nothing matches")
+        return
+    click.echo(_counted(found))
+    if not yes:
+        _ask()
+    done = deleting.delete(settings, found, reason=reason)
+    click.echo(f"{done} deleted; the tables follow with the next sphere extract, sphere undelete shows them again")
+
+
+@click.command()
+@_chosen
+@click.pass_context
+def undelete(ctx: click.Context, /, **uids: Sequence[str]) -> None:
+    """Show deleted studies, series and instances again.
+
+    At once, or where an extraction has taken them out of the tables, after the next one.
+
+    \b
+    Examples:
+      sphere undelete --study 1.2.3
+      sphere undelete --instance 1.2.3.5.6
+    """
+    from sphere import deleting
+
+    if not any(uids.values()):
+        raise click.UsageError("say what to show again: --study, --series or --instance")
+    settings = load(ctx.obj)
+    done = deleting.undelete(settings, deleting.choose_deleted(settings, uids))
+    click.echo(f"{done} are shown again; those that had left the tables, after the next sphere extract")
+
+
+def _ask() -> None:
+    if not _is_terminal():
+        raise click.UsageError("there is no terminal to ask on: --yes deletes them")
+    click.confirm("Delete them?", abort=True)
+
+
+def _is_terminal() -> bool:
+    return sys.stdin.isatty()
+
+
+def _counted(found: Sequence[StoredInstance]) -> str:
+    series = {(one.StudyInstanceUID, one.SeriesInstanceUID) for one in found}
+    studies = {study for study, _ in series}
+    size = sum(one.length for one in found)
+    return f"{len(found)} instances of {len(series)} series in {len(studies)} studies ({size / 1e6:.1f} MB)"
