@@ -42,11 +42,20 @@ def settings(tmp_path: Path) -> Settings:
     return archive(tmp_path / "an archive")
 
 
+@pytest.fixture(params=["file", pytest.param("hdfs", marks=pytest.mark.hdfs)])
+def somewhere(request: pytest.FixtureRequest, tmp_path: Path) -> Settings:
+    """One on local disk, one on HDFS."""
+    if request.param == "file":
+        return archive(tmp_path / "an archive")
+    return archive(tmp_path, storage={"root": f"{request.getfixturevalue('hdfs_cluster').hdfs_url}/tombstones"})
+
+
 def places(rows: Iterable[dict[str, Any]]) -> set[tuple[str, int]]:
     return {(row["bundle"], row["offset"]) for row in rows}
 
 
-def test_rows_leave_with_their_roll_ups(spark: SparkSession, settings: Settings) -> None:
+def test_rows_leave_with_their_roll_ups(spark: SparkSession, somewhere: Settings) -> None:
+    settings = somewhere
     first, second = slices(3, seed=1), slices(2, seed=2, study=1)
     land(settings, [new_member(data, second=i) for i, data in enumerate([*first, *second])])
     run(spark, settings)
@@ -64,6 +73,12 @@ def test_rows_leave_with_their_roll_ups(spark: SparkSession, settings: Settings)
         assert {row[name] == before[uid][name] for name in ("bundle", "offset", "length", "StudyInstanceUID")} == {True}
         assert (row["reason"], row["deleted_by"]) == ("consent withdrawn", "test")
     assert not tombstones.waiting(settings)
+    restore(settings, gone)
+    assert tombstones.waiting(settings)
+    report = run(spark, settings)
+    assert (report.deleted, report.read, report.restored, report.rows) == (0, 3, 3, 3)
+    assert by_uid(settings) == before
+    assert table_rows(settings, "tombstones") == []
 
 
 def test_the_last_instance_leaves_empty_tables(spark: SparkSession, settings: Settings) -> None:
