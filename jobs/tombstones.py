@@ -37,6 +37,7 @@ class Deletions:
         self._settings = settings
         self._tables = tables
         self._tombstones = open_tombstones(settings)
+        self._any = False
 
     def close(self) -> None:
         """Let go of what was opened."""
@@ -100,9 +101,12 @@ class Deletions:
     def bury(self, found: Iterable[tuple[MemberRecord, str]]) -> set[Place]:
         """Of members and the SOP Instance UIDs that they have, put those of deleted instances into `tombstones`; their
         places. Raises StorageError and JobFailed."""
+        self._any = self._any or bool(self._tombstones.count())
+        if not self._any:
+            return set()
         members = list(found)
-        uids = {uid for _, uid in members} - {""}
-        by_uid = {one.SOPInstanceUID: one for one in self._tombstones.find(sop=sorted(uids))} if uids else {}
+        gone = self._tombstones.deleted([uid for _, uid in members])
+        by_uid = {one.SOPInstanceUID: one for one in self._tombstones.find(sop=sorted(gone))} if gone else {}
         buried = {place(record): (record, by_uid[uid]) for record, uid in members if uid in by_uid}
         self._record((where, record.length, one) for where, (record, one) in buried.items())
         return set(buried)
