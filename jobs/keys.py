@@ -49,6 +49,9 @@ class _Run:
     def find(self, wanted: Hashes) -> Numbers:
         """The numbers of the files that have one of the hashes."""
         first = np.searchsorted(self.hashes, wanted, "left")
+        there = first < len(self.hashes)
+        there[there] = self.hashes[first[there]] == wanted[there]  # few: the second search is for what is there
+        first, wanted = first[there], wanted[there]
         counts = np.searchsorted(self.hashes, wanted, "right") - first
         before = np.cumsum(counts) - counts
         at = np.repeat(first - before, counts) + np.arange(counts.sum())
