@@ -252,13 +252,14 @@ def test_processes_that_start_together(settings: Settings) -> None:
     assert len(files(settings)) == 1
 
 
-def test_made_in_a_process_of_its_own(settings: Settings) -> None:
+def test_made_in_a_process_of_its_own(settings: Settings, capfd: pytest.CaptureFixture[str]) -> None:
     with QueryService(settings, apart=True) as service:
         assert count(service) == 4
         write_catalog(settings, rows(5))
         assert count(service) == 5
         assert service.count(Query.build("STUDY"), as_of=0) == 4
     assert len(files(settings)) == 3, "a base, a refresh, and what was asked for of the past"
+    assert "Fatal" not in capfd.readouterr().err, "each process ended by itself"
 
 
 def test_an_index_that_is_the_newest_is_opened_without_a_look_into_the_tables(
