@@ -34,6 +34,9 @@ RECOVER_S = 120.0  # seconds to wait for lease recovery (HDFS needs 2 s as a rul
 ANSWER_S = 10.0  # seconds that a DataNode pipeline has to answer where nothing else can be done
 SYNC_S = 3.0  # seconds that a sync may take (2 to 30 ms as a rule); then the bytes go into another file
 FRESH_S = 1.5  # seconds that a pipeline has for its first sync where the bytes can go into another file
+APPENDS = 3  # attempts to open a file to append
+APPEND_PAUSE_S = 0.1  # seconds between them
+RELEASE_S = 3.0  # seconds for the lease of one that failed
 SLOWEST = 4 << 20  # bytes per second: a longer write has more time
 READER_S = 5.0  # seconds for which the block locations of a file are used again for ranges of it
 _READERS = 64
@@ -87,6 +90,12 @@ class HdfsAppender(Appender):
                     self._call(ANSWER_S, self._client.set_replication, self._path, self._copies)
                     self._copies = 0
 
+    def probe(self) -> None:
+        """Sync nothing: a DataNode that has not finished with a block closed just now says so before there is data."""
+        if self._writer is not None:
+            with _told(f"opening {self._path} to append"):
+                self._call(self._patience_s, self._writer.hsync)
+
     def publish(self) -> None:
         self._close(SYNC_S)
 
@@ -138,10 +147,22 @@ class HdfsStorage(Storage):
 
     def append(self, path: str) -> HdfsAppender:
         full = self._path(path)
-        with _told(f"opening {full} to append"):
-            writer = self._client.append(full)
-            size = self._client.get_file_info(full).length
-            return HdfsAppender(self._client, full, writer, size, patience_s=ANSWER_S)
+        for left in reversed(range(APPENDS)):
+            with _told(f"opening {full} to append"):
+                writer = self._client.append(full)
+                size = self._client.get_file_info(full).length
+            appender = HdfsAppender(self._client, full, writer, size, patience_s=ANSWER_S)
+            try:
+                appender.probe()
+                break
+            except StorageError as error:
+                appender.abandon()
+                dead = isinstance(error.__cause__, TimeoutError)  # another attempt would wait as long
+                if dead or not left or not self._let_go(full, RELEASE_S):
+                    raise
+                log.warning("once more: %s", error)
+            time.sleep(APPEND_PAUSE_S)
+        return appender
 
     def read(self, path: str, offset: int = 0, length: int | None = None) -> bytes:
         full = self._path(path)
@@ -208,14 +229,21 @@ class HdfsStorage(Storage):
 
     def recover(self, path: str) -> int:
         full = self._path(path)
-        end = time.monotonic() + RECOVER_S
+        if not self._let_go(full, RECOVER_S):
+            raise StorageError(f"recovering the lease of {full}: not done after {RECOVER_S:.0f} s; try again")
+        with _told(f"looking at {full}"):
+            return self._client.get_file_info(full).length
+
+    def _let_go(self, full: str, within_s: float) -> bool:
+        """Have nobody write to the file any more; whether that was done in time."""
+        end = time.monotonic() + within_s
         with _told(f"recovering the lease of {full}"):
             while not self._client.recover_lease(full):
                 if time.monotonic() > end:
-                    raise StorageError(f"recovering the lease of {full}: not done after {RECOVER_S:.0f} s; try again")
+                    return False
                 time.sleep(0.1)
-            self._forget(full)
-            return self._client.get_file_info(full).length
+        self._forget(full)
+        return True
 
     def delete(self, path: str) -> None:
         full = self._path(path)

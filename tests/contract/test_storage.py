@@ -9,6 +9,7 @@ import pytest
 
 from sphere.conf.errors import StorageError, StorageMissing
 from sphere.ingest.storage import Entry, Storage, open_storage
+from sphere.ingest.storage.hdfs import HdfsAppender
 from tests.contract.backends import Backend, Hdfs, Local, WebHdfs
 
 BAD_PATHS = ["/abs", "../up", "a/../b", "a//b", "./a", "a/.", "", "a\0b", "a/"]
@@ -245,6 +246,32 @@ class TestLocal(Local, StorageContract):
 
 class TestHdfs(Hdfs, StorageContract):
     """hdfs://"""
+
+    @pytest.mark.parametrize("refusals", [1, 2, 3])
+    def test_a_block_closed_just_now_is_appended_to_a_little_later(
+        self, storage: Storage, refusals: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """DataNodes were seen to refuse it ("corrupted replica"); nothing is at stake then, and nothing is lost."""
+        left, probe = [refusals], HdfsAppender.probe
+
+        def refused(appender: HdfsAppender) -> None:
+            probe(appender)
+            if left[0]:
+                left[0] -= 1
+                raise StorageError("the DataNode closed the connection")
+
+        storage.write("closed", b"before")
+        monkeypatch.setattr(HdfsAppender, "probe", refused)
+        if refusals == 3:
+            with pytest.raises(StorageError, match="closed the connection"):
+                storage.append("closed")
+        else:
+            appender = storage.append("closed")
+            appender.write([b", after"])
+            appender.close()
+            assert storage.read("closed") == b"before, after"
+        assert left == [0]
+        assert storage.recover("closed") == len(storage.read("closed"))
 
 
 class TestWebHdfs(WebHdfs, StorageContract):
