@@ -53,6 +53,8 @@ def answer(archive: Archive, reader: PixelReader, request: Request) -> Response:
     if single:
         return Response(first, headers={"ETag": tag}, media_type=part_type)
     parts = Parts(part_type)
+    if len(numbers) == 1:
+        return Response(b"".join((parts.head(), first, parts.end)), headers={"ETag": tag}, media_type=parts.media_type)
 
     def body() -> Body:
         yield parts.head() + first

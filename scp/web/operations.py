@@ -55,8 +55,8 @@ class Operation:
 
 
 def routes(operations: Iterable[Operation]) -> list[Route]:
-    """Routes of the operations; those without `{` before those with."""
-    ordered = sorted(operations, key=lambda one: "{" in one.path)
+    """Routes of the operations: long paths first, as frames are asked for most; of one length those without `{`."""
+    ordered = sorted(operations, key=lambda one: (-one.path.count("/"), "{" in one.path))
     endpoints = [one.endpoint if one.in_part else _whole(one.endpoint) for one in ordered]
     return [Route(one.path, end, methods=[one.method]) for one, end in zip(ordered, endpoints, strict=True)]
 

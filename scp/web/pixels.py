@@ -62,7 +62,8 @@ _SHOWN: Final = (
 _TABLES: Final = frozenset(
     f"{tag_for_keyword(name):08X}" for name in ("LUTData", *(one for one in _SHOWN if one.endswith("TableData")))
 )
-_WANTED: Final = frozenset(f"{tag_for_keyword(keyword):08X}" for keyword in (*_DESCRIPTION, *_SHOWN))
+_TAGS: Final = {keyword: f"{tag_for_keyword(keyword):08X}" for keyword in (*_DESCRIPTION, *_SHOWN)}
+_WANTED: Final = frozenset(_TAGS.values())
 _PLACE = re.compile(r"\?offset=(\d+)&length=(\d+)")
 
 
@@ -75,23 +76,25 @@ Fragments = tuple[tuple[tuple[int, int], ...], ...]
 """(offset, length) of the fragments of each frame; nothing where the pixel data is not encapsulated."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Pixels:
-    """The pixel data of an instance: bytes [offset, offset + length) of the member, and its frames."""
+    """The pixel data of an instance: bytes [offset, offset + length) of the member, and its frames.
+
+    `bits`: of one frame, where it is not encapsulated. `read_header` gives `header`, which frames as they lie need not.
+    """
 
     instance: StoredInstance
-    header: Dataset
+    read_header: Callable[[], Dataset]
+    bits: int
     offset: int
     length: int
     frames: int
     fragments: Fragments = ()
 
-    @property
-    def bits(self) -> int:
-        """Of one frame, where it is not encapsulated."""
-        get = self.header.get
-        sampled = 2 if get("PhotometricInterpretation") == "YBR_FULL_422" else int(get("SamplesPerPixel") or 1)
-        return int(get("Rows") or 0) * int(get("Columns") or 0) * sampled * int(get("BitsAllocated") or 0)
+    @functools.cached_property
+    def header(self) -> Dataset:
+        """The attributes that pixels are shown by."""
+        return self.read_header()
 
 
 class PixelReader:
@@ -117,21 +120,27 @@ class PixelReader:
         return found
 
     def _found(self, instance: StoredInstance) -> Pixels:
-        elements: dict[str, Any] = orjson.loads(self._archive.known.header(instance))
+        elements = self._elements(instance)
         element = next((elements[tag] for tag in ("7FE00010", "7FE00008", "7FE00009") if tag in elements), None)
         if element is None:
             raise WebError("the instance has no pixel data", http=404)
-        header = _image_header(elements, functools.partial(self._table, instance))
-        frames = int(header.get("NumberOfFrames") or 1)
+        frames = _number(elements, "NumberOfFrames") or 1
         if not 0 < frames <= MAX_FRAMES:
             raise WebError("the instance does not say how many frames it has", http=404)
+        made = functools.partial(Pixels, instance, functools.partial(self._header, instance), _bits(elements))
         place = _PLACE.fullmatch(element.get("BulkDataURI", ""))
         if place is None:  # inflated, or short enough to be in the header: read by way of the converter
-            return Pixels(instance, header, 0, 0, frames)
+            return made(0, 0, frames)
         offset, length = int(place[1]), int(place[2])
-        if syntax_of(instance) in NATIVE:
-            return Pixels(instance, header, offset, length, frames)
-        return Pixels(instance, header, offset, length, frames, self._fragments(instance, offset, frames))
+        fragments = () if syntax_of(instance) in NATIVE else self._fragments(instance, offset, frames)
+        return made(offset, length, frames, fragments)
+
+    def _header(self, instance: StoredInstance) -> Dataset:
+        return _image_header(self._elements(instance), functools.partial(self._table, instance))
+
+    def _elements(self, instance: StoredInstance) -> dict[str, Any]:
+        elements: dict[str, Any] = orjson.loads(self._archive.known.header(instance))
+        return elements
 
     def _table(self, instance: StoredInstance, uri: str) -> bytes:
         """A lookup table that metadata refer to; nothing where it cannot be read from its place."""
@@ -239,6 +248,23 @@ class PixelReader:
         if first + pixels.bits > 8 * len(values):
             raise WebError(f"the pixel data ends before frame {frame}", http=404)
         return _cut_bits(values[first // 8 : (first + pixels.bits + 7) // 8], first % 8, pixels.bits)
+
+
+def _number(elements: Mapping[str, Any], keyword: str) -> int:
+    """The first value of an attribute in DICOM JSON; 0 where it has none that is a number."""
+    try:
+        return int(elements[_TAGS[keyword]]["Value"][0])
+    except (LookupError, TypeError, ValueError, OverflowError):
+        return 0
+
+
+def _bits(elements: Mapping[str, Any]) -> int:
+    """Of one frame, not compressed (PS3.3 C.7.6.3.1)."""
+    rows, columns, allocated = (_number(elements, keyword) for keyword in ("Rows", "Columns", "BitsAllocated"))
+    sampled = _number(elements, "SamplesPerPixel") or 1
+    if elements.get(_TAGS["PhotometricInterpretation"], {}).get("Value") == ["YBR_FULL_422"]:
+        sampled = 2
+    return rows * columns * sampled * allocated
 
 
 def _check_size(bits: int) -> None:
