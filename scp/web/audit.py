@@ -10,7 +10,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from sphere.catalog.audit import MAX_TEXT, AuditJournal
 from sphere.scp.web.wire import sent_by
 
-TOUCHING: Final = ("/dicom-web/", "/wado", "/annotations")  # paths whose requests touch data
+TOUCHING: Final = ("/dicom-web/", "/wado", "/annotations", "/status/arrivals", "/status/quarantine")
+"""Paths whose requests touch data: of `/status`, what names studies and files."""
 
 
 class Audited:

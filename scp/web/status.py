@@ -117,7 +117,14 @@ def offered(state: State) -> list[Operation]:
     offset = parameter("offset", {"type": "integer", "minimum": 0}, "So many are passed over.")
 
     def quarantine(request: Request) -> dict[str, Any]:
-        return state.quarantine(_number(request, "limit", 100, MAX_LIMIT), _number(request, "offset", 0, 10**9))
+        found = state.quarantine(_number(request, "limit", 100, MAX_LIMIT), _number(request, "offset", 0, 10**9))
+        request.state.found = len(found["members"])
+        return found
+
+    def arrivals(request: Request) -> list[dict[str, Any]]:
+        studies = [asdict(one) for one in state.arrivals.look().studies]
+        request.state.found = len(studies)
+        return studies
 
     def operation(method: str, path: str, answer: Callable[[Request], Any], what: str, **more: Any) -> Operation:
         return Operation(
@@ -126,7 +133,7 @@ def offered(state: State) -> list[Operation]:
 
     return [
         operation("GET", "", lambda _: state.now(), "Processes, jobs, and what waits", inside=False),
-        operation("GET", "/arrivals", lambda _: [asdict(one) for one in state.arrivals.look().studies],
+        operation("GET", "/arrivals", arrivals,
                   "Studies of which instances arrived, the latest first", inside=False),
         operation("GET", "/quarantine", quarantine, "Members that could not become rows, and why",
                   parameters=(limit, offset)),

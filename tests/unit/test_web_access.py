@@ -204,17 +204,20 @@ def test_every_request_that_touches_data_is_recorded(tmp_path: Path) -> None:
         client.get("/healthz")
         client.get("/dicom-web/studies/1.2.3/metadata", headers={"authorization": "Bearer x"})
         client.get("/wado")
+        client.get("/status/peers")
+        client.get("/status/arrivals")
+        client.get("/status/quarantine", headers={"authorization": "Bearer x"})
     storage = open_storage(settings.storage.root)
     lines = [line for entry in storage.walk(FOLDER) for line in storage.read(entry.path).splitlines()]
     records = [orjson.loads(line) for line in lines]
-    assert [one["path"].split("/")[1] for one in records] == ["dicom-web"] * 3 + ["wado"]
-    done, _, refused, failed = records
+    assert [one["path"].split("/")[1] for one in records] == ["dicom-web"] * 3 + ["wado", "status", "status"]
+    done, _, refused, failed = records[:4]
     assert "AUDIT-1" in done["query"]
     assert (done["who"], done["role"], done["address"], done["entities"]) == ("local", "admin", "127.0.0.1", 0)
     assert (done["method"], done["path"], done["status"]) == ("GET", "/dicom-web/studies", 204)
     assert (refused["who"], refused["status"]) == ("", 401)
     assert failed["status"] == 400
-    assert [one["outcome"] for one in records] == ["done", "failed", "refused", "failed"]
+    assert [one["outcome"] for one in records] == ["done", "failed", "refused", "failed", "done", "refused"]
 
 
 def test_what_is_done_to_annotations_is_recorded(tmp_path: Path) -> None:
