@@ -277,7 +277,8 @@ def test_https_with_a_token(tmp_path: Path) -> None:
     secret = tokens(settings).create("far", "reader", None)
     with serving_web(settings) as running:
         url = f"https://127.0.0.1:{running.port}/dicom-web/studies"
-        with httpx.Client(verify=ssl.create_default_context(cafile=str(authority.path))) as client:
+        trusted = ssl.create_default_context(cafile=str(authority.path))
+        with httpx.Client(verify=trusted, timeout=60) as client:
             assert client.get(url).status_code == 401
             assert client.get(url, headers={"authorization": f"Bearer {secret}"}).status_code == 204
         with pytest.raises(httpx.TransportError):
