@@ -87,7 +87,7 @@ class Policy:
         if called_ae in self._snapshots:
             raise Refused(f"{called_ae} is a snapshot of the catalog and takes no instances")
         if self._deleted.holds(member.SOPInstanceUID):
-            raise Refused("this instance was deleted here")
+            raise Refused("this instance was deleted here (sphere undelete brings it back)")
         if not self._rules:
             return member
         arrival = _Arrival(member=member, via=via, called_ae=called_ae, address=address, reader=self._reader)
