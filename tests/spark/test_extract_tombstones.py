@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 from pyspark.sql import SparkSession
 
+from sphere.catalog import index
+from sphere.catalog.query import Query
 from sphere.catalog.schema import TABLES
+from sphere.catalog.service import QueryService
 from sphere.catalog.tombstones import open_tombstones
 from sphere.conf.settings import Settings
 from sphere.ingest.records import MemberRecord
@@ -79,6 +82,35 @@ def test_rows_leave_with_their_roll_ups(spark: SparkSession, somewhere: Settings
     assert (report.deleted, report.read, report.restored, report.rows) == (0, 3, 3, 3)
     assert by_uid(settings) == before
     assert table_rows(settings, "tombstones") == []
+
+
+def test_answers_before_and_after_the_tables_follow(
+    spark: SparkSession, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hidden from the moment of deletion; what left the tables is shown again by the extraction after its restoring."""
+    monkeypatch.setattr(index, "REFRESH_WAIT_S", 60.0)
+    land(settings, [new_member(data, second=i) for i, data in enumerate(slices(3))])
+    run(spark, settings)
+    uids = sorted(by_uid(settings))
+    counted = Query.build("STUDY", return_keys=["NumberOfStudyRelatedInstances"])
+
+    def seen(service: QueryService) -> tuple[list[str], list[int]]:
+        found = sorted(one.SOPInstanceUID for one in service.lookup_instances())
+        return found, [int(one.identifier().NumberOfStudyRelatedInstances) for one in service.find(counted)]
+
+    with QueryService(settings) as service:
+        assert seen(service) == (uids, [3])
+        delete(settings, uids[:2])
+        assert seen(service) == (uids[2:], [1])
+        run(spark, settings)
+        assert seen(service) == (uids[2:], [1])
+        restore(settings, uids[:1])
+        assert seen(service) == (uids[2:], [1])
+        run(spark, settings)
+        assert seen(service) == (sorted([uids[0], uids[2]]), [2])
+        delete(settings, [uids[0], uids[2]])
+        run(spark, settings)
+        assert seen(service) == ([], [])
 
 
 def test_the_last_instance_leaves_empty_tables(spark: SparkSession, settings: Settings) -> None:
