@@ -1,7 +1,7 @@
-"""An extraction that ends with SIGKILL: ``python -m tests.support.extract_until SETTINGS_JSON STEP CALL [tombstones]``.
+"""An extraction that ends with SIGKILL: ``python -m tests.support.extract_until SETTINGS_JSON STEP CALL [early]``.
 
-It kills itself when `on_step` is called for the CALLth time with the name STEP. Where there are tombstones to be
-followed, Spark has to do before "plan" too.
+It kills itself when `on_step` is called for the CALLth time with the name STEP; `early` says that it will before Spark
+has anything to do, which then is not started.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 from typing import Any
 
 from sphere.conf.settings import Settings
-from sphere.jobs.extract import STEPS, run
+from sphere.jobs.extract import run
 from sphere.jobs.session import spark_session
 
 
@@ -27,9 +27,7 @@ def main() -> None:
         if name == step and not left:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    # Whether it dies before Spark has anything to do.
-    early = sys.argv[4:] != ["tombstones"] and STEPS.index(step) < STEPS.index("headers") and left == 1
-    spark: Any = None if early else spark_session(settings, app_name="extract until")
+    spark: Any = None if sys.argv[4:] == ["early"] else spark_session(settings, app_name="extract until")
     run(spark, settings, on_step=on_step)
 
 
