@@ -210,10 +210,9 @@ def run_shipper(settings: Settings, stop: threading.Event, *, on_step: OnStep = 
     where another process ships.
     """
     shipper = Shipper(settings, on_step=on_step, stopped=stop.is_set)
-    threading.Thread(target=_watch, args=(shipper,), daemon=True, name="watch").start()
     state = serving.SpoolState()
     pause = RETRY_S[0]
-    with exclusive(settings):
+    with _watched(shipper), exclusive(settings):
         while not stop.is_set():
             done = shipper.round()
             if done.error:
@@ -224,9 +223,21 @@ def run_shipper(settings: Settings, stop: threading.Event, *, on_step: OnStep = 
             pause = min(2 * pause, RETRY_S[1]) if done.error else RETRY_S[0]
 
 
-def _watch(shipper: Shipper) -> None:
+@contextmanager
+def _watched(shipper: Shipper) -> Iterator[None]:
+    """Meanwhile this process ends where the storage does not answer."""
+    over = threading.Event()
+    threading.Thread(target=_watch, args=(shipper, over), daemon=True, name="watch").start()
+    try:
+        yield
+    finally:
+        over.set()
+
+
+def _watch(shipper: Shipper, over: threading.Event) -> None:
     while time.monotonic() - shipper.alive_at < STUCK_S:
-        time.sleep(1)
+        if over.wait(1):
+            return
     log.error("the storage has not answered for %.0f s: shipping begins anew", STUCK_S)
     os._exit(1)
 

@@ -332,8 +332,11 @@ def test_the_status_tells_of_the_backlog_also_while_the_storage_is_away(tmp_path
     while (state := take(settings)).landed != 3 or state.spool is None or state.spool.shipped_bundles != 1:
         assert time.monotonic() < deadline, state
         time.sleep(0.02)
+    [watch] = [one for one in threading.enumerate() if one.name == "watch"]
     stop.set()
     thread.join()
+    watch.join(10)
+    assert not watch.is_alive(), "it would end this process later"
     assert state.spool.bundles == 0
     assert "PROBLEM" in str(take(away.model_copy(update={"catalog": away.catalog.model_copy(update={"root": ""})})))
 
