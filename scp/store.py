@@ -27,8 +27,9 @@ MISMATCH = 0xB007  # warning: data set does not match SOP class (PS3.4 Table B.2
 DUPLICATE_INSTANCE = 0x0111  # duplicate SOP instance (PS3.7 C.5.7)
 PROCESSING_FAILURE = 0x0110  # PS3.7 C.5.9
 PREFIXES = (1 << 16, 1 << 23)  # bytes given to the header reader to find the UIDs: first, and if that is too little
-_threads = threading.local()
 MAX_COMMENT = 64  # characters of an Error Comment, LO (PS3.7 Table E.2-1)
+
+_threads = threading.local()  # of each, its Identifier
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

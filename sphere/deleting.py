@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from typing import Any, Protocol
+from typing import Any
 
 from sphere.caller import who_calls
 from sphere.catalog.audit import MAX_TEXT, AuditJournal
 from sphere.catalog.queries import Queries
 from sphere.catalog.service import StoredInstance
-from sphere.catalog.tombstones import Tombstone, open_tombstones
+from sphere.catalog.tombstones import Named, Tombstone, open_tombstones
 from sphere.conf.errors import BadRequest, NotThere
 from sphere.conf.settings import Settings
 from sphere.finding import find_instances
@@ -22,17 +22,6 @@ NAMES = {"study": "StudyInstanceUID", "series": "SeriesInstanceUID", "sop": "SOP
 
 Chosen = Mapping[str, Sequence[str]]
 """UIDs by level: everything in any of them."""
-
-
-class HasUids(Protocol):
-    """An instance, there or deleted."""
-
-    @property
-    def StudyInstanceUID(self) -> str: ...
-    @property
-    def SeriesInstanceUID(self) -> str: ...
-    @property
-    def SOPInstanceUID(self) -> str: ...
 
 
 def choose(queries: Queries, chosen: Chosen) -> list[StoredInstance]:
@@ -88,13 +77,13 @@ def undelete(settings: Settings, instances: Collection[Tombstone]) -> int:
         return _recorded(settings, "UNDELETE", instances, lambda: tombstones.restore(uids, by=who_calls()))
 
 
-def _all_there(level: str, uids: Iterable[str], found: Iterable[HasUids], text: str) -> None:
+def _all_there(level: str, uids: Iterable[str], found: Iterable[Named], text: str) -> None:
     missing = set(uids) - {getattr(one, NAMES[level]) for one in found}
     if missing:
         raise NotThere(f"{text} {NAMES[level]} {', '.join(sorted(missing))[:200]}")
 
 
-def _recorded(settings: Settings, method: str, instances: Iterable[HasUids], act: Callable[[], int]) -> int:
+def _recorded(settings: Settings, method: str, instances: Iterable[Named], act: Callable[[], int]) -> int:
     """Act, and record it: the studies concerned are the path, as of DICOMweb."""
     began, done = time.monotonic(), 0
     studies = sorted({one.StudyInstanceUID for one in instances})
