@@ -22,6 +22,7 @@ from sphere.catalog.asof import AsOf
 from sphere.catalog.grant import Grant
 from sphere.conf import logs
 from sphere.conf.errors import CatalogError
+from sphere.conf.footprint import keep_small
 from sphere.conf.settings import Settings
 
 
@@ -62,6 +63,7 @@ def main() -> None:
     level, settings, grant, as_of = pickle.load(sys.stdin.buffer)
     logs.configure("info")
     logging.getLogger("sphere").setLevel(level)
+    keep_small(settings)  # a quarter of its start is what pydicom would load and it never uses
     threading.Thread(target=_end_with_parent, daemon=True, name="parent").start()
     from sphere.catalog.index_folder import IndexFolder
 
