@@ -29,6 +29,7 @@ from sphere.catalog.grant import Grant
 from sphere.catalog.index_build import selected
 from sphere.catalog.index_files import FileMap
 from sphere.catalog.index_folder import PAST, WATCHED, IndexFolder
+from sphere.catalog.index_maker import IndexMaker
 from sphere.catalog.index_note import attach, note_of, parts_of
 from sphere.catalog.index_process import IndexProcess
 from sphere.catalog.layers import Index
@@ -79,7 +80,9 @@ class IndexCache:
         self._tables = CatalogTables(settings)
         self._storage = open_readable(settings)
         self._folder = IndexFolder(settings, grant)
-        self._maker: IndexFolder | IndexProcess = IndexProcess(settings, grant) if apart else self._folder
+        self._maker: IndexFolder | IndexProcess | IndexMaker = self._folder
+        if apart:
+            self._maker = IndexMaker(settings) if grant is None else IndexProcess(settings, grant)
         self.tombstones = open_tombstones(settings)
         self._grant = grant
         self._lock = threading.Lock()
@@ -203,6 +206,8 @@ class IndexCache:
             index.catch_up()
             with self._lock:
                 self._index, self._looked, self._unsettled = index, time.monotonic(), ()
+            if isinstance(self._maker, IndexMaker) and any(version >= 0 for version in index.versions.values()):
+                self._maker.hold()
             return index
         finally:
             with self._lock:
@@ -224,6 +229,8 @@ class IndexCache:
             return path
         if self._maker is self._folder:
             return self._folder.make()
+        if not any(self._tables.exists(name) for name in WATCHED):
+            return self._folder.make_empty()
         self._folder.wait()
         return self._folder.newest() or self._maker.make()
 

@@ -69,18 +69,20 @@ class IndexFolder:
         with self._alone():
             return
 
-    def make(self, as_of: AsOf | None = None) -> Path:
-        """The index of the newest version, or of an earlier one, made where it is not there. Raises CatalogError."""
+    def make(self, as_of: AsOf | None = None, *, small: bool = False) -> Path:
+        """The index of the newest version, or of an earlier one, made where it is not there.
+
+        Raises CatalogError; where it is to be a `small` file beside another one, and cannot be, RebuildNeeded.
+        """
         if as_of is None:
             snapshots: Snapshots = {name: self._tables.snapshot(name) for name in WATCHED}
         else:
             snapshots = snapshots_as_of(self._tables, WATCHED, as_of)
-        path = self._path(snapshots, past=as_of is not None)
-        if not path.exists():
-            with self._alone():
-                if not path.exists():
-                    self._make(path, snapshots, past=as_of is not None)
-        return path
+        return self._made_of(snapshots, past=as_of is not None, small=small)
+
+    def make_empty(self) -> Path:
+        """The index of a catalog that has no tables, made where it is not there. Raises CatalogError."""
+        return self._made_of(dict.fromkeys(WATCHED))
 
     def close(self) -> None:
         """Nothing is held."""
@@ -89,6 +91,15 @@ class IndexFolder:
         """Indexes that were the newest once, the last one last."""
         found = [(path, _modified(path)) for path in self.path.glob(f"{self._prefix()}*.duckdb")]
         return [path for path, _ in sorted(found, key=lambda one: one[1])]
+
+    def _made_of(self, snapshots: Snapshots, *, past: bool = False, small: bool = False) -> Path:
+        """The index of some versions."""
+        path = self._path(snapshots, past=past)
+        if not path.exists():
+            with self._alone():
+                if not path.exists():
+                    self._make(path, snapshots, past=past, small=small)
+        return path
 
     def _path(self, snapshots: Snapshots, *, past: bool) -> Path:
         """One name per catalog root and its versions; the table ids tell a catalog from its successor at that place."""
@@ -99,11 +110,13 @@ class IndexFolder:
         """Of the files of this catalog, in a form that we can read: hashes are those of one version of DuckDB."""
         return f"catalog-{_digest(self._tables.root)[:8]}-{_digest(str(FORMAT), duckdb.__version__)[:4]}-"
 
-    def _make(self, path: Path, snapshots: Snapshots, *, past: bool) -> None:
+    def _make(self, path: Path, snapshots: Snapshots, *, past: bool, small: bool) -> None:
         """A refresh of the index that was made last, where that will do, else a new base."""
         try:
             base = self._refresh_of_last(path, snapshots)
         except RebuildNeeded as reason:
+            if small:
+                raise
             log.info("index %s: made from nothing, as %s", path.name, reason)
             self._build(path, snapshots)
             base = path

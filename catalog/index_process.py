@@ -2,7 +2,8 @@
 answers, and so do the pauses of an interpreter that both would share.
 
 `python -m sphere.catalog.index_process` is its body: it reads one request from standard input, and ends before its
-answer when that ends, as its parent has.
+answer when that ends, as its parent has. With the number of a socket that listens, it stays: see
+sphere.catalog.index_maker.
 """
 
 from __future__ import annotations
@@ -10,20 +11,25 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import signal
+import socket
 import subprocess
 import sys
 import threading
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import orjson
 
-from sphere.catalog.asof import AsOf
-from sphere.catalog.grant import Grant
 from sphere.conf import logs
 from sphere.conf.errors import CatalogError
 from sphere.conf.footprint import keep_small
 from sphere.conf.settings import Settings
+
+if TYPE_CHECKING:  # what a process is to do without, it must not have loaded before it says so
+    from sphere.catalog.asof import AsOf
+    from sphere.catalog.grant import Grant
 
 
 class IndexProcess:
@@ -42,15 +48,12 @@ class IndexProcess:
         self._running.add(process)
         try:
             with suppress(BrokenPipeError), process:
-                process.stdin.write(pickle.dumps((level, self._settings, self._grant, as_of)))
+                process.stdin.write(pickle.dumps((level, self._settings)) + pickle.dumps((self._grant, as_of)))
                 process.stdin.flush()
                 said = process.stdout.read()
         finally:
             self._running.discard(process)
-        answer = orjson.loads(said or b"{}")
-        if "path" in answer:
-            return Path(answer["path"])
-        raise CatalogError(answer.get("error") or f"no index was made: its process ended with {process.returncode}")
+        return path_in(said, otherwise=f"its process ended with {process.returncode}")
 
     def close(self) -> None:
         """End what is under way; what it leaves, the next one removes."""
@@ -58,12 +61,31 @@ class IndexProcess:
             process.kill()
 
 
+def path_in(answer: bytes, *, otherwise: str) -> Path:
+    """The index that an answer names; raises CatalogError with what it says went wrong, or `otherwise`."""
+    told = orjson.loads(answer or b"{}")
+    if "path" in told:
+        return Path(told["path"])
+    raise CatalogError(told.get("error") or f"no index was made: {otherwise}")
+
+
 def main() -> None:
-    """Make what is asked for."""
-    level, settings, grant, as_of = pickle.load(sys.stdin.buffer)
+    """Make what is asked for, or stay and make what others ask for."""
+    level, settings = pickle.load(sys.stdin.buffer)
     logs.configure("info")
     logging.getLogger("sphere").setLevel(level)
     keep_small(settings)  # a quarter of its start is what pydicom would load and it never uses
+    if len(sys.argv) == 1:
+        _make(settings)
+        return
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; who is connected decides
+    from sphere.catalog.index_worker import Worker
+
+    Worker(settings, socket.socket(fileno=int(sys.argv[1]))).serve()
+
+
+def _make(settings: Settings) -> None:
+    grant, as_of = pickle.load(sys.stdin.buffer)
     threading.Thread(target=_end_with_parent, daemon=True, name="parent").start()
     from sphere.catalog.index_folder import IndexFolder
 

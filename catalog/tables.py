@@ -103,12 +103,32 @@ class CatalogTables:
         except (DeltaError, OSError) as error:
             raise CatalogError(f"catalog table {name} below {self.root} cannot be read: {_plain(error)}") from None
 
+    @property
+    def is_local(self) -> bool:
+        """Whether a look at a table is one at this host's disk."""
+        return self._hdfs is None
+
     def has_moved(self, name: str, version: int) -> bool:
         """Whether a table has a commit after `version` (-1: the table did not exist). One look at one file name.
 
         Raises CatalogError where the storage does not answer.
         """
         return bool(self.commit(name, version + 1))
+
+    def exists(self, name: str) -> bool:
+        """Whether anything was ever committed to a table: its log has a file, be it a checkpoint. One listing.
+
+        Raises CatalogError where the storage does not answer.
+        """
+        path = f"{self._folder}/{name}/_delta_log"
+        try:
+            if self._hdfs is None:
+                return any(Path(path).iterdir())
+            return any(True for _ in self._hdfs.list_status(urlsplit(path).path))
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except (OSError, RuntimeError) as error:
+            raise CatalogError(f"{self.root} does not answer: {_plain(error)}") from None
 
     def commit(self, name: str, version: int) -> str:
         """What tells the file of a commit from others of that name, as of another catalog at this place: its size and

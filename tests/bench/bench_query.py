@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 from deltalake import DeltaTable
 
+from sphere.catalog.index_maker import HOLD_S
 from sphere.catalog.query import Query
 from sphere.catalog.service import QueryService
 from sphere.conf.settings import Settings
@@ -211,6 +212,7 @@ def _nightly(settings: Settings, hospital: Hospital) -> None:
     known = Query.build("STUDY", {"AccessionNumber": hospital.study_values["AccessionNumber"][0].as_py()})
     with QueryService(settings, apart=True) as service:  # as who serves has it
         service.count(known)
+        time.sleep(HOLD_S + 5)  # who serves has done so for a while: the maker of indexes is ready
         batch = nightly(settings, NIGHT, seed=time.time_ns() % 1_000_000)
         new = Query.build("STUDY", {"StudyInstanceUID": batch.study_uid[0].as_py()})
         began, waits = time.perf_counter(), []

@@ -1,0 +1,31 @@
+"""The process that stays ready to make indexes, as tests see it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import psutil
+
+WITHIN_S = 60.0
+
+
+def makers() -> list[psutil.Process]:
+    """Those that this process or a child of it started, and that live."""
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        try:
+            command = child.cmdline()
+        except psutil.Error:
+            continue
+        if "sphere.catalog.index_process" in command and command[-1].isdigit():
+            found.append(child)
+    return found
+
+
+def eventually(holds: Callable[[], object]) -> None:
+    """Return once it holds; fails where that takes longer than it may on a loaded machine."""
+    until = time.monotonic() + WITHIN_S
+    while not holds():
+        assert time.monotonic() < until, "it did not come to that"
+        time.sleep(0.02)
