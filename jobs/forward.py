@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from datetime import datetime, timezone
@@ -18,8 +17,8 @@ from sphere.conf.settings import Settings
 from sphere.ingest.spool import open_readable
 from sphere.jobs.forward_queue import Entry, Queue
 from sphere.scp.retrieve.deliver import Delivery
-from sphere.scp.retrieve.outbound import SUCCESS, WARNINGS, groups, range_of
-from sphere.scp.retrieve.read_ahead import ReadAhead
+from sphere.scp.retrieve.outbound import SUCCESS, WARNINGS, groups
+from sphere.scp.retrieve.reading import reading
 from sphere.scp.retrieve.transcoder import Transcoder
 from sphere.scp.upper.requestor import connect
 
@@ -58,11 +57,7 @@ class Forwarder:
         self._settings = settings
         self._queue = queue
         self._queries = queries
-        storage = open_readable(settings)
-
-        def read(instances: Sequence[StoredInstance]) -> ReadAhead:
-            return ReadAhead(storage, [range_of(instance) for instance in instances])
-
+        read = reading(open_readable(settings))
         self._delivery: Delivery[StoredInstance] = Delivery(
             settings=settings, read=read, converter=transcoder, connect=connect, origin={}
         )

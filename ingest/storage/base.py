@@ -5,6 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from io import FileIO
+
+from sphere.conf.errors import StorageError
 
 Buffer = bytes | bytearray | memoryview
 
@@ -56,6 +59,12 @@ class Readable(ABC):
     """
 
     url: str
+    in_files: bool = False  # whether they are files of this host, which `open` opens
+
+    def open(self, path: str) -> FileIO:
+        """The file itself, for who reads much of it; to be closed. Raises StorageMissing, and StorageError, also where
+        they are not `in_files`."""
+        raise StorageError(f"{path} of {self.url} is no file of this host")
 
     @abstractmethod
     def read(self, path: str, offset: int = 0, length: int | None = None) -> bytes:

@@ -11,6 +11,7 @@ import os
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 from typing import NoReturn
 
@@ -77,6 +78,7 @@ class LocalStorage(Storage):
     """Files below a folder, which is made when it is first written to."""
 
     visible_at_once = True
+    in_files = True
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -103,6 +105,11 @@ class LocalStorage(Storage):
         with _told(f"opening {full} to append"):
             fd = os.open(full, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
             return LocalAppender(fd, str(full), os.fstat(fd).st_size)
+
+    def open(self, path: str) -> FileIO:
+        full = self._path(path)
+        with _told(f"opening {full}"):
+            return FileIO(full)
 
     def read(self, path: str, offset: int = 0, length: int | None = None) -> bytes:
         full = self._path(path)

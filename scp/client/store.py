@@ -18,8 +18,8 @@ from sphere.ingest.members import FileRange
 from sphere.ingest.storage.base import Readable
 from sphere.scp.peers import describe
 from sphere.scp.retrieve.deliver import Delivery, Outcome, Read
-from sphere.scp.retrieve.outbound import SUCCESS, WARNINGS, Converter, Instance, groups, preferred_by, range_of
-from sphere.scp.retrieve.read_ahead import ReadAhead
+from sphere.scp.retrieve.outbound import SUCCESS, WARNINGS, Converter, Instance, groups, preferred_by
+from sphere.scp.retrieve.reading import reading
 from sphere.scp.upper.requestor import connect
 
 WINDOW = 256  # instances looked at before an association is asked for: it proposes what they need
@@ -90,11 +90,7 @@ def store_instances(
     sleep: Callable[[float], None] = time.sleep,
 ) -> Iterator[StoreResult]:
     """The same with instances of the archive, straight from their bundles."""
-
-    def read(some: Sequence[StoredInstance]) -> ReadAhead:
-        return ReadAhead(storage, [range_of(instance) for instance in some])
-
-    sending = _Sending(peer, settings, read, lambda one: one.SOPInstanceUID, converter, tries, sleep)
+    sending = _Sending(peer, settings, reading(storage), lambda one: one.SOPInstanceUID, converter, tries, sleep)
     yield from sending.all(instances)
 
 

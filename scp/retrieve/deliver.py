@@ -13,9 +13,11 @@ from sphere.conf.peers import Peer
 from sphere.conf.settings import Settings
 from sphere.scp.retrieve.outbound import Channel, Converter, Instance, Sender, is_odd, preferred_by
 from sphere.scp.upper.messages import Context
+from sphere.scp.upper.outgoing import Ready
 from sphere.scp.upper.requestor import NoneAccepted, PeerSilent, Proposed, Requested
 
 T = TypeVar("T", bound=Instance)
+LARGE = 4 << 20  # bytes of a data set that takes long: what is known is told before it is sent
 
 
 class Reads(Protocol):
@@ -48,7 +50,8 @@ class Delivery(Generic[T]):
     """How instances get to a peer.
 
     `read` gives the bytes of instances. `converter` is what makes another transfer syntax of them where the peer does
-    not take theirs, None: nothing does. `origin` are further elements of every C-STORE request.
+    not take theirs, None: nothing does. `origin` are further elements of every C-STORE request. Once `stop` says so,
+    no further one is sent.
     """
 
     settings: Settings
@@ -56,16 +59,17 @@ class Delivery(Generic[T]):
     converter: Converter | None
     connect: Connect
     origin: Mapping[str, Any]
+    stop: Callable[[], bool] = lambda: False
 
     def to_peer(self, peer: Peer, proposed: list[Proposed], group: Sequence[T]) -> Outcomes[T]:
-        """Send a group (see outbound.groups), one outcome for each, as they come; never raises.
+        """Send a group (see outbound.groups), one outcome for each until `stop`, as they come; never raises.
 
         Where the association is lost after something was answered, it goes on over a new one; a peer that is silent,
         or that an association was lost to without any answer, is not asked for the rest.
         """
         left = deque(group)
         padded: set[str] = set()
-        while left:
+        while left and not self.stop():
             answered = False
             try:
                 if not proposed:
@@ -82,14 +86,16 @@ class Delivery(Generic[T]):
                     padded.add(left[0].SOPInstanceUID)
                     continue
                 yield _lost(left.popleft(), error)
-                if isinstance(error, (PeerSilent, NoneAccepted)) or not answered:
+                if isinstance(error, PeerSilent | NoneAccepted) or not (answered or isinstance(error, StorageError)):
                     while left:
                         yield _lost(left.popleft(), error)
 
     def over(self, sender: Sender, left: deque[T]) -> Outcomes[T]:
         """Sub-operations on one association; what is done is taken off `left`.
 
-        Raises what the channel raises: the first that is left is then the one that failed.
+        While the answer to one is awaited, the next is made ready, and it is sent before the outcome of the one is
+        yielded: the peer need not wait for what is done with that. Raises what the channel raises: the first that is
+        left is then the one that failed.
         """
         sendable: list[tuple[T, list[Context]]] = []
         refused: list[tuple[T, str]] = []
@@ -103,11 +109,37 @@ class Delivery(Generic[T]):
         left.extend(instance for instance, _ in sendable)
         for instance, reason in refused:
             yield Outcome(instance, None, reason)
+        yield from self._in_turn(sender, left, sendable)
+
+    def _in_turn(self, sender: Sender, left: deque[T], sendable: Sequence[tuple[T, list[Context]]]) -> Outcomes[T]:
+        sent: tuple[T, Ready] | None = None
         with self.read(left) as bytes_ahead:
             for instance, routes in sendable:
-                status, reason = sender.send(instance, routes, bytes_ahead.next())
+                request = sender.ready(instance, routes, bytes_ahead.next())
+                done: list[Outcome[T]] = []
+                if sent is not None:
+                    done.append(Outcome(sent[0], *sender.answer(sent[1])))
+                    left.popleft()
+                if self.stop():
+                    yield from done
+                    return
+                if isinstance(request, str):
+                    left.popleft()
+                    yield from (*done, Outcome(instance, None, request))
+                    sent = None
+                    continue
+                if instance.dataset_length > LARGE:
+                    while done:
+                        yield done.pop()
+                try:
+                    sender.start(request)
+                finally:
+                    yield from done
+                sent = instance, request
+            if sent is not None:
+                done = [Outcome(sent[0], *sender.answer(sent[1]))]
                 left.popleft()
-                yield Outcome(instance, status, reason)
+                yield from done
 
 
 def _may_be_over_it(error: Exception) -> bool:

@@ -17,7 +17,7 @@ from sphere.scp.retrieve.transcode import CONVERTIBLE, ENCODERS, NAMED, TARGETS,
 from sphere.scp.retrieve.transcoder import MAX_SOURCE
 from sphere.scp.upper.command import C_STORE_RQ, Command
 from sphere.scp.upper.messages import Context
-from sphere.scp.upper.outgoing import Outgoing
+from sphere.scp.upper.outgoing import Outgoing, Ready
 from sphere.scp.upper.requestor import MAX_CONTEXTS, Proposed
 
 if TYPE_CHECKING:
@@ -61,8 +61,14 @@ class Channel(Protocol):
     def user_contexts(self) -> list[Context]:
         """Contexts in which we may ask."""
 
-    def ask(self, context: Context, command: Mapping[str, Any], dataset: Outgoing | None) -> Command:
-        """Send a request; the command set of its response."""
+    def ready(self, context: Context, command: Mapping[str, Any], dataset: Outgoing | None) -> Ready:
+        """A request as it will be sent; raises what the data set raises."""
+
+    def start(self, request: Ready) -> None:
+        """Send it."""
+
+    def answer(self, request: Ready) -> Command:
+        """Wait for the command set of its response."""
 
 
 class Converter(Protocol):
@@ -174,6 +180,7 @@ class Sender:
         self._origin = origin
         self._padded = padded
         self._preferred = preferred
+        self._routes: dict[tuple[str, str], list[Context] | str] = {}
         self._contexts = {(str(cx.abstract_syntax), str(cx.transfer_syntax)): cx for cx in channel.user_contexts}
 
     def routes(self, instance: Instance) -> list[Context] | str:
@@ -181,7 +188,12 @@ class Sender:
 
         Where it has to be converted, a context may turn out impossible, and the next one be taken.
         """
-        sop_class, syntax = instance.SOPClassUID, syntax_of(instance)
+        kind = instance.SOPClassUID, syntax_of(instance)
+        if kind not in self._routes:
+            self._routes[kind] = self._found(*kind)
+        return self._routes[kind]
+
+    def _found(self, sop_class: str, syntax: str) -> list[Context] | str:
         own = self._contexts.get((sop_class, syntax))
         if own is not None and (not self._preferred or syntax in self._preferred):
             return [own]
@@ -196,21 +208,24 @@ class Sender:
             return f"{UID(syntax).name} is not accepted and cannot be converted"
         return accepted
 
-    def send(
-        self, instance: Instance, contexts: Sequence[Context], parts: Iterator[memoryview]
-    ) -> tuple[int | None, str]:
-        """One C-STORE in the first of `contexts` that works: its status, or None and why it was not sent.
-
-        Raises what the channel raises when the association is over, and StorageError when the bytes failed after the
-        first of them were sent: then it cannot go on.
-        """
+    def ready(self, instance: Instance, contexts: Sequence[Context], parts: Iterator[memoryview]) -> Ready | str:
+        """The C-STORE request of an instance in the first of `contexts` that works; or why it cannot be sent."""
         try:
             context, dataset = self._made(instance, contexts, parts)
+            if dataset.size % 2 and self._is_padded(instance, context):
+                dataset = Outgoing(dataset.size + 1, _padded(dataset.parts))
+            return self._channel.ready(context, self._request(instance), dataset)
         except (StorageError, NotConverted) as error:
-            return None, str(error)
-        if dataset.size % 2 and self._is_padded(instance, context):
-            dataset = Outgoing(dataset.size + 1, _padded(dataset.parts))
-        response = self._channel.ask(context, self._request(instance), dataset)
+            return str(error)
+
+    def start(self, request: Ready) -> None:
+        """Send it. Raises what the channel raises when the association is over, and StorageError when bytes failed that
+        were not at hand: then it cannot go on."""
+        self._channel.start(request)
+
+    def answer(self, request: Ready) -> tuple[int, str]:
+        """The status of its response, and what it says. Raises what the channel raises when the association is over."""
+        response = self._channel.answer(request)
         status, comment = int(response["Status"]), response.get("ErrorComment", "")
         return status, f"status 0x{status:04X}" + (f" ({comment})" if comment else "")
 
@@ -224,7 +239,7 @@ class Sender:
             if not contexts:
                 raise NotConverted(f"too large to be converted ({size >> 20} MiB)")
         if contexts[0].transfer_syntax == syntax:
-            return contexts[0], Outgoing(size, _begun(parts))
+            return contexts[0], Outgoing(size, parts)
         whole, reason = b"".join(parts), ""
         for context in contexts:
             if context.transfer_syntax == syntax:
@@ -247,18 +262,6 @@ class Sender:
             "AffectedSOPInstanceUID": instance.SOPInstanceUID,
             **self._origin,
         }
-
-
-def _begun(parts: Iterator[memoryview]) -> Iterator[memoryview]:
-    """The same, the first part already there: a read that fails must not cost the association."""
-    first = next(parts, None)
-
-    def every() -> Iterator[memoryview]:
-        if first is not None:
-            yield first
-        yield from parts
-
-    return every()
 
 
 def _padded(parts: Iterable[bytes | memoryview]) -> Iterator[bytes | memoryview]:

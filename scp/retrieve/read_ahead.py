@@ -50,21 +50,21 @@ class Window:
     segments: tuple[Segment, ...]
 
 
-def windows(ranges: Sequence[Range]) -> Iterator[Window]:
-    """The reads for some ranges, in their order; a range longer than a window takes several."""
+def windows(ranges: Sequence[Range], size: int) -> Iterator[Window]:
+    """The reads for some ranges, in their order; a range longer than a window of `size` bytes takes several."""
     bundle, begin, end = "", 0, 0
     segments: list[Segment] = []
     for one in ranges:
         at, left = one.offset, one.length
         while left or not one.length:
-            fits = one.bundle == bundle and end <= at <= end + GAP and at < begin + WINDOW
+            fits = one.bundle == bundle and end <= at <= end + GAP and at < begin + size
             if segments and not fits:
                 yield Window(bundle, begin, end - begin, tuple(segments))
                 segments = []
             if not segments:
                 bundle, begin = one.bundle, at
-            taken = min(left, begin + WINDOW - at)
-            if taken < left and len(segments) and one.length <= WINDOW:  # it fits whole into the next one
+            taken = min(left, begin + size - at)
+            if taken < left and len(segments) and one.length <= size:  # it fits whole into the next one
                 yield Window(bundle, begin, end - begin, tuple(segments))
                 segments, begin, taken = [], at, left
             segments.append(Segment(at - begin, taken, taken == left))
@@ -76,15 +76,53 @@ def windows(ranges: Sequence[Range]) -> Iterator[Window]:
         yield Window(bundle, begin, end - begin, tuple(segments))
 
 
-class ReadAhead:
+Read = tuple[Window, memoryview | StorageError]
+
+
+class Pieces:
+    """The bytes of some ranges, in order, out of windows that were read."""
+
+    def __init__(self, reads: Iterator[Read]) -> None:
+        self._segments = _segments(reads)
+        self._inside = False  # the range that was begun has segments left
+
+    def next(self) -> Iterator[memoryview]:
+        """The next range's bytes, in pieces that stay valid; what is left of the one before is passed over.
+
+        Reading raises StorageError where they cannot be had; the ranges after it can.
+        """
+        while self._inside:
+            self._inside = not next(self._segments)[0].last
+        self._inside = True
+        return self._pieces()
+
+    def _pieces(self) -> Iterator[memoryview]:
+        while self._inside:
+            segment, piece = next(self._segments)
+            self._inside = not segment.last
+            if isinstance(piece, StorageError):
+                raise piece
+            yield piece
+
+
+def _segments(reads: Iterator[Read]) -> Iterator[tuple[Segment, memoryview | StorageError]]:
+    for window, data in reads:
+        for segment in window.segments:
+            if isinstance(data, StorageError):
+                yield segment, data
+            else:
+                yield segment, data[segment.start : segment.start + segment.length]
+        del window, data  # while the next one is read
+
+
+class ReadAhead(Pieces):
     """The bytes of some ranges, in order, read by a thread of its own. To be closed."""
 
     def __init__(self, storage: Readable, ranges: Sequence[Range]) -> None:
+        super().__init__(self._received())
         self._storage = storage
-        self._windows: queue.Queue[tuple[Window, memoryview | StorageError] | None] = queue.Queue(QUEUE)
+        self._windows: queue.Queue[Read | None] = queue.Queue(QUEUE)
         self._stopped = threading.Event()
-        self._segments: Iterator[tuple[Segment, memoryview | StorageError]] = self._received()
-        self._inside = False  # the range that was begun has segments left
         self._thread = threading.Thread(target=self._read_all, args=(ranges,), daemon=True, name="read-ahead")
         self._thread.start()
 
@@ -105,36 +143,13 @@ class ReadAhead:
             except queue.Empty:
                 continue
 
-    def next(self) -> Iterator[memoryview]:
-        """The next range's bytes, in pieces that stay valid; what is left of the one before is passed over.
-
-        Reading raises StorageError where they cannot be had; the ranges after it can.
-        """
-        while self._inside:
-            self._inside = not next(self._segments)[0].last
-        self._inside = True
-        return self._pieces()
-
-    def _pieces(self) -> Iterator[memoryview]:
-        while self._inside:
-            segment, piece = next(self._segments)
-            self._inside = not segment.last
-            if isinstance(piece, StorageError):
-                raise piece
-            yield piece
-
-    def _received(self) -> Iterator[tuple[Segment, memoryview | StorageError]]:
+    def _received(self) -> Iterator[Read]:
         while (got := self._windows.get()) is not None:
-            window, data = got
-            for segment in window.segments:
-                if isinstance(data, StorageError):
-                    yield segment, data
-                else:
-                    yield segment, data[segment.start : segment.start + segment.length]
-            del got, data
+            yield got
+            del got
 
     def _read_all(self, ranges: Sequence[Range]) -> None:
-        for window in windows(ranges):
+        for window in windows(ranges, WINDOW):
             try:
                 data: memoryview | StorageError = memoryview(self._read(window))
             except StorageError as error:
@@ -155,7 +170,7 @@ class ReadAhead:
             if time.monotonic() > deadline or self._stopped.wait(POLL_S):
                 raise StorageError(f"{window.bundle} ends at byte {window.offset + len(data)}, before its members do")
 
-    def _put(self, item: tuple[Window, memoryview | StorageError] | None) -> bool:
+    def _put(self, item: Read | None) -> bool:
         while not self._stopped.is_set():
             try:
                 self._windows.put(item, timeout=POLL_S)

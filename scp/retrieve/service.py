@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -19,8 +19,8 @@ from sphere.scp.contexts import RetrieveModel
 from sphere.scp.decode import decode_identifier
 from sphere.scp.retrieve.deliver import Connect, Delivery, Outcomes
 from sphere.scp.retrieve.identifier import Selection, parse_selection
-from sphere.scp.retrieve.outbound import Channel, Converter, Counts, Sender, groups, preferred_by, range_of
-from sphere.scp.retrieve.read_ahead import ReadAhead
+from sphere.scp.retrieve.outbound import Channel, Converter, Counts, Sender, groups, preferred_by
+from sphere.scp.retrieve.reading import reading
 from sphere.scp.upper.requestor import connect
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class RetrieveService:
         connect: Connect = connect,
     ) -> None:
         self._settings = settings
-        self._storage = storage
+        self._read = reading(storage)
         self._locator = locator
         self._converter = converter
         self._connect = connect
@@ -96,18 +96,18 @@ class RetrieveService:
 
         def perform(instances: list[StoredInstance], counts: Counts) -> Steps:
             assert peer is not None
-            origin: dict[str, str | int] = {
-                "MoveOriginatorApplicationEntityTitle": request.calling_ae,
-                "MoveOriginatorMessageID": request.message_id,
-            }
-            delivery = self._delivery(origin)
+            delivery = self._delivery(
+                cancelled,
+                MoveOriginatorApplicationEntityTitle=request.calling_ae,
+                MoveOriginatorMessageID=request.message_id,
+            )
             for proposed, group in groups(instances, preferred=preferred_by(peer)):
                 yield from _counted(delivery.to_peer(peer, proposed, group), counts)
 
         if peer is None:
             yield _failure(UNKNOWN_DESTINATION, "move destination is not among the peers of the settings")
         else:
-            yield from self._answers(request, perform, cancelled)
+            yield from self._answers(request, perform)
 
     def get(
         self, request: RetrieveRequest, channel: Channel, *, cancelled: Callable[[], bool]
@@ -117,15 +117,14 @@ class RetrieveService:
         def perform(instances: list[StoredInstance], counts: Counts) -> Steps:
             preferred = preferred_by(self._peers.get(request.calling_ae))
             sender = Sender(channel, self._converter, {}, preferred=preferred)
-            yield from _counted(self._delivery({}).over(sender, deque(instances)), counts)
+            yield from _counted(self._delivery(cancelled).over(sender, deque(instances)), counts)
 
-        yield from self._answers(request, perform, cancelled)
+        yield from self._answers(request, perform)
 
     def _answers(
         self,
         request: RetrieveRequest,
         perform: Callable[[list[StoredInstance], Counts], Steps],
-        cancelled: Callable[[], bool],
     ) -> Iterator[RetrieveAnswer]:
         try:
             selection = parse_selection(
@@ -147,21 +146,16 @@ class RetrieveService:
         with closing(perform(instances, counts)) as steps:
             told = float("-inf")
             for _ in steps:
-                if counts.remaining and cancelled():
-                    yield RetrieveAnswer(CANCELLED, counts)
-                    return
                 if counts.remaining and time.monotonic() - told >= PENDING_S:
                     yield RetrieveAnswer(PENDING, counts)
                     told = time.monotonic()
         yield _final(counts)
 
-    def _delivery(self, origin: dict[str, str | int]) -> Delivery[StoredInstance]:
+    def _delivery(self, stop: Callable[[], bool], **origin: str | int) -> Delivery[StoredInstance]:
         return Delivery(
-            settings=self._settings, read=self._read, converter=self._converter, connect=self._connect, origin=origin
+            settings=self._settings, read=self._read, converter=self._converter, connect=self._connect, origin=origin,
+            stop=stop,
         )  # fmt: skip
-
-    def _read(self, instances: Sequence[StoredInstance]) -> ReadAhead:
-        return ReadAhead(self._storage, [range_of(instance) for instance in instances])
 
 
 def _counted(outcomes: Outcomes[StoredInstance], counts: Counts) -> Steps:
@@ -173,6 +167,8 @@ def _counted(outcomes: Outcomes[StoredInstance], counts: Counts) -> Steps:
 
 
 def _final(counts: Counts) -> RetrieveAnswer:
+    if counts.remaining:
+        return RetrieveAnswer(CANCELLED, counts)
     if not counts.failed and not counts.warning:
         return RetrieveAnswer(SUCCESS, counts)
     status = SOME_FAILED if counts.completed or counts.warning else NONE_PERFORMED

@@ -18,7 +18,7 @@ from sphere.scp.upper import protocol
 from sphere.scp.upper.connection import Connection
 from sphere.scp.upper.messages import Context, Inbox, Limits, Message
 from sphere.scp.upper.negotiation import Agreement, Proposal, agree, read_request
-from sphere.scp.upper.outgoing import Asking, Outgoing
+from sphere.scp.upper.outgoing import Asking, Outgoing, Ready
 from sphere.scp.upper.protocol import Aborted, Ended, Rejection, Released, TooSlow, Violation
 
 log = logging.getLogger(__name__)
@@ -162,17 +162,39 @@ class Association:
 
         Raises Released, Ended and Violation, after which nothing can be sent any more, and what `dataset` raises.
         """
+        request = self.ready(context, command, dataset)
+        self.start(request)
+        return self.answer(request)
+
+    def ready(self, context: Context, command: Mapping[str, Any], dataset: Outgoing | None) -> Ready:
+        """A request of ours as it will be sent; raises what `dataset` raises."""
+        return self._asking.ready(context.id, command, dataset)
+
+    def start(self, request: Ready) -> None:
+        """Send a request of ours while one of the peer's is served, and none of ours.
+
+        Raises Ended and Violation, after which nothing can be sent any more.
+        """
         if self._over is not None:
             raise self._over
         try:
-            number = self._asking.send(context.id, command, dataset)
-            message = self._asking.response(command["CommandField"], number, self._take)
-        except (Released, Ended, Violation) as end:
+            self._asking.start(request)
+        except Ended as end:
             self._over = end
             raise
         except Exception as error:
             self._over = Violation("a data set that could not be read to its end", reason=protocol.UNSPECIFIED)
             raise self._over from error
+
+    def answer(self, request: Ready) -> dimse.Command:
+        """The command set of the response to a request that was sent; raises Released, Ended and Violation."""
+        if self._over is not None:
+            raise self._over
+        try:
+            message = self._asking.response(request.field, request.number, self._take)
+        except (Released, Ended, Violation) as end:
+            self._over = end
+            raise
         self._inbox.finish(message)
         return message.command
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import cycle
-from typing import Final
+from itertools import chain, cycle
+from typing import Any, Final
 
 from sphere.scp.upper import command as dimse
 from sphere.scp.upper import protocol
@@ -30,30 +30,34 @@ class Outgoing:
         return cls(len(data), (data,))
 
 
-def send_message(
-    connection: Connection,
-    context_id: int,
-    command: Mapping[str, object],
-    dataset: Outgoing | None,
-    *,
-    max_pdu: int,
-    within_s: float,
-) -> None:
-    """Send a command set and its data set as they come; `within_s` are the seconds for each BATCH.
+Batch = list[bytes | memoryview]  # what the kernel gets at once
 
-    Raises Ended, and what the parts raise: then the message is cut off, and the association cannot go on.
-    """
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A request that is ready to be sent: its Message ID, its command field, and its PDUs, the first batch at hand."""
+
+    number: int
+    field: int
+    batches: Iterator[Batch]
+
+
+def batches(
+    context_id: int, command: Mapping[str, object], dataset: Outgoing | None, *, max_pdu: int
+) -> Iterator[Batch]:
+    """The PDUs of a message. Raises what the parts of the data set raise."""
     encoded = dimse.encode({**command, "CommandDataSetType": dimse.NO_DATA_SET if dataset is None else 0x0000})
-    buffers: list[bytes | memoryview] = list(protocol.p_data(context_id, encoded, b"", max_pdu=max_pdu))
+    buffers: Batch = list(protocol.p_data(context_id, encoded, b"", max_pdu=max_pdu))
     size = 0
     if dataset is not None:
         for buffer in protocol.p_data_parts(context_id, dataset.parts, dataset.size, max_pdu=max_pdu):
             buffers.append(buffer)
             size += len(buffer)
             if len(buffers) >= SEND_PARTS or size >= BATCH:
-                connection.send_parts(buffers, within_s)
+                yield buffers
                 buffers, size = [], 0
-    connection.send_parts(buffers, within_s)
+    if buffers:
+        yield buffers
 
 
 class Asking:
@@ -66,19 +70,26 @@ class Asking:
         self._within_s = within_s
         self._ids = cycle(range(1, MAX_MESSAGE_ID + 1))
 
-    def send(self, context_id: int, command: Mapping[str, object], dataset: Outgoing | None) -> int:
-        """Send a request (`command` without its ids); returns its Message ID. Raises Ended."""
+    def ready(self, context_id: int, command: Mapping[str, Any], dataset: Outgoing | None) -> Ready:
+        """A request (`command` without its ids) as it will be sent; raises what the parts of the data set raise."""
         number = next(self._ids)
-        self._send(context_id, {**command, "MessageID": number}, dataset)
-        return number
+        every = batches(context_id, {**command, "MessageID": number}, dataset, max_pdu=self._max_pdu)
+        return Ready(number, command["CommandField"], chain([next(every)], every))
+
+    def start(self, request: Ready) -> None:
+        """Send a request. `within_s` are the seconds for each batch of it.
+
+        Raises Ended, and what further parts raise: then it is cut off, and the association cannot go on.
+        """
+        self._put(request.batches)
 
     def respond(self, message: Message, status: int, **elements: object) -> None:
         """Answer a request of the peer."""
-        self._send(message.context.id, dimse.response_to(message.command, status, **elements), None)
+        self._send(message.context.id, dimse.response_to(message.command, status, **elements))
 
     def cancel(self, context_id: int, number: int) -> None:
         """C-CANCEL of request `number` (PS3.7 9.3.2.3). Raises Ended."""
-        self._send(context_id, {"CommandField": dimse.C_CANCEL_RQ, "MessageIDBeingRespondedTo": number}, None)
+        self._send(context_id, {"CommandField": dimse.C_CANCEL_RQ, "MessageIDBeingRespondedTo": number})
 
     def response(self, field: int, number: int, other: Callable[[Message], None]) -> Message:
         """The response to request `number` of command field `field`; the caller finishes it.
@@ -98,10 +109,12 @@ class Asking:
             else:
                 return message
 
-    def _send(self, context_id: int, command: Mapping[str, object], dataset: Outgoing | None) -> None:
-        send_message(
-            self._connection, context_id, command, dataset, max_pdu=self._max_pdu, within_s=self._within_s
-        )  # fmt: skip
+    def _send(self, context_id: int, command: Mapping[str, object]) -> None:
+        self._put(batches(context_id, command, None, max_pdu=self._max_pdu))
+
+    def _put(self, every: Iterator[Batch]) -> None:
+        for batch in every:
+            self._connection.send_parts(batch, self._within_s)
 
 
 def _answered(command: dimse.Command) -> int:

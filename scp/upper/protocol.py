@@ -15,6 +15,7 @@ TYPES: Final = range(ASSOCIATE_RQ, ABORT + 1)
 
 PDU_HEADER: Final = struct.Struct(">BxI")  # type, length of what follows
 PDV_HEADER: Final = struct.Struct(">IBB")  # length of the rest, context id, control (PS3.8 9.3.5, E.2)
+_HEADERS: Final = struct.Struct(">BxIIBB")  # of a PDU and of the one value in it
 COMMAND: Final = 0x01  # bits of the message control header
 LAST: Final = 0x02
 MAX_SENT_PDU: Final = 1 << 18  # bytes of a P-DATA-TF that we send at most, however much the peer would take
@@ -119,8 +120,8 @@ def p_data_parts(
             if not pdu_left:
                 pdu_left = min(room, size)
                 size -= pdu_left
-                header = PDU_HEADER.pack(P_DATA_TF, pdu_left + PDV_HEADER.size)
-                yield header + PDV_HEADER.pack(pdu_left + 2, context_id, 0 if size else LAST)
+                rest = pdu_left + PDV_HEADER.size
+                yield _HEADERS.pack(P_DATA_TF, rest, pdu_left + 2, context_id, 0 if size else LAST)
             yield view[:pdu_left]
             taken = min(pdu_left, len(view))
             view = view[taken:]

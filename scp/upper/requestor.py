@@ -32,7 +32,7 @@ from sphere.scp.upper.connection import Connection
 from sphere.scp.upper.dataset import Budget
 from sphere.scp.upper.messages import Context, Inbox, Limits, Message
 from sphere.scp.upper.negotiation import own_items
-from sphere.scp.upper.outgoing import Asking, Outgoing
+from sphere.scp.upper.outgoing import Asking, Outgoing, Ready
 from sphere.scp.upper.protocol import Aborted, Ended, Released, TooSlow, Violation
 from sphere.scp.upper.tls import requestor_context
 from sphere.scp.upper.transport import Plain, Tls
@@ -97,20 +97,35 @@ class Requested:
 
     def ask(self, context: Context, command: Mapping[str, Any], dataset: Outgoing | None) -> dimse.Command:
         """Send a request and wait for its one response; its command set. Raises PeerError."""
-        number = self.send(context, command, dataset)
-        message = self.response(command["CommandField"], number)
-        self.finish(message)
-        return message.command
+        request = self.ready(context, command, dataset)
+        self.start(request)
+        return self.answer(request)
 
-    def send(self, context: Context, command: Mapping[str, Any], dataset: Outgoing | None) -> int:
-        """Send a request; returns its Message ID. Raises PeerError, and what `dataset` raises."""
+    def ready(self, context: Context, command: Mapping[str, Any], dataset: Outgoing | None) -> Ready:
+        """A request as it will be sent; raises what `dataset` raises."""
+        return self._asking.ready(context.id, command, dataset)
+
+    def start(self, request: Ready) -> None:
+        """Send a request, of which nothing else may be under way. Raises PeerError, and what its data set raises."""
         try:
-            return self._asking.send(context.id, command, dataset)
+            self._asking.start(request)
         except Ended as error:
             self._failed(error)
         except BaseException:
             self.abort()  # a message that is cut off
             raise
+
+    def answer(self, request: Ready) -> dimse.Command:
+        """The command set of the response to a request that was sent. Raises PeerError."""
+        message = self.response(request.field, request.number)
+        self.finish(message)
+        return message.command
+
+    def send(self, context: Context, command: Mapping[str, Any], dataset: Outgoing | None) -> int:
+        """Send a request; returns its Message ID. Raises PeerError, and what `dataset` raises."""
+        request = self.ready(context, command, dataset)
+        self.start(request)
+        return request.number
 
     def response(self, field: int, number: int) -> Message:
         """The next response to a request; a request of the peer is a breach."""
@@ -153,6 +168,8 @@ class Requested:
         try:
             self._connection.send(protocol.RELEASE_REQUEST, self._artim_s)
             received = self._connection.pdu(first_s=self._artim_s, rest_s=self._artim_s)
+            while received is not None and received[0] == protocol.P_DATA_TF:  # the peer had not finished (PS3.8 AR-6)
+                received = self._connection.pdu(first_s=self._artim_s, rest_s=self._artim_s)
             if received is not None and received[0] != protocol.RELEASE_RP:
                 self._connection.send(protocol.abort(protocol.USER, protocol.UNSPECIFIED), self._artim_s)
         except (Ended, Violation):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -19,9 +21,9 @@ from sphere.conf.settings import Settings
 from sphere.scp import client
 from sphere.scp.client import retrieve as retrieve_client
 from sphere.scp.client.retrieve import Progress
-from sphere.scp.contexts import MOVE_MODELS
+from sphere.scp.contexts import GET_MODELS, MOVE_MODELS
 from sphere.scp.store import StoreAnswer, StoreRequest
-from sphere.scp.upper.command import C_MOVE_RQ
+from sphere.scp.upper.command import C_GET_RQ, C_MOVE_RQ, C_STORE_RQ
 from sphere.scp.upper.outgoing import Outgoing
 from sphere.scp.upper.requestor import Proposed, connect
 from tests.support.ports import free_port
@@ -32,6 +34,7 @@ pytestmark = pytest.mark.faults
 
 TOTAL = 20
 STUDY = "1.2.3.4"
+IDENTIFIER = b"\x08\x00\x52\x00\x06\x00\x00\x00STUDY " + b"\x20\x00\x0d\x00\x08\x00\x00\x00" + b"1.2.3.4\0"
 Handler = Callable[[Any], int]
 
 
@@ -178,8 +181,10 @@ def test_nobody_there_and_nobody_known(tmp_path: Path) -> None:
 
 def test_cancel_is_answered_with_what_remains(tmp_path: Path) -> None:
     port = free_port()
+    asked = []
 
     def slow(event: Any) -> int:
+        asked.append(event)
         time.sleep(0.05)
         return 0x0000
 
@@ -190,8 +195,7 @@ def test_cancel_is_answered_with_what_remains(tmp_path: Path) -> None:
             command = {
                 "AffectedSOPClassUID": sop_class, "CommandField": C_MOVE_RQ, "Priority": 0, "MoveDestination": "DEST"
             }  # fmt: skip
-            identifier = b"\x08\x00\x52\x00\x06\x00\x00\x00STUDY " + b"\x20\x00\x0d\x00\x08\x00\x00\x00" + b"1.2.3.4\0"
-            number = association.send(context, command, Outgoing.of(identifier))
+            number = association.send(context, command, Outgoing.of(IDENTIFIER))
             responses = [association.response(C_MOVE_RQ, number).command for _ in range(3)]
             association.cancel(context, number)
             while responses[-1]["Status"] == 0xFF00:
@@ -199,7 +203,50 @@ def test_cancel_is_answered_with_what_remains(tmp_path: Path) -> None:
     last = responses[-1]
     assert last["Status"] == 0xFE00
     done, left = last["NumberOfCompletedSuboperations"], last["NumberOfRemainingSuboperations"]
-    assert done + left == TOTAL and left > 0 and done >= 3
+    assert done + left == TOTAL and left > 0 and done == len(asked) >= 3
+
+
+def test_cancel_of_a_c_get_sends_nothing_more(tmp_path: Path) -> None:
+    """The third instance is answered after the C-CANCEL: the fourth is ready by then, and stays here."""
+    sop_class = next(uid for uid, model in GET_MODELS.items() if model == "STUDY_ROOT")
+    proposed = [
+        Proposed(sop_class, ("1.2.840.10008.1.2",)),
+        Proposed(CT_STORAGE, (str(ExplicitVRLittleEndian),), as_scp=True),
+    ]
+    command = {"AffectedSOPClassUID": sop_class, "CommandField": C_GET_RQ, "Priority": 0}
+    taken, responses = 0, []
+    with archive(tmp_path / "a", free_port()) as receiver, connect(receiver.peer, patient(receiver), proposed) as asked:
+        context = next(one for one in asked.user_contexts if one.abstract_syntax == sop_class)
+        number = asked.send(context, command, Outgoing.of(IDENTIFIER))
+        while not responses or responses[-1]["Status"] == 0xFF00:
+            message = asked.receive()
+            if message.command["CommandField"] == C_STORE_RQ:
+                taken += 1
+                if taken == 3:
+                    asked.cancel(context, number)
+                asked.respond(message, 0x0000)
+            else:
+                responses.append(message.command)
+            asked.finish(message)
+    counts = [responses[-1][f"NumberOf{what}Suboperations"] for what in ("Completed", "Failed", "Remaining")]
+    assert (responses[-1]["Status"], taken, counts) == (0xFE00, 3, [3, 0, TOTAL - 3])
+
+
+@pytest.mark.parametrize("tool", ["move", "get"])
+def test_a_bundle_that_lost_its_end_costs_the_instances_that_were_there(tmp_path: Path, tool: str) -> None:
+    port = free_port()
+    with destination(port, lambda event: 0x0000), archive(tmp_path / "a", port) as receiver:
+        members = sorted(receiver.members(), key=lambda one: one.offset)
+        bundle = Path(receiver.settings.storage.root.removeprefix("file://")) / members[0].bundle
+        os.truncate(bundle, members[12].offset + members[12].length - 1)
+        store = SimpleNamespace(land=lambda request: StoreAnswer(0x0000))
+        keys = {"StudyInstanceUID": STUDY}
+        if tool == "move":
+            last = moved(receiver)
+        else:
+            *_, last = retrieve_client.get(receiver.peer, keys, settings=patient(receiver), store=store)
+    assert (last.status, last.completed, last.failed) == (0xB000, 12, TOTAL - 12)
+    assert set(last.failed_uids) == {one.SOPInstanceUID for one in members[12:]}
 
 
 def test_memory_is_flat(tmp_path: Path) -> None:

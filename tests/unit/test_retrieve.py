@@ -36,6 +36,7 @@ from sphere.scp.retrieve.read_ahead import Range, ReadAhead, windows
 from sphere.scp.retrieve.transcode import NotConverted
 from sphere.scp.retrieve.transcoder import Transcoder
 from sphere.scp.upper.messages import Context
+from sphere.scp.upper.outgoing import Ready
 from sphere.scp.upper.protocol import PDV_HEADER, p_data_parts
 
 pytestmark = pytest.mark.unit
@@ -142,7 +143,7 @@ def test_every_range_is_read_whole_whatever_the_windows(
         patch.setattr(read_ahead, "WINDOW", window)
         patch.setattr(read_ahead, "GAP", gap)
         wanted = [Range(*one) for one in ranges]
-        assert all(0 <= one.length <= max(window, gap + window) for one in windows(wanted))
+        assert all(0 <= one.length <= max(window, gap + window) for one in windows(wanted, window))
         storage = Bytes()
         with ReadAhead(storage, wanted) as ahead:  # type: ignore[arg-type]
             for one in wanted:
@@ -152,7 +153,7 @@ def test_every_range_is_read_whole_whatever_the_windows(
 def test_neighbours_are_read_together() -> None:
     """1,000 instances of 500 kB with 2 kB of tar header between them: 250 reads, not 1,000."""
     ranges = [Range("a", number * 502_000, 500_000) for number in range(1000)]
-    reads = list(windows(ranges))
+    reads = list(windows(ranges, read_ahead.WINDOW))
     assert len(reads) <= 250
     assert max(one.length for one in reads) <= read_ahead.WINDOW
 
@@ -202,9 +203,15 @@ class Channel:
         self.user_contexts = [Context(2 * n + 1, UID(CT), UID(one), True) for n, one in enumerate(syntaxes)]
         self.asked: list[tuple[Context, Mapping[str, Any], bytes]] = []
 
-    def ask(self, context: Context, command: Mapping[str, Any], dataset: Any) -> dict[str, Any]:
+    def ready(self, context: Context, command: Mapping[str, Any], dataset: Any) -> Ready:
         self.asked.append((context, command, b"".join(dataset.parts)))
-        return {"Status": 0}
+        return Ready(1, command["CommandField"], iter(()))
+
+    def start(self, request: Ready) -> None:
+        raise AssertionError("nothing is sent here")
+
+    def answer(self, request: Ready) -> dict[str, Any]:
+        raise AssertionError("nothing was sent here")
 
 
 @pytest.mark.parametrize(
@@ -250,7 +257,8 @@ def test_odd_data_sets(padded: set[str] | None, sent: bytes) -> None:
     channel = Channel(str(ExplicitVRLittleEndian))
     one = stored(1, length=105)
     sender = Sender(channel, Transcoder(), {"MoveOriginatorMessageID": 7}, padded)
-    assert sender.send(one, channel.user_contexts, iter([memoryview(b"123"), memoryview(b"45")]))[0] == 0
+    request = sender.ready(one, channel.user_contexts, iter([memoryview(b"123"), memoryview(b"45")]))
+    assert isinstance(request, Ready)
     assert channel.asked[0][2] == sent
     assert channel.asked[0][1]["MoveOriginatorMessageID"] == 7
 
