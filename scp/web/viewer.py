@@ -15,7 +15,7 @@ from typing import Final
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import RedirectResponse, Response
+from starlette.responses import FileResponse, RedirectResponse, Response
 from starlette.routing import Route
 from starlette.staticfiles import StaticFiles
 
@@ -24,8 +24,10 @@ from sphere.conf.settings import Web
 
 SETTINGS: Final = Path(__file__).with_name("viewer_config.js")
 INDEX: Final = "index.html"
+PIECE: Final = 1 << 20  # bytes that are read of a file at a time: each read is a turn of a thread
 FOREVER: Final = "public, max-age=31536000, immutable"
-_HASHED: Final = re.compile(r"(.*\.bundle\.)?[0-9a-f]{16}\.(js|wasm|woff2)")  # such a name has one content for ever
+_HASHED: Final = re.compile(r"(.*\.bundle\.)?[0-9a-f]{16}\.(js|wasm|woff2)")  # such a name has one meaning for ever
+_TAKES: Final = r"(^|,)\s*{}\s*(,|$|;\s*q=(?!0(\.0*)?\s*(,|$)))"  # a coding in Accept-Encoding (RFC 9110 12.5.3)
 _INLINE: Final = re.compile(r"<script>(.*?)</script>", re.DOTALL)
 TYPES: Final = {
     ".html": "text/html; charset=utf-8", ".js": "text/javascript; charset=utf-8", ".css": "text/css; charset=utf-8",
@@ -67,11 +69,14 @@ def _folder(settings: Web) -> Path:
 
 
 def _file(files: StaticFiles, path: str, request: Request) -> Response:
-    """A file, its compressed copy where the client takes that; raises HTTPException (404)."""
-    compressed = "gzip" in request.headers.get("accept-encoding", "")
-    for name in (f"{path}.gz", path) if compressed else (path,):
+    """A file, or its smallest copy that the client takes; raises HTTPException (404)."""
+    taken = request.headers.get("accept-encoding", "")
+    copies = [
+        (coding, suffix) for coding, suffix in viewer.ENCODINGS.items() if re.search(_TAKES.format(coding), taken)
+    ]
+    for coding, suffix in (*copies, ("", "")):
         try:
-            full, stat = files.lookup_path(name)
+            full, stat = files.lookup_path(path + suffix)
         except (OSError, ValueError):  # a name that no file can have
             break
         if stat is None or not S_ISREG(stat.st_mode):
@@ -79,10 +84,11 @@ def _file(files: StaticFiles, path: str, request: Request) -> Response:
         response = files.file_response(full, stat, request.scope)
         response.headers["Vary"] = "Accept-Encoding"
         response.headers["Content-Security-Policy"] = policy(_scripts(files) if path == INDEX else ())
-        if response.status_code != 304:
+        if isinstance(response, FileResponse):
+            response.chunk_size = PIECE
             response.headers["Content-Type"] = TYPES.get(Path(path).suffix, "application/octet-stream")
-            if name != path:
-                response.headers["Content-Encoding"] = "gzip"
+            if coding:
+                response.headers["Content-Encoding"] = coding
         return response
     raise HTTPException(404, "the viewer has no such file")
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
-from playwright.sync_api import Page
+from playwright.sync_api import Page, Response
 
 from sphere.conf import viewer
 from sphere.ingest.storage import open_storage
@@ -34,6 +35,15 @@ BRIGHT = "([row]) => row.some((value, i) => i % 4 < 3 && value > 40)"
 ALL_SHOW = f"number => {{ const all = ({LINES})(); return all.length == number && all.every({BRIGHT}) }}"
 REDDISH = "([row]) => row.some((value, i) => i % 4 == 0 && value > row[i + 1] + 30)"
 CHANGED = f"before => JSON.stringify(({LINES})()[0][0]) != before"
+WORKERS = ("worker.", "/8097.")  # in the addresses of scripts that run beside the page
+CONTEXTS = """window.contexts = 0;
+for (const kind of [HTMLCanvasElement, OffscreenCanvas]) {
+  const before = kind.prototype.getContext;
+  kind.prototype.getContext = function (name, ...more) {
+    if (/webgl/.test(name) && !this.counted) { this.counted = true; window.contexts++; }
+    return before.call(this, name, ...more);
+  };
+}"""
 
 
 @pytest.fixture(scope="module")
@@ -118,3 +128,31 @@ def test_a_segmentation_and_a_report_are_shown(opened: Page) -> None:
     ends = opened.locator("svg.svg-layer line").first
     length = float(ends.get_attribute("x2") or 0) - float(ends.get_attribute("x1") or 0)
     assert abs(length / 842 - 40 / SIZE) < 0.01, "from column 10 to column 50"
+
+
+def test_what_a_first_visit_costs(page: Page, shown: Web) -> None:
+    """Requests, bytes and WebGL contexts until the first image; seconds are what make bench-web measures."""
+    token = str(shown.client.headers["authorization"]).removeprefix("Bearer ")
+    page.add_init_script(SEEN.replace("{token}", token))
+    page.add_init_script(CONTEXTS)
+    answers: list[Response] = []
+    page.on("response", lambda answer: answers.append(answer))  # noqa: PLW0108  it gets an attribute
+    study = shown.get("/studies").json()[0]["0020000D"]["Value"][0]
+    page.goto(f"http://127.0.0.1:{shown.port}/viewer/viewer?StudyInstanceUIDs={study}")
+    page.wait_for_function(ALL_SHOW, arg=1, polling=100)
+    assert not [answer.url for answer in answers if answer.status >= 400]
+    assert page.evaluate("window.contexts") <= 6, "one to draw with, those that ask what there is, thumbnails"
+
+    root = f"http://127.0.0.1:{shown.port}/viewer/"
+    named = re.findall(r'href="/viewer/([^"]+\.js)"', answers[0].text())
+    preloaded = {root + name for name in named}
+    scripts = {answer.url for answer in answers if answer.request.resource_type == "script"}
+    late = {
+        url for url in scripts - preloaded if not url.startswith(root + "app") and not any(w in url for w in WORKERS)
+    }
+    assert len(preloaded) > 20 and not late, "what was asked for later than it could have been"
+    files = [answer for answer in answers if answer.url.startswith(root)]
+    assert {answer.headers.get("content-encoding") for answer in files if answer.url in preloaded} == {"zstd"}
+    small = "esbuild" in (viewer.folder() / "installed.txt").read_text(encoding="utf-8")
+    assert sum(answer.request.sizes()["responseBodySize"] for answer in files) < (5 if small else 10) << 20
+    assert len(answers) < 90

@@ -15,7 +15,9 @@ from tests.support.extracted import extract
 from tests.support.landing import archive, land, new_member, slices
 from tests.support.web import Web, serving_web
 
-SOFTWARE_GL = ("--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader")
+SOFTWARE_GL = (
+    "--enable-unsafe-swiftshader",
+)  # the pages themselves are drawn without WebGL, as on any host without a GPU
 LOOPBACK = ("--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1", "--disable-background-networking")
 WAIT_MS = 60_000  # milliseconds for anything that a test waits for: the machine may be busy
 PACKAGED = Path(pydicom.__file__).parent / "data" / "test_files"

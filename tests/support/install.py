@@ -37,7 +37,9 @@ def main() -> None:
     if line := npm.install():
         print(f"tests with dcmjs-dimse will be skipped: {line}")
     try:
-        viewer.install(viewer.folder())
+        plain = viewer.install(viewer.folder()).plain
+        if plain:
+            print(f"OHIF is not minified: {plain}")
     except ExternalMissing as error:
         print(f"tests with OHIF will be skipped: {error}")
 

@@ -6,11 +6,12 @@ import base64
 import gzip
 import hashlib
 import io
+import platform
 import tarfile
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from starlette.testclient import TestClient
 
@@ -24,8 +25,10 @@ pytestmark = pytest.mark.unit
 
 DIST = {
     "index.html": '<script rel="preload" as="script" type="module" src="/init-service-worker.js"></script>'
-    '<script>window.PUBLIC_URL="/"</script><script defer src="/app.bundle.0f6159c501addfe9.js"></script>',
-    "app.bundle.0f6159c501addfe9.js": "__webpack_require__.p = \"/\"; load('/dicom-microscopy-viewer/x.js')",
+    '<script>window.PUBLIC_URL="/"</script><title>OHIF</title>'
+    '<script defer src="/app.bundle.0f6159c501addfe9.js"></script>',
+    "app.bundle.0f6159c501addfe9.js": "__webpack_require__.p = \"/\"; load('/dicom-microscopy-viewer/x.js');\n"
+    "set({ webGlContextCount: 7, });",
     "12.bundle.b4688cdbdd856b75.js": "nothing of its place",
     "app.bundle.css": "src: url(/a34f9d1faa5f3315.woff2)",
     "a34f9d1faa5f3315.woff2": "font",
@@ -34,47 +37,118 @@ DIST = {
     "ort/ort.js": "left out",
     "app.js.map": "left out",
     "assets/one.png": "image",
+    "manifest.json": '{"src": "/assets/one.png"}',
 }
-Package = Callable[[dict[str, str]], None]
+APP = "app.bundle.0f6159c501addfe9.js"
+ESBUILD = """#!/bin/sh
+for one in "$@"; do case $one in --outdir=*) out=${one#*=};; -*) ;; *) tr -d ' ' <"$one" >"$out/${one##*/}";; esac; done
+touch "$out/app.bundle.0f6159c501addfe9.js.LEGAL.txt"
+"""
+NPM = """#!/bin/sh
+for one in "$@"; do case $one in
+@ohif*) cp '{folder}/viewer.tgz' .;; @esbuild*) cp '{folder}/esbuild.tgz' .;; esac; done
+"""
+Package = Callable[..., None]
 
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Package:
-    """Have npm give a package with these files in `dist`, and it be the pinned one."""
+    """Have npm give a package with these files in `dist`, and a minifier that leaves out blanks; both are the pinned
+    ones."""
+    monkeypatch.setattr(platform, "system", lambda: "Linux")
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
 
-    def give(files: dict[str, str]) -> None:
-        path = tmp_path / "package.tgz"
-        with tarfile.open(path, "w:gz") as tar:
-            for name, text in ({"../LICENSE": "MIT"} | files).items():
-                member = tarfile.TarInfo("package/LICENSE" if name == "../LICENSE" else f"package/dist/{name}")
-                member.size = len(text)
-                tar.addfile(member, io.BytesIO(text.encode()))
-        npm = tmp_path / "bin" / "npm"
-        npm.parent.mkdir(exist_ok=True)
-        npm.write_text(f"#!/bin/sh\ncp '{path}' app.tgz\n")
-        npm.chmod(0o755)
-        monkeypatch.setenv("PATH", f"{npm.parent}:/usr/bin:/bin")
-        digest = base64.b64encode(hashlib.sha512(path.read_bytes()).digest()).decode()
-        pin = replace(viewer.pinned(), integrity=f"sha512-{digest}")
-        monkeypatch.setattr(viewer, "pinned", lambda: pin)
+    def give(files: dict[str, str], *, esbuild: str = ESBUILD, start: tuple[str, ...] = ("12",)) -> None:
+        named = {f"package/dist/{name}": text for name, text in files.items()}
+        viewer_pin = packed(tmp_path / "viewer.tgz", {"package/LICENSE": "MIT"} | named)
+        minifier_pin = packed(
+            tmp_path / "esbuild.tgz", {"package/bin/esbuild": esbuild} if esbuild else {"package/x": ""}
+        )
+        script(tmp_path / "bin" / "npm", NPM.format(folder=tmp_path))
+        monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+        pins = {
+            "viewer": {"package": "@ohif/app", "version": "3", "integrity": viewer_pin, "start": list(start)},
+            "minifier": {"version": "1", "integrity": {"linux-x64": minifier_pin}},
+        }
+        monkeypatch.setattr(viewer, "pinned", lambda: pins)
 
     return give
+
+
+def packed(path: Path, files: dict[str, str]) -> str:
+    """Make a package; returns its digest as npm writes it."""
+    with tarfile.open(path, "w:gz") as tar:
+        for name, text in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(text)
+            tar.addfile(member, io.BytesIO(text.encode()))
+    return "sha512-" + base64.b64encode(hashlib.sha512(path.read_bytes()).digest()).decode()
+
+
+def script(path: Path, text: str) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
 
 
 def test_it_is_made_for_its_place(tmp_path: Path, package: Package) -> None:
     package(DIST)
     target = tmp_path / "viewer"
-    assert viewer.install(target)
-    app = (target / "app.bundle.0f6159c501addfe9.js").read_text()
-    assert app == "__webpack_require__.p = \"/viewer/\"; load('/viewer/dicom-microscopy-viewer/x.js')"
-    assert gzip.decompress((target / "app.bundle.0f6159c501addfe9.js.gz").read_bytes()).decode() == app
+    assert viewer.install(target) == viewer.Installed(new=True)
+    app = (target / APP).read_text()
+    assert app == (
+        "__webpack_require__.p=\"/viewer/\";load('/viewer/dicom-microscopy-viewer/x.js');\nset({webGlContextCount:1,});"
+    )
+    assert gzip.decompress((target / f"{APP}.gz").read_bytes()).decode() == app
+    assert zstd((target / f"{APP}.zst").read_bytes()).decode() == app
     index = (target / "index.html").read_text()
     assert 'PUBLIC_URL="/viewer/"' in index and "service-worker" not in index
+    assert '<link rel="preload" as="script" href="/viewer/12.bundle.b4688cdbdd856b75.js"><title>' in index
+    assert (target / "12.bundle.b4688cdbdd856b75.js").read_text() == "nothingofitsplace"
     assert (target / "app.bundle.css").read_text() == "src: url(/viewer/a34f9d1faa5f3315.woff2)"
-    assert (target / "LICENSE").read_text() == "MIT"
+    assert (target / "manifest.json").read_text() == '{"src": "/viewer/assets/one.png"}'
+    assert (target / "LICENSE").read_text() == "MIT" and (target / f"{APP}.LEGAL.txt").exists()
     assert not [path for path in ("ort", "app.js.map", "app-config.js") if (target / path).exists()]
-    assert not viewer.install(target), "it was there"
-    assert sorted(path.name for path in tmp_path.glob("*viewer*")) == ["viewer"]
+    assert viewer.install(target) == viewer.Installed(new=False), "it was there"
+    assert sorted(path.name for path in tmp_path.glob("*viewer")) == ["viewer"]
+
+
+def zstd(data: bytes) -> bytes:
+    return pa.input_stream(pa.py_buffer(data), compression="zstd").read()  # type: ignore[no-any-return]
+
+
+FAILS = "#!/bin/sh\necho 'too old a system' >&2; exit 3\n"
+
+
+@pytest.mark.parametrize(
+    ("esbuild", "told"),
+    [(FAILS, "esbuild ended with 3: too old a system"), ("", "no package/bin/esbuild"), ("\0", "esbuild did not run")],
+    ids=["fails", "is not there", "is no program"],
+)
+def test_without_a_minifier_it_is_as_it_comes(tmp_path: Path, package: Package, esbuild: str, told: str) -> None:
+    package(DIST, esbuild=esbuild)
+    target = tmp_path / "viewer"
+    done = viewer.install(target)
+    assert done.new and told in done.plain
+    assert "webGlContextCount: 1," in (target / APP).read_text()
+    assert (target / "12.bundle.b4688cdbdd856b75.js").read_text() == "nothing of its place"
+    package(DIST)
+    assert viewer.install(target) == viewer.Installed(new=True), "it is tried again"
+    assert "webGlContextCount:1," in (target / APP).read_text()
+
+
+def test_where_no_minifier_is_had_nothing_is_fetched_again(
+    tmp_path: Path, package: Package, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    package(DIST)
+    monkeypatch.setattr(platform, "machine", lambda: "riscv64")
+    viewer.main([str(tmp_path / "viewer")])
+    (tmp_path / "viewer.tgz").unlink()
+    assert viewer.install(tmp_path / "viewer") == viewer.Installed(False, "no esbuild is pinned for linux-riscv64")
+    viewer.main([str(tmp_path / "viewer")])
+    told = capsys.readouterr().out.splitlines()
+    assert [line.split(" in ")[0] for line in told[::2]] == ["@ohif/app 3 is now", "@ohif/app 3 was already"]
+    assert "not minified, so that a first visit takes longer: no esbuild is pinned" in told[1] and told[3] == told[1]
 
 
 def test_another_pin_takes_its_place(tmp_path: Path, package: Package) -> None:
@@ -82,13 +156,18 @@ def test_another_pin_takes_its_place(tmp_path: Path, package: Package) -> None:
     package(DIST)
     viewer.install(target)
     package(DIST | {"new.js": "2"})
-    assert viewer.install(target) and (target / "new.js").exists()
+    assert viewer.install(target).new and (target / "new.js").exists()
 
 
 def test_what_cannot_be_had_is_said(tmp_path: Path, package: Package, monkeypatch: pytest.MonkeyPatch) -> None:
-    pin = viewer.pinned()
     package({name: text for name, text in DIST.items() if name != "app.bundle.css"})
     with pytest.raises(ExternalMissing, match=r"no 'url\(/' in app.*another build than was tried"):
+        viewer.install(tmp_path / "viewer")
+    with pytest.raises(ExternalMissing, match="no chunk 77: another build than was tried"):
+        package(DIST, start=("77",))
+        viewer.install(tmp_path / "viewer")
+    with pytest.raises(ExternalMissing, match=r"no '<title>' in index\.html"):
+        package(DIST | {"index.html": DIST["index.html"].replace("<title>", "")})
         viewer.install(tmp_path / "viewer")
     package(DIST | {"../../outside": "x"})
     with pytest.raises(ExternalMissing, match="holds a file outside of itself"):
@@ -97,8 +176,9 @@ def test_what_cannot_be_had_is_said(tmp_path: Path, package: Package, monkeypatc
     (tmp_path / "taken" / "thesis.doc").touch()
     with pytest.raises(ExternalMissing, match="holds something else than a viewer"):
         viewer.install(tmp_path / "taken")
-    monkeypatch.setattr(viewer, "pinned", lambda: pin)
-    with pytest.raises(ExternalMissing, match=r"SHA-512 is .*another is pinned in viewer\.toml"):
+    package(DIST)
+    viewer.pinned()["viewer"]["integrity"] = "sha512-another"
+    with pytest.raises(ExternalMissing, match=r"viewer\.tgz: SHA-512 is .*another is pinned"):
         viewer.install(tmp_path / "viewer")
     (tmp_path / "bin" / "npm").write_text("#!/bin/sh\necho 'E404 not found' >&2; exit 1\n")
     with pytest.raises(ExternalMissing, match=r"could not be fetched \(npm ended with 1\): E404 not found"):
@@ -144,10 +224,18 @@ def test_pages_and_files(far: TestClient) -> None:
 
 def test_compressed_and_kept(far: TestClient) -> None:
     url = "/viewer/app.bundle.0f6159c501addfe9.js"
-    plain, packed = far.get(url), far.get(url, headers={"accept-encoding": "gzip, br"})
-    assert packed.headers["content-encoding"] == "gzip" and packed.content == plain.content
-    assert packed.headers["content-type"] == plain.headers["content-type"]
-    assert packed.headers["etag"] != plain.headers["etag"] and packed.headers["vary"] == "Accept-Encoding"
+    plain = far.get(url)
+    seen = {plain.headers["etag"]}
+    for taken, coding in (("gzip, br", "gzip"), ("gzip, br, zstd", "zstd"), ("zstd;q=0, gzip;q=0.5", "gzip")):
+        with far.stream("GET", url, headers={"accept-encoding": taken}) as packed:
+            data = b"".join(packed.iter_raw())
+        assert packed.headers["content-encoding"] == coding and packed.headers["vary"] == "Accept-Encoding"
+        assert (gzip.decompress if coding == "gzip" else zstd)(data) == plain.content
+        assert packed.headers["content-type"] == plain.headers["content-type"]
+        seen.add(packed.headers["etag"])
+    assert len(seen) == 3, "an entity tag of its own for each coding"
+    for taken in ("", "gzip;q=0, zstd;q=0.000", "*;q=0", "x-gzip"):
+        assert "content-encoding" not in far.get(url, headers={"accept-encoding": taken}).headers, taken
     assert "immutable" in plain.headers["cache-control"]
     for name in ("app.bundle.css", "index.html", "app-config.js"):
         assert far.get(f"/viewer/{name}").headers["cache-control"] == "no-cache", name
