@@ -19,7 +19,7 @@ from sphere.catalog.index_files import FileMap
 from sphere.catalog.index_note import Note, Snapshots
 from sphere.catalog.match import TRAILING_ONLY_VRS, normal_name_sql
 from sphere.catalog.reading import instances_sql
-from sphere.catalog.rollup import roll_up_sql, source_columns
+from sphere.catalog.rollup import optional_columns, roll_up_sql, source_columns
 from sphere.catalog.schema import BY_KEYWORD, TABLES
 from sphere.catalog.tables import Snapshot
 
@@ -121,11 +121,17 @@ def _replace(
     instances: Snapshot | None,
     grant: Grant | None,
 ) -> None:
-    """Roll the studies up from the files that hold them now, as extraction does, or what is granted of them."""
+    """Roll the studies up from the files that hold them now, as extraction does, or what is granted of them.
+
+    Of the columns that could be null, those that no file has are left out: most of them, and half of the time.
+    """
     columns = source_columns("series") | source_columns("studies")
+    optional = optional_columns("series", "studies")
     condition, values = overlay.among("StudyInstanceUID", affected)
     holding = files.of_studies(db, affected)
     if holding and instances is not None:
+        there = {row[0] for row in db.execute("SELECT DISTINCT name FROM parquet_schema(?)", [holding]).fetchall()}
+        columns = {name: None for name in columns if name in there or name not in optional}
         source, bound = instances_sql(columns, grant), [holding]
     else:
         db.register("no_rows", TABLES["instances"].schema.empty_table())
@@ -133,8 +139,9 @@ def _replace(
     listed = ", ".join(f'"{name}"' for name in columns)
     db.execute("SET TimeZone = 'UTC'")
     db.execute(f"CREATE TEMP TABLE changed_rows AS SELECT {listed} FROM {source} WHERE {condition}", [*bound, *values])
-    series = db.sql(roll_up_sql("series", "changed_rows")).to_arrow_table()
-    studies = db.sql(roll_up_sql("studies", "changed_rows")).to_arrow_table()
+    absent = optional.difference(columns)
+    series = db.sql(roll_up_sql("series", "changed_rows", absent=absent)).to_arrow_table()
+    studies = db.sql(roll_up_sql("studies", "changed_rows", absent=absent)).to_arrow_table()
     overlay.replace(db, touched, affected, series=series, studies=studies, selected=selected)
 
 

@@ -51,6 +51,14 @@ def source_columns(name: str) -> dict[str, None]:
     return dict.fromkeys((*roll_up.keys, *roll_up.order, *roll_up.attributes, *sources))
 
 
+def optional_columns(*names: str) -> frozenset[str]:
+    """Those of the source of these roll-ups that may be `absent` from it where they are null in every row."""
+    roll_ups = [description(name) for name in names]
+    return frozenset(attribute for one in roll_ups for attribute in one.attributes).difference(
+        *(one.keys for one in roll_ups), (aggregate.source for one in roll_ups for aggregate in one.aggregates)
+    )
+
+
 def description(name: str) -> RollUp:
     """How the table follows from another."""
     roll_up = TABLES[name].roll_up

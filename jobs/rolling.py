@@ -15,7 +15,7 @@ import duckdb
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sphere.catalog.rollup import description, roll_up_sql, source_columns
+from sphere.catalog.rollup import optional_columns, roll_up_sql, source_columns
 from sphere.catalog.schema import TABLES
 from sphere.jobs.contradictions import said
 
@@ -24,11 +24,7 @@ warnings.filterwarnings("ignore", message="Arrow output on a DB-API result", cat
 
 COLUMNS = tuple(source_columns("series") | source_columns("studies"))
 """Columns of `instances` that its roll-ups need."""
-_ROLL_UPS = (description("series"), description("studies"))
-_OPTIONAL = frozenset(name for roll_up in _ROLL_UPS for name in roll_up.attributes).difference(
-    *(roll_up.keys for roll_up in _ROLL_UPS),
-    (aggregate.source for roll_up in _ROLL_UPS for aggregate in roll_up.aggregates),
-)
+_OPTIONAL = optional_columns("series", "studies")
 """Of these, the columns that may be left out where they are null in every row."""
 NEEDED = frozenset(COLUMNS) - _OPTIONAL
 """And those that may not."""
