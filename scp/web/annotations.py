@@ -51,6 +51,8 @@ class Service:
     catalog: Queries
     idle_s: float
     read_only: bool
+    indexed: bool
+    """Whether a patient is found without reading every header."""
 
     def change(self, request: Request, allowed: tuple[str, ...]) -> dict[str, str]:
         """The parameters of a request that changes something; raises WebError and BadRequest."""
@@ -136,7 +138,11 @@ def _list(service: Service, request: Request) -> Response:
         found = found[offset : offset + limit]
     rows = [_row(one) for one in found]
     if uid and not kept["author"]:
-        objects = [row for row in _objects(catalog, uid) if not level or level_named(row["level"]) == level]
+        objects = [
+            row
+            for row in _objects(catalog, uid, whole_patient=service.indexed)
+            if not level or level_named(row["level"]) == level
+        ]
         objects = [row for row in objects if not kept["type"] or row["type"] == kept["type"]]
         start = max(0, offset - total)
         rows += objects[start : start + limit - len(rows)]
@@ -167,23 +173,34 @@ def _check(service: Service, request: Request, version: Version) -> Version:
     return version
 
 
-def _objects(catalog: Queries, uid: str) -> Iterator[dict[str, Any]]:
-    """The DICOM objects of the study that refer to what has this UID, one row for each series that they refer to."""
+def _objects(catalog: Queries, uid: str, *, whole_patient: bool) -> Iterator[dict[str, Any]]:
+    """The DICOM objects that refer to what has this UID, one row for each series that they refer to: those of its
+    study, and of other studies of the patient, as reports and key objects name earlier examinations too."""
     if not UID.fullmatch(uid):
         return
     target = locate(catalog, uid, None)
     if target is None:
         return
-    query = Query.build("IMAGE", {"StudyInstanceUID": target.StudyInstanceUID, "SOPClassUID": list(KINDS)})
-    matches = [match.identifier() for match in catalog.find(query)]
-    for series in sorted({match.SeriesInstanceUID for match in matches}):
-        for instance, header in catalog.lookup_headers(study=target.StudyInstanceUID, series=series):
+    for study, series in sorted(_series_of_objects(catalog, target.StudyInstanceUID, whole_patient)):
+        for instance, header in catalog.lookup_headers(study=study, series=series):
             if instance.SOPClassUID not in KINDS:
                 continue
             for reference in references(orjson.loads(header)):
                 if reference.is_of(uid):
                     yield _object_row(instance, reference.StudyInstanceUID, reference.SeriesInstanceUID,
                                       list(reference.instances))  # fmt: skip
+
+
+def _series_of_objects(catalog: Queries, study: str, whole_patient: bool) -> set[tuple[str, str]]:
+    """Study and Series Instance UIDs of such objects in the study, and in all else of its patient."""
+    wanted = [{"StudyInstanceUID": study}]
+    if whole_patient:
+        asked = Query.build("STUDY", wanted[0], return_keys=["PatientID"])
+        patients = {str(match.identifier().PatientID or "") for match in catalog.find(asked)} - {""}
+        wanted += [{"PatientID": patient} for patient in sorted(patients)]
+    queries = [Query.build("IMAGE", {**one, "SOPClassUID": list(KINDS)}) for one in wanted]
+    matches = [match.identifier() for query in queries for match in catalog.find(query)]
+    return {(str(match.StudyInstanceUID), str(match.SeriesInstanceUID)) for match in matches}
 
 
 def _object_row(instance: StoredInstance, study: str, series: str, referenced: list[str]) -> dict[str, Any]:

@@ -87,7 +87,8 @@ def make_app(settings: Settings, services: Services) -> Starlette:
     offered += stow.offered(landing)
     web = settings.web
     offered += deleting.offered(deleting.Deleting(services.finder, services.tombstones, web.delete, web.read_only))
-    linked = annotating.Service(services.annotations, services.archive.catalog, web.idle_s, web.read_only)
+    indexed = settings.catalog.mode == "delta"
+    linked = annotating.Service(services.annotations, services.archive.catalog, web.idle_s, web.read_only, indexed)
     offered += annotating.offered(linked)
     arrivals = Arrivals(services.archive.storage, settings.archive.state_dir)
     offered += status.offered(status.State(settings, arrivals, services.overview))

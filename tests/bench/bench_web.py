@@ -108,7 +108,7 @@ def sphere(settings: Settings) -> Iterator[Server]:
 @contextmanager
 def orthanc(folder: Path) -> Iterator[Server]:
     """Orthanc with its DICOMweb plugin, SQLite, and nothing synced to disk."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     dicom, port = free_port(), free_port()
     configuration = {
         "StorageDirectory": str(folder / "db"), "IndexDirectory": str(folder / "db"), "HttpPort": port,
@@ -208,11 +208,19 @@ def storing(folder: Path, options: argparse.Namespace) -> None:
 
 def qido(folder: Path, options: argparse.Namespace) -> None:
     """Studies by patient and by date."""
-    settings, hospital = kept(options.folder or folder / "hospital", options.studies)
-    with orthanc(folder / "orthanc") as theirs, sphere(settings) as ours:
-        loaded, sent = load(theirs.dicom_port, settings, seconds=options.load)
-        print(f"QIDO-RS: SPHERE has {options.studies} studies, Orthanc {len(loaded)} ({sent} instances)", flush=True)
-        known = [place for place, uid in enumerate(hospital.study_uid.to_pylist()) if uid in loaded]
+    base = (options.folder or folder).absolute()
+    settings, hospital = kept(base / "hospital", options.studies)
+    with orthanc(base / "orthanc") as theirs, sphere(settings) as ours:
+        loaded = load(theirs.dicom_port, settings, base / "loaded.json", seconds=options.load)
+        print(
+            f"QIDO-RS: SPHERE has {options.studies} studies, "
+            f"Orthanc {len(loaded.studies)} ({loaded.instances} instances)",
+            flush=True,
+        )
+        if not options.repeat:
+            return
+        held = set(loaded.studies)
+        known = [place for place, uid in enumerate(hospital.study_uid.to_pylist()) if uid in held]
         chance = random.Random(5)
 
         def patient() -> str:
@@ -290,8 +298,8 @@ def main() -> None:
     parser.add_argument("--parts", default=",".join(PARTS), help=f"some of {', '.join(PARTS)}")
     parser.add_argument("--studies", type=int, default=50_000, help="of SPHERE's catalog for QIDO")
     parser.add_argument("--load", type=float, default=600, help="seconds that Orthanc has to load of them")
-    parser.add_argument("--folder", type=Path, help="where that catalog is kept")
-    parser.add_argument("--repeat", type=int, default=300, help="queries of a kind")
+    parser.add_argument("--folder", type=Path, help="where that catalog and Orthanc's are kept for the next time")
+    parser.add_argument("--repeat", type=int, default=300, help="queries of a kind; 0: load only")
     parser.add_argument("--slices", type=int, default=1000, help="of the CT")
     parser.add_argument("--instances", type=int, default=2000, help="of the study whose metadata is asked for")
     parser.add_argument("--stow-mib", type=int, default=500)

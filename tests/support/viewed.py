@@ -108,6 +108,41 @@ def report(images: list[bytes]) -> bytes:
     )
 
 
+def presentation(images: list[bytes]) -> bytes:
+    """A Grayscale Softcopy Presentation State of the images (PS3.3 A.33.1)."""
+    return _file(
+        hd.pr.GrayscaleSoftcopyPresentationState(
+            referenced_images=[dcmread(io.BytesIO(data)) for data in images],
+            series_number=102,
+            series_instance_uid=generate_uid(entropy_srcs=["presentation"]),
+            sop_instance_uid=generate_uid(entropy_srcs=["presentation", "1"]),
+            instance_number=1,
+            manufacturer="Invented",
+            manufacturer_model_name="Test",
+            software_versions="1",
+            device_serial_number="1",
+            content_label="BRIGHT",
+            presentation_lut_transformation=hd.PresentationLUTTransformation(presentation_lut_shape="IDENTITY"),
+        )
+    )
+
+
+def key_objects(images: list[bytes]) -> bytes:
+    """A Key Object Selection of the images (PS3.3 A.35.4)."""
+    datasets = [dcmread(io.BytesIO(data)) for data in images]
+    return _file(
+        hd.ko.KeyObjectSelectionDocument(
+            evidence=datasets,
+            content=hd.ko.KeyObjectSelection(codes.DCM.OfInterest, referenced_objects=datasets),
+            series_number=103,
+            series_instance_uid=generate_uid(entropy_srcs=["key objects"]),
+            sop_instance_uid=generate_uid(entropy_srcs=["key objects", "1"]),
+            instance_number=1,
+            manufacturer="Invented",
+        )
+    )
+
+
 def _file(dataset: Dataset) -> bytes:
     with io.BytesIO() as buffer:
         dcmwrite(buffer, dataset, enforce_file_format=True)
