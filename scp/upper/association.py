@@ -17,7 +17,7 @@ from sphere.scp.upper import command as dimse
 from sphere.scp.upper import protocol
 from sphere.scp.upper.connection import Connection
 from sphere.scp.upper.messages import Context, Inbox, Limits, Message
-from sphere.scp.upper.negotiation import Agreement, Proposal, agree, read_request
+from sphere.scp.upper.negotiation import Agreement, Agreements, Proposal, read_request
 from sphere.scp.upper.outgoing import Asking, Outgoing, Ready
 from sphere.scp.upper.protocol import Aborted, Ended, Rejection, Released, TooSlow, Violation
 
@@ -65,6 +65,7 @@ class Acceptor:
     places: threading.BoundedSemaphore  # of associations at once
     max_pdu: int  # bytes that we take in a P-DATA-TF PDU
     artim_s: float
+    agreements: Agreements = field(default_factory=Agreements)
 
 
 class Association:
@@ -237,7 +238,7 @@ class Association:
         self._placed = self._acceptor.places.acquire(blocking=False)
         if not self._placed:
             raise Rejection(*protocol.LOCAL_LIMIT_EXCEEDED)
-        self._agreement = agree(proposal, max_pdu=self._acceptor.max_pdu)
+        self._agreement = self._acceptor.agreements.on(proposal, max_pdu=self._acceptor.max_pdu)
         limits = self._admission.limits
         self._inbox = Inbox(self._connection, self._agreement.contexts, limits)
         within_s = self._within_s = limits.message_s

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,16 +32,18 @@ PRESENTATION_CONTEXT, USER_INFORMATION = 0x20, 0x50  # item types that have sub-
 MAX_CONTEXTS: Final = 128  # odd ids of one byte (PS3.8 9.3.2.2)
 MAX_SYNTAXES: Final = 128  # sub-items of one context; PS3.6 knows some 60 transfer syntaxes
 MAX_USER_ITEMS: Final = 2048  # sub-items of the user information
+MAX_KNOWN: Final = 32  # agreements kept, of at most some 100 kB
 _ITEM = struct.Struct(">BxH")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Proposal:
-    """A decoded A-ASSOCIATE-RQ."""
+    """A decoded A-ASSOCIATE-RQ; `digest` is that of its bytes."""
 
     calling: str
     called: str
     primitive: A_ASSOCIATE
+    digest: bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +73,33 @@ def read_request(body: memoryview) -> Proposal:
     ids = [cx.context_id for cx in primitive.presentation_context_definition_list]
     if len(set(ids)) != len(ids):
         raise _invalid("a presentation context id that is used twice")
-    return Proposal(calling=pdu.calling_ae_title.strip(), called=pdu.called_ae_title.strip(), primitive=primitive)
+    return Proposal(
+        calling=pdu.calling_ae_title.strip(),
+        called=pdu.called_ae_title.strip(),
+        primitive=primitive,
+        digest=hashlib.sha256(body).digest(),
+    )
+
+
+class Agreements:
+    """Agreements with those who ask byte for byte the same again, as programs do: one on 121 contexts takes 9 ms.
+
+    Thread-safe: at worst two find the same.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[bytes, int], Agreement] = {}
+
+    def on(self, proposal: Proposal, *, max_pdu: int) -> Agreement:
+        """`agree`."""
+        key = proposal.digest, max_pdu
+        found = self._known.get(key)
+        if found is None:
+            found = agree(proposal, max_pdu=max_pdu)
+            if len(self._known) >= MAX_KNOWN:
+                self._known.clear()
+            self._known[key] = found
+        return found
 
 
 def agree(proposal: Proposal, *, max_pdu: int) -> Agreement:

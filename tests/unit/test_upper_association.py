@@ -20,10 +20,21 @@ from sphere.ingest.members import FileRange
 from sphere.scp.upper import command, protocol
 from sphere.scp.upper.association import MAX_WAITING, Acceptor, Association, Response
 from sphere.scp.upper.messages import MAX_COMMAND, Limits, Message
-from sphere.scp.upper.negotiation import Proposal
+from sphere.scp.upper.negotiation import MAX_KNOWN, Agreements, Proposal, read_request
 from sphere.scp.upper.protocol import CALLING_AE_NOT_RECOGNIZED, Rejection
 from sphere.scp.upper.server import Server
-from tests.support.raw_peer import CT, VERIFICATION, RawPeer, associate_rq, echo_rq, p_data, pdu, pdv, store_rq
+from tests.support.raw_peer import (
+    CT,
+    EXPLICIT,
+    VERIFICATION,
+    RawPeer,
+    associate_rq,
+    echo_rq,
+    p_data,
+    pdu,
+    pdv,
+    store_rq,
+)
 
 pytestmark = pytest.mark.unit
 
@@ -149,6 +160,29 @@ def test_what_is_negotiated(bench: Bench) -> None:
     assert answer.maximum_length_received == 16384
     assert not any(type(item) in (type(window), type(identity)) for item in answer.user_information)
     peer.release()
+
+
+def test_who_asks_the_same_again_is_answered_the_same_and_nobody_else(bench: Bench) -> None:
+    answers = []
+    for classes, syntax in (
+        ((VERIFICATION,), EXPLICIT),
+        ((VERIFICATION, CT), EXPLICIT),
+        ((VERIFICATION,), "1.2.3"),
+    ) * 2:
+        peer = bench.peer()
+        peer.send(associate_rq(classes, syntax=syntax))
+        answers.append(peer.receive())
+        peer.close()
+    assert answers[:3] == answers[3:]
+    assert len(set(answers)) == 3
+
+
+def test_agreements_are_not_collected_without_end() -> None:
+    agreements = Agreements()
+    for number in range(3 * MAX_KNOWN):
+        proposal = read_request(memoryview(associate_rq(called=f"N{number}"))[6:])
+        assert agreements.on(proposal, max_pdu=16384) is agreements.on(proposal, max_pdu=16384)
+    assert len(agreements._known) <= MAX_KNOWN
 
 
 @pytest.mark.parametrize("size", [0, 1, 2, 16370, 16371, 100_000, MEMORY, MEMORY + 1, 3 * MEMORY])
