@@ -39,6 +39,7 @@ from sphere.scp.upper.transport import Plain, Tls
 
 MAX_CONTEXTS = 128  # odd ids of one byte (PS3.8 9.3.2.2)
 ASSOCIATE_RJ = 0x03
+LATE_PDUS = 8  # read after our A-RELEASE-RQ: an answer that was under way (PS3.8 9.2.3, AR-6)
 RECEIVING_MEMORY = 32 << 20  # bytes of arriving data sets (C-GET) beyond the first buffer
 
 
@@ -167,9 +168,10 @@ class Requested:
             return
         try:
             self._connection.send(protocol.RELEASE_REQUEST, self._artim_s)
-            received = self._connection.pdu(first_s=self._artim_s, rest_s=self._artim_s)
-            while received is not None and received[0] == protocol.P_DATA_TF:  # the peer had not finished (PS3.8 AR-6)
+            for _ in range(LATE_PDUS):
                 received = self._connection.pdu(first_s=self._artim_s, rest_s=self._artim_s)
+                if received is not None and received[0] != protocol.P_DATA_TF:
+                    break
             if received is not None and received[0] != protocol.RELEASE_RP:
                 self._connection.send(protocol.abort(protocol.USER, protocol.UNSPECIFIED), self._artim_s)
         except (Ended, Violation):

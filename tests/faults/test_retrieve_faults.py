@@ -17,7 +17,7 @@ from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 from pynetdicom import AE, evt
 
 from sphere.conf.peers import Peer
-from sphere.conf.settings import Settings
+from sphere.conf.settings import Settings, from_dict
 from sphere.scp import client
 from sphere.scp.client import retrieve as retrieve_client
 from sphere.scp.client.retrieve import Progress
@@ -314,6 +314,34 @@ def test_who_leaves_in_the_middle_of_a_c_get_costs_nothing(tmp_path: Path) -> No
         store.taken = -100
         *_, last = retrieve_client.get(receiver.peer, keys, settings=patient(receiver), store=store)
         assert (last.status, last.completed, store.taken) == (0x0000, TOTAL, TOTAL - 100)
+
+
+def test_who_reads_no_further_results_leaves_in_order(tmp_path: Path) -> None:
+    """The second instance is under way then: its answer comes before that to the release."""
+    port, events = free_port(), []
+    files = [
+        make_instance(tmp_path / f"{n}.dcm", StudyInstanceUID=STUDY, SOPInstanceUID=f"1.2.3.{n}") for n in (1, 2, 3)
+    ]
+
+    def slow(event: Any) -> int:
+        events.append("asked")
+        time.sleep(0.2)
+        return 0x0000
+
+    ae = AE(ae_title="DEST")
+    ae.add_supported_context(CT_STORAGE, ExplicitVRLittleEndian)
+    ends = [(kind, lambda event: events.append(event.event.name)) for kind in (evt.EVT_RELEASED, evt.EVT_ABORTED)]
+    server = ae.start_server(("127.0.0.1", port), block=False, evt_handlers=[(evt.EVT_C_STORE, slow), *ends])
+    assert server is not None
+    peer = Peer(name="dest", ae_title="DEST", host="127.0.0.1", port=port)
+    results = client.store(peer, files, settings=from_dict({}, base=tmp_path))
+    assert next(results).stored
+    results.close()
+    deadline = time.monotonic() + 10
+    while len(events) < 3 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    server.shutdown()
+    assert events == ["asked", "asked", "EVT_RELEASED"]
 
 
 def test_the_same_peer(tmp_path: Path) -> None:
