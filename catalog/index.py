@@ -252,7 +252,7 @@ class IndexCache:
         files = FileMap.read(db, ("base", "newer")[: len(paths)])
         columns = frozenset(note.columns)
         recent = self._recent(db, columns, files, published, past=past)
-        rows_beside = _rows_of(paths[0])
+        rows_beside = self._rows_of(paths[0])
         return Index(
             paths, note.versions, db, columns, files, published, recent, rows_beside, self._instances, self._grant
         )
@@ -282,10 +282,11 @@ class IndexCache:
         )
         return Recent(db, sources, selected, published)
 
-
-def _rows_of(base: Path) -> rows.RowStore | None:
-    try:
-        return rows.RowStore(base)
-    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
-        log.warning("index %s has no rows beside it, lookups are slower: %s", base.name, type(error).__name__)
-        return None
+    def _rows_of(self, base: Path) -> rows.RowStore | None:
+        """The rows beside a base, which most often is that of the index before."""
+        before = self._index.rows if self._index else None
+        try:
+            return before if before and before.is_of(base) else rows.RowStore(base)
+        except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+            log.warning("index %s has no rows beside it, lookups are slower: %s", base.name, type(error).__name__)
+            return None

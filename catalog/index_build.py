@@ -113,6 +113,16 @@ def build_refresh(
     Note.of(snapshots, settled=True, base=base).write(db)
 
 
+def rehearse(db: duckdb.DuckDBPyConnection, instances: Snapshot | None) -> None:
+    """Do with one study of the attached `base` what a refresh does with those that changed, in an empty database: what
+    the first one would load is loaded then. Raises duckdb.Error."""
+    some = [row[0] for row in db.execute("SELECT StudyInstanceUID FROM base.studies LIMIT 1").fetchall()]
+    if some:
+        _create_map(db)
+        overlay.create(db, "base")
+        _replace(db, FileMap.read(db, ("base",)), overlay.Touched(), some, instances, None)
+
+
 def _replace(
     db: duckdb.DuckDBPyConnection,
     files: FileMap,

@@ -21,7 +21,7 @@ import pyarrow as pa
 from sphere.catalog import rows
 from sphere.catalog.asof import AsOf, snapshots_as_of
 from sphere.catalog.grant import Grant
-from sphere.catalog.index_build import RebuildNeeded, build_base, build_refresh
+from sphere.catalog.index_build import RebuildNeeded, build_base, build_refresh, rehearse
 from sphere.catalog.index_note import Snapshots, attach, note_of, parts_of
 from sphere.catalog.tables import CatalogTables
 from sphere.conf.errors import CatalogError
@@ -83,6 +83,17 @@ class IndexFolder:
     def make_empty(self) -> Path:
         """The index of a catalog that has no tables, made where it is not there. Raises CatalogError."""
         return self._made_of(dict.fromkeys(WATCHED))
+
+    def rehearse(self) -> None:
+        """Load what a refresh needs. Raises CatalogError."""
+        snapshots: Snapshots = {name: self._tables.snapshot(name) for name in WATCHED}
+        try:
+            if made := self._made():
+                with self._tables.connect(None, memory_limit=BUILD_MEMORY, threads=THREADS) as db:
+                    attach(db, parts_of(made[-1], note_of(made[-1]))[0], "base")
+                    rehearse(db, snapshots["instances"])
+        except (duckdb.Error, OSError) as error:
+            raise CatalogError(f"index {made[-1].name} cannot be read: {type(error).__name__}") from None
 
     def close(self) -> None:
         """Nothing is held."""

@@ -5,7 +5,10 @@ So a process opens an index that somebody made, and learns that it is the newest
 
 from __future__ import annotations
 
+import functools
+import threading
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -84,9 +87,25 @@ def attach(db: duckdb.DuckDBPyConnection, path: Path, name: str) -> None:
 
 def note_of(path: Path) -> Note:
     """What the index at `path` says; raises FileNotFoundError and duckdb.Error."""
-    with duckdb.connect() as db:
-        attach(db, path, "made")
-        return Note.read(db, "made")
+    with _READING, closing(_reader().cursor()) as db:
+        try:
+            attach(db, path, "noted")
+            try:
+                return Note.read(db, "noted")
+            finally:
+                db.execute("DETACH noted")
+        except duckdb.Error:
+            _reader.cache_clear()  # a damaged file may leave nothing of the database that read it
+            raise
+
+
+_READING = threading.Lock()
+
+
+@functools.cache
+def _reader() -> duckdb.DuckDBPyConnection:
+    """One database for all: making one takes ten times as long as reading a note."""
+    return duckdb.connect(config={"threads": 1, "memory_limit": "64MB"})
 
 
 def parts_of(path: Path, note: Note) -> tuple[Path, ...]:

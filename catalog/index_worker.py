@@ -13,6 +13,7 @@ import select
 import socket
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -100,6 +101,9 @@ class Worker:
 
     def _watch(self) -> None:
         every = WATCH_S if self._tables.is_local else WATCH_ELSEWHERE_S
+        with suppress(SphereError):  # what cannot be read is told of when an index is made
+            self._folder.rehearse()
+        give_back()
         while True:
             try:
                 if self._version < 0 or self._tables.has_moved("bundles", self._version):

@@ -244,6 +244,12 @@ class _Key:
         return found
 
 
+def _mark(folder: Path) -> tuple[int, int]:
+    """What tells a folder of rows from another one of that name."""
+    found = (folder / "made.json").stat()
+    return found.st_ino, found.st_mtime_ns
+
+
 class RowStore:
     """The rows of one base, open for reading; safe to share between threads."""
 
@@ -253,7 +259,7 @@ class RowStore:
         for name, size in orjson.loads((folder / "made.json").read_bytes()).items():
             if (folder / name).stat().st_size != size:
                 raise ValueError(f"{name} is not whole")
-        self._folder = folder
+        self._folder, self._made = folder, _mark(folder)
         self.tables = {name: _Columns(folder / f"{name}.arrow") for name in ("patients", "studies", "series")}
         self._keys = {
             key: _Key(*(self._load(f"{'.'.join(key)}.{what}").data for what in ("hashes", "rows"))) for key in KEYS
@@ -265,6 +271,10 @@ class RowStore:
         self._names = pa.ipc.open_file(pa.memory_map(str(folder / "names.arrow"))).read_all().column("name")
         self._names_first, self._names_rows = self._load("names.first"), self._load("names.rows")
         self.has_series = len(self._series_study) == len(self.tables["series"])
+
+    def is_of(self, base: Path) -> bool:
+        """Whether these are the rows that now are beside `base`; raises OSError."""
+        return folder_of(base) == self._folder and _mark(self._folder) == self._made
 
     def _load(self, name: str) -> npt.NDArray[Any]:
         path = self._folder / f"{name}.npy"
