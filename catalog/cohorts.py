@@ -15,6 +15,7 @@ import orjson
 
 from sphere.catalog.grant import Grant
 from sphere.conf.errors import SettingsError, StorageMissing
+from sphere.conf.uids import UID
 from sphere.ingest.storage.base import Storage
 
 log = logging.getLogger(__name__)
@@ -23,7 +24,6 @@ Kind = Literal["study", "series", "patient"]
 FOLDER: Final = "access/cohorts"
 FRESH_S: Final = 2.0  # seconds that what was read is used
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
-_UID = re.compile(r"[0-9.]{1,64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class Cohorts:
         listed = tuple(sorted({one.strip() for one in members} - {""}))
         if not listed:
             raise SettingsError(f"cohort {name}: there is nothing in the list")
-        wrong = next((one for one in listed if kind != "patient" and not _UID.fullmatch(one)), None)
+        wrong = next((one for one in listed if kind != "patient" and not UID.fullmatch(one)), None)
         if wrong is not None:
             raise SettingsError(f"cohort {name}: {wrong[:80]!r} is not a UID (PS3.5 9.1)")
         made = datetime.now(timezone.utc).isoformat(timespec="seconds")

@@ -27,6 +27,7 @@ from sphere.catalog.match import (
     instant,
     normal_name,
 )
+from sphere.conf.uids import UID
 
 INTEGER_VRS: Final = frozenset(("IS", "US", "SS", "UL", "SL", "SV", "UV", "US or SS"))
 DECIMAL_VRS: Final = frozenset(("DS", "FD", "FL"))
@@ -38,7 +39,6 @@ MULTIPLE_VALUE_VRS: Final = frozenset(("AE", "AS", "AT", "CS", "LO", "PN", "SH",
 TWO_QUOTES: Final = '""'
 """The key of empty value matching (PS3.4 C.2.2.2.7)."""
 
-_UID = re.compile(r"[0-9.]{1,64}")  # what is accepted when it arrives can be asked for
 _INTEGER = re.compile(r"[+-]?[0-9]{1,20}")
 _DECIMAL = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?")
 
@@ -105,7 +105,7 @@ def _several(text: str, vr: str, keyword: str, every: bool) -> tuple[Test, ...]:
 
 def _uids(parts: list[str]) -> Test:
     for part in parts:
-        if not _UID.fullmatch(part):
+        if not UID.fullmatch(part):
             raise ValueError("is not a UID (PS3.5 9.1)")
     return Exact(tuple(dict.fromkeys(parts)))
 

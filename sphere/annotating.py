@@ -14,12 +14,12 @@ from sphere.catalog.annotations import About, Annotations, Draft, Target, Versio
 from sphere.catalog.queries import open_queries
 from sphere.conf.errors import BadRequest, NotThere, Overtaken, PeerError, SettingsError, SphereError, TooLarge
 from sphere.conf.settings import Settings
+from sphere.conf.uids import UID
 
 PIECE = 1 << 20
 TIMEOUT_S = (10.0, 120.0)  # to connect, and between two reads of an answer
 _ERRORS: Mapping[int, type[SphereError]] = {400: BadRequest, 404: NotThere, 409: Overtaken, 413: TooLarge}
 _ID = re.compile(r"[0-9a-f]{32}")
-_UID = re.compile(r"[0-9.]{1,64}")
 
 Row = dict[str, Any]
 
@@ -95,7 +95,7 @@ class Here:
             draft.discard()
 
     def _target(self, uid: str, level: str, *, allow_unknown: bool) -> Target:
-        if not _UID.fullmatch(uid):
+        if not UID.fullmatch(uid):
             raise BadRequest("--uid is not a UID (PS3.5 9.1)")
         named = level_named(level)
         with open_queries(self._settings) as queries:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -10,19 +9,19 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from sphere.conf.settings import load
+from sphere.conf.uids import UID
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from sphere.catalog.service import StoredInstance
 
-_UID = re.compile(r"[0-9.]{1,64}")
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 def _check(_: click.Context, option: click.Parameter, uids: tuple[str, ...]) -> tuple[str, ...]:
     for uid in uids:
-        if not _UID.fullmatch(uid):
+        if not UID.fullmatch(uid):
             raise click.BadParameter(f"{uid[:80]!r} is not a UID (PS3.5 9.1)", param=option)
     return uids
 

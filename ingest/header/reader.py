@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from sphere.conf.errors import RejectReason
+from sphere.conf.uids import UID, UID_LENGTH
 from sphere.ingest.header.charset import DEFAULT
 from sphere.ingest.header.layout import Layout, Rejected, find_layout
 from sphere.ingest.header.memo import Memo
@@ -18,8 +19,6 @@ _MEDIA_STORAGE_DIRECTORY: Final = "1.2.840.10008.1.3.10"
 _DIRECTORY_RECORD_SEQUENCE: Final = 0x00041220
 _IDENTIFYING: Final = ("SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID")
 _LAST_IDENTIFYING: Final = 0x0020000E
-_UID_LENGTH: Final = 64  # characters (PS3.5 9.1)
-_UID: Final = re.compile(rf"[0-9.]{{1,{_UID_LENGTH}}}", re.ASCII)
 _STRICT_UID: Final = re.compile(r"(?:0|[1-9]\d*)(?:\.(?:0|[1-9]\d*))+", re.ASCII)
 
 
@@ -135,9 +134,9 @@ def _check_uids(values: dict[str, Any], hits: list[Hit], walker: Walker, warning
         return _missing(missing, hits, walker)
     for keyword in _IDENTIFYING:
         uid = values[keyword]
-        if _STRICT_UID.fullmatch(uid) and len(uid) <= _UID_LENGTH:
+        if _STRICT_UID.fullmatch(uid) and len(uid) <= UID_LENGTH:
             continue
-        if not _UID.fullmatch(uid):
+        if not UID.fullmatch(uid):
             return Rejected(RejectReason.BAD_UID, f"{keyword} is no UID ({len(uid)} characters)")
         warnings.append(f"{keyword}: a component is empty or has leading zeros")
     return None

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import re
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Protocol
 
 from sphere.conf.errors import StorageError, StorageMissing
 from sphere.conf.logs import hashed
+from sphere.conf.uids import UID
 from sphere.ingest.storage.base import Readable
 from sphere.scp.commitment.transactions import Reference
 from sphere.scp.retrieve.outbound import range_of
@@ -26,7 +26,6 @@ PROCESSING_FAILURE = 0x0110  # Failure Reasons (PS3.3 C.14.1.1)
 NO_SUCH_INSTANCE = 0x0112
 CLASS_CONFLICT = 0x0119
 BATCH = 500  # instances looked up at once
-_UID = re.compile(r"[0-9.]{1,64}")
 
 
 class Catalog(Protocol):
@@ -51,7 +50,7 @@ class Verifier:
         """
         rest = iter(references)
         while batch := list(islice(rest, BATCH)):
-            uids = [one.SOPInstanceUID for one in batch if _UID.fullmatch(one.SOPInstanceUID)]
+            uids = [one.SOPInstanceUID for one in batch if UID.fullmatch(one.SOPInstanceUID)]
             found = {one.SOPInstanceUID: one for one in self._catalog.lookup_instances(sop=uids)} if uids else {}
             readable: list[tuple[StoredInstance, Reference]] = []
             for reference in batch:

@@ -25,13 +25,14 @@ from sphere.catalog.query import Query
 from sphere.catalog.references import KINDS, references
 from sphere.catalog.service import StoredInstance
 from sphere.conf.errors import BadRequest, NotThere
+from sphere.conf.uids import UID
 from sphere.scp.web.archive import as_seen
 from sphere.scp.web.incoming import pieces
 from sphere.scp.web.operations import PREFIX as DICOM_WEB
 from sphere.scp.web.operations import Operation, parameter
 from sphere.scp.web.problem import WebError
 from sphere.scp.web.streamed import Streamed
-from sphere.scp.web.upload import ABOUT, FORM, UID, Upload, number, who
+from sphere.scp.web.upload import ABOUT, FORM, Upload, number, who
 
 PREFIX: Final = "/annotations"
 ANY: Final = "*/*"

@@ -16,14 +16,14 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from sphere.catalog.grant import Grant
+from sphere.conf.uids import UID
 from sphere.scp.web.problem import MEDIA_TYPE, WebError
 
 Endpoint = Callable[[Request], Response] | Callable[[Request], Awaitable[Response]]
 Parameter = Mapping[str, Any]
 
 PREFIX = "/dicom-web"
-_UID = re.compile(r"[0-9.]{1,64}")
-UID_SCHEMA = {"type": "string", "pattern": "^[0-9.]{1,64}$"}
+UID_SCHEMA = {"type": "string", "pattern": f"^{UID.pattern}$"}
 PATH_SCHEMAS: Mapping[str, Any] = {
     "frames": {"type": "string"},
     "annotation": {"type": "string", "pattern": "^[0-9a-f]{32}$"},
@@ -87,7 +87,7 @@ def uids(request: Request) -> dict[str, str]:
     """The UIDs in the path by the names of its parameters; raises WebError where one is none."""
     found = {name: str(value) for name, value in request.path_params.items() if name != "frames"}
     for name, uid in found.items():
-        if not _UID.fullmatch(uid):
+        if not UID.fullmatch(uid):
             raise WebError(f"{name} in the path is not a UID (PS3.5 9.1)")
     return found
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -18,6 +17,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from sphere.conf.logs import hashed
+from sphere.conf.uids import UID
 from sphere.scp.store import PROCESSING_FAILURE, StoreAnswer, StoreRequest, identify_request
 from sphere.scp.upper.dataset import Budget
 from sphere.scp.web.accept import accepted, choose, parse
@@ -37,7 +37,6 @@ MISMATCH: Final = 0xA900
 MAX_PARTS: Final = 100_000
 MAX_METADATA: Final = 64 << 20  # bytes of a part with metadata
 IN_FLIGHT: Final = 8  # instances of one request that are stored at once, so that they share one sync (group commit)
-_UID = re.compile(r"[0-9.]{1,64}", re.ASCII)
 
 
 class Store(Protocol):
@@ -196,7 +195,7 @@ class Taking(ABC):
         found = identify_request(request)
         outcome = Outcome(found.SOPClassUID, found.SOPInstanceUID, found.StudyInstanceUID, found.SeriesInstanceUID)
         needed = (found.SOPInstanceUID, found.SOPClassUID, found.StudyInstanceUID, found.SeriesInstanceUID)
-        if not all(map(_UID.fullmatch, needed)):
+        if not all(map(UID.fullmatch, needed)):
             outcome.reason, outcome.comment = CANNOT_UNDERSTAND, "an identifying UID is missing, or is none"
         elif self._study and found.StudyInstanceUID != self._study:
             outcome.reason, outcome.comment = MISMATCH, "it is of another study than the request"
@@ -314,7 +313,7 @@ def _named(header: Any, tag: str) -> str:
         text = str(header[tag]["Value"][0])
     except (LookupError, TypeError):
         return ""
-    return text if _UID.fullmatch(text) else ""
+    return text if UID.fullmatch(text) else ""
 
 
 def _response(outcomes: Iterable[Outcome], base: str, study: str, media_type: str) -> Response:

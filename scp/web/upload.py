@@ -25,13 +25,13 @@ from sphere.catalog.annotations import (
 )
 from sphere.catalog.queries import Queries
 from sphere.conf.errors import BadRequest, NotThere
+from sphere.conf.uids import UID
 from sphere.scp.web.multipart_in import Data, End, Event, Head, MultipartReader
 from sphere.scp.web.problem import WebError
 
 FORM: Final = "multipart/form-data"
 MAX_FIELD: Final = 8 << 10  # bytes of a field of a form
 ABOUT: Final = ("type", "author", "name", "description")
-UID: Final = re.compile(r"[0-9.]{1,64}")
 _SHA256 = re.compile(r"[0-9A-Fa-f]{64}")
 _MEDIA_TYPE = re.compile(r"[!#$&^_.+\-0-9A-Za-z]{1,100}/[!#$&^_.+\-0-9A-Za-z]{1,100}")
 

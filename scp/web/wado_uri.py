@@ -9,6 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from sphere.catalog.service import StoredInstance
+from sphere.conf.uids import UID
 from sphere.scp.retrieve.outbound import syntax_of
 from sphere.scp.web.accept import accepted, choose, parse
 from sphere.scp.web.archive import Archive, etag, not_modified
@@ -19,7 +20,6 @@ from sphere.scp.web.render import Look, encode, parse_look, render
 from sphere.scp.web.retrieve import DICOM, single_instance
 
 _IMAGES = ("image/jpeg", "image/png", "image/gif")
-_UID = re.compile(r"[0-9.]{1,64}")
 _KNOWN = {
     "requestType", "studyUID", "seriesUID", "objectUID", "contentType", "charset", "anonymize", "annotation", "rows",
     "columns", "region", "windowCenter", "windowWidth", "frameNumber", "imageQuality", "presentationUID",
@@ -70,7 +70,7 @@ def _given(request: Request) -> dict[str, str]:
     if given.get("requestType") != "WADO":
         raise WebError("requestType must be WADO")
     for name in ("studyUID", "seriesUID", "objectUID"):
-        if not _UID.fullmatch(given.get(name, "")):
+        if not UID.fullmatch(given.get(name, "")):
             raise WebError(f"{name} must be a UID (PS3.5 9.1)")
     for name in ("anonymize", "presentationUID"):
         if given.get(name):

@@ -203,7 +203,7 @@ def storing(folder: Path, options: argparse.Namespace) -> None:
             size = sum(map(len, parts))
             return _timed(lambda: server.send("/dicom-web/studies", iter(parts), size, f"{DICOM}; boundary=B"))
 
-        compare(f"STOW-RS of {options.stow_mib} MiB", servers, once, 1, 1.5)
+        compare(f"STOW-RS of {options.stow_mib} MiB", servers, once, options.rounds, 1.5)
 
 
 def qido(folder: Path, options: argparse.Namespace) -> None:
