@@ -40,8 +40,10 @@ SHARE, LEAST = 0.03, 1000
 
 FILES_AT_ONCE = 200
 """Files of `instances` whose rows are in memory together while a base is built."""
-_LONGEST_FIRST = ("series", "study_files", "studies", "patients", "bundles")
-"""Parts of a base, in the order in which they are begun."""
+_ALONE = ("series",)
+_TOGETHER = ("study_files", "studies", "patients", "bundles")
+"""Parts of a base, in the order in which they are begun; those that take most memory by themselves, as what does not fit
+into it goes over the disk."""
 
 
 class RebuildNeeded(Exception):
@@ -56,8 +58,10 @@ def build_base(db: duckdb.DuckDBPyConnection, snapshots: Snapshots, *, grant: Gr
     _create_map(db)
     if grant is not None:
         _roll_up_granted(db, snapshots["instances"], grant)
+    for name in _ALONE:
+        _base_part(db, name, snapshots, grant)
     with ThreadPoolExecutor(2, thread_name_prefix="index-base") as pool:
-        for part in [pool.submit(_base_part, db, name, snapshots, grant) for name in _LONGEST_FIRST]:
+        for part in [pool.submit(_base_part, db, name, snapshots, grant) for name in _TOGETHER]:
             part.result()
     Note.of(snapshots, settled=grant is not None or _is_settled(snapshots), base="").write(db)
 
@@ -187,16 +191,37 @@ def _roll_up_granted(db: duckdb.DuckDBPyConnection, instances: Snapshot | None, 
 
 
 def _copy_table(db: duckdb.DuckDBPyConnection, name: str, snapshot: Snapshot | None) -> None:
+    """The rows of a roll-up or of `bundles`, sorted by key; columns that say nothing come last.
+
+    DuckDB carries every column through a sort, those without a value too, and writes many of them with one thread only:
+    added afterwards, they cost a twentieth.
+    """
     table = TABLES[name]
+    db.register("empty", table.schema.empty_table())
     if snapshot is None or not snapshot.files:
-        db.register("empty", table.schema.empty_table())
-        source, columns, values = "empty", frozenset(table.schema.names), []
+        source, values = "empty", []
+        filled = list(table.schema.names)
     else:
-        source, columns, values = "read_parquet(?, union_by_name = true)", snapshot.columns, [list(snapshot.files)]
-    listed = ", ".join(selected(column) for column in table.schema.names if column in columns)
-    missing = "".join(f', NULL AS "{column}"' for column in table.schema.names if column not in columns)
+        source, values = "read_parquet(?, union_by_name = true)", [list(snapshot.files)]
+        said = _with_values(db, snapshot.files) | set(table.key)
+        filled = [column for column in table.schema.names if column in snapshot.columns and column in said]
+    listed = ", ".join(map(selected, filled))
     order = ", ".join(f'"{key}"' for key in table.key)
-    db.execute(f"CREATE TABLE {name} AS SELECT {listed}{missing} FROM {source} ORDER BY {order}", values)
+    db.execute(f"CREATE TABLE {name} AS SELECT {listed} FROM {source} ORDER BY {order}", values)
+    if others := ", ".join(selected(column) for column in table.schema.names if column not in filled):
+        for column, kind, *_ in db.execute(f"DESCRIBE SELECT {others} FROM empty").fetchall():
+            db.execute(f'ALTER TABLE {name} ADD COLUMN "{column}" {kind}')
+    db.unregister("empty")
+
+
+def _with_values(db: duckdb.DuckDBPyConnection, files: Sequence[str]) -> set[str]:
+    """The columns of Parquet files that have a value somewhere, or may have: of a list that is empty, as of one that is
+    null, statistics say that it has none."""
+    sql = (
+        "SELECT DISTINCT split_part(path_in_schema, ',', 1) FROM parquet_metadata(?) "
+        "WHERE stats_null_count IS NULL OR stats_null_count < num_values OR contains(path_in_schema, ',')"
+    )
+    return {row[0] for row in db.execute(sql, [list(files)]).fetchall()}
 
 
 def selected(name: str) -> str:

@@ -12,8 +12,10 @@ import hashlib
 import shutil
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal, cast
 
@@ -62,16 +64,22 @@ def build(db: duckdb.DuckDBPyConnection, folder: Path) -> None:
     """Write the rows of the base that `db` holds; an earlier attempt is replaced. Raises duckdb.Error and OSError."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    for table in ("patients", "studies", "series"):
-        _write_columns(db, table, folder)
-    for table, column in KEYS:
-        _write_key(db, table, column, folder)
-    _write_series_of(db, folder)
-    _write_files_of(db, folder)
-    _write_dates(db, folder)
-    _write_names(db, folder)
+    parts: list[Callable[[duckdb.DuckDBPyConnection], None]] = [  # the large ones of columns not beside each other
+        partial(_write_columns, table="series", folder=folder),
+        *(partial(_write_key, table=table, column=column, folder=folder) for table, column in KEYS),
+        *(partial(_write_columns, table=table, folder=folder) for table in ("studies", "patients")),
+        *(partial(write, folder=folder) for write in (_write_series_of, _write_names, _write_files_of, _write_dates)),
+    ]
+    with ThreadPoolExecutor(2, thread_name_prefix="index-rows") as pool:
+        for part in [pool.submit(_with_cursor, db, part) for part in parts]:
+            part.result()
     sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
     (folder / "made.json").write_bytes(orjson.dumps(sizes))
+
+
+def _with_cursor(db: duckdb.DuckDBPyConnection, part: Callable[[duckdb.DuckDBPyConnection], None]) -> None:
+    with db.cursor() as cursor:
+        part(cursor)
 
 
 def _write_columns(db: duckdb.DuckDBPyConnection, table: str, folder: Path) -> None:
