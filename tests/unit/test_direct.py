@@ -8,6 +8,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -108,9 +109,8 @@ def test_columns_in_several_batches(
     begin = str(made[1].study_values["PatientName"][7].as_py())[:1].lower()
     expected = index.rows.by_name(begin, 1000)
     monkeypatch.setattr(rows_module, "SHIFT", 4)
-    with index.connection.cursor() as cursor:
-        cursor.execute("USE base")
-        rows_module.build(cursor, tmp_path / "few.rows")
+    with duckdb.connect(shutil.copy(index.paths[0], tmp_path)) as base:
+        rows_module.build(base, tmp_path / "few.rows")
     few = RowStore(tmp_path / "few.duckdb")
     every = np.arange(len(few.tables["studies"]))
     for name in ("StudyInstanceUID", "StudyDate", "ModalitiesInStudy"):

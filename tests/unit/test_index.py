@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import psutil
 import pytest
 
@@ -72,6 +73,25 @@ def files(settings: Settings) -> list[Path]:
 
 def count(service: QueryService) -> int:
     return service.count(Query.build("STUDY"))
+
+
+def test_columns_that_say_nothing(tmp_path: Path) -> None:
+    """They are in the base with the types of an empty one; a list without entries stays one."""
+    described = []
+    for name, some in (("none", []), ("some", [row | {"OperatorsName": []} for row in rows(3)])):
+        settings = archive(tmp_path / name)
+        write_catalog(settings, some)
+        path = IndexFolder(settings).make()
+        with duckdb.connect(str(path), read_only=True) as db:
+            for table in ("patients", "studies", "series"):
+                columns = db.execute(f"SELECT column_name, column_type FROM (DESCRIBE {table})").fetchall()
+                assert [column for column, _ in columns if not column.endswith("$name")] != []
+                described.append((name, table, sorted(columns)))
+            said = db.execute("SELECT SeriesInstanceUID, OperatorsName, ProtocolName FROM series").fetchall()
+    assert [columns for name, _, columns in described if name == "none"] == [
+        columns for name, _, columns in described if name == "some"
+    ]
+    assert said == [(f"9.{study}.1", [], None) for study in range(3)]
 
 
 def test_one_file_serves_all_and_stays(settings: Settings) -> None:
