@@ -42,8 +42,8 @@ FILES_AT_ONCE = 200
 """Files of `instances` whose rows are in memory together while a base is built."""
 _ALONE = ("series",)
 _TOGETHER = ("study_files", "studies", "patients", "bundles")
-"""Parts of a base, in the order in which they are begun; those that take most memory by themselves, as what does not fit
-into it goes over the disk."""
+"""Parts of a base, in the order in which they are begun; what takes most memory is by itself, as what does not fit into
+it goes over the disk."""
 
 
 class RebuildNeeded(Exception):
