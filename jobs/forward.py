@@ -17,7 +17,7 @@ from sphere.conf.settings import Settings
 from sphere.ingest.spool import open_readable
 from sphere.jobs.forward_queue import Entry, Queue
 from sphere.scp.retrieve.deliver import Delivery
-from sphere.scp.retrieve.outbound import SUCCESS, WARNINGS, groups
+from sphere.scp.retrieve.outbound import SUCCESS, WARNINGS, groups, preferred_by
 from sphere.scp.retrieve.reading import reading
 from sphere.scp.retrieve.transcoder import Transcoder
 from sphere.scp.upper.requestor import connect
@@ -118,7 +118,8 @@ class Forwarder:
         """The SOP Instance UIDs that did not arrive, in their order, and the last reason why."""
         stored = {one.SOPInstanceUID: one for one in self._queries.lookup_instances(sop=uids)}
         arrived: set[str] = set()
-        for proposed, group in groups([stored[uid] for uid in uids if uid in stored]):
+        found = [stored[uid] for uid in uids if uid in stored]
+        for proposed, group in groups(found, preferred=preferred_by(peer)):
             for outcome in self._delivery.to_peer(peer, proposed, group):
                 if outcome.status is not None and (outcome.status == SUCCESS or outcome.status in WARNINGS):
                     arrived.add(outcome.instance.SOPInstanceUID)

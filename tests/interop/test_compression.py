@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,20 @@ import pytest
 from pydicom.pixels.utils import pixel_array
 from pynetdicom import AE, evt
 
+from sphere.catalog.queries import open_queries
+from sphere.conf.peers import Peer
+from sphere.conf.settings import from_dict
 from sphere.ingest.header import identify
 from sphere.ingest.part10 import file_meta
+from sphere.jobs.forward import Forwarder
+from sphere.jobs.forward_queue import Queue
 from sphere.scp import client
 from sphere.scp.retrieve.transcode import CONVERTIBLE, DECODERS, ENCODERS, NAMED, NotConverted, convert
+from sphere.scp.retrieve.transcoder import Transcoder
+from sphere.scp.store import StoreAnswer, StoreRequest
 from tests.support.dicom_tools import run_tool
+from tests.support.forwarder import catalogue
+from tests.support.landing import land, new_member
 from tests.support.ports import free_port
 from tests.support.receiver import running_receiver
 from tests.support.samples import CT_STORAGE, dataset_of, make_instance, sendable_files
@@ -174,3 +184,68 @@ def test_what_cannot_be_compressed_goes_as_it_lies(tmp_path: Path) -> None:
         assert (last.status, last.completed) == (0x0000, 2)
         assert {uid: syntax for uid, syntax, _ in seen} == {"1.2.3.1": RLE, "1.2.3.2": EXPLICIT}
         assert seen[1][2] == dataset_of(files[1])
+
+
+def check_sent(seen: tuple[str, str, bytes], original: Path, syntax: str) -> None:
+    """That an image went out in `syntax`, with the same pixels."""
+    uid, as_sent, data = seen
+    before = pydicom.dcmread(original)
+    assert (uid, as_sent) == (before.SOPInstanceUID, syntax)
+    after = pydicom.dcmread(BytesIO(as_file(data, as_sent, original)))
+    np.testing.assert_array_equal(after.pixel_array, before.pixel_array)
+
+
+@pytest.mark.parametrize("name", ["RLELossless", "JPEGLSLossless", "JPEG2000Lossless"])
+def test_by_forwarding(tmp_path: Path, name: str) -> None:
+    """To a peer that takes nothing else: without a context for it, the study would wait forever."""
+    port = free_port()
+    path = image(tmp_path / "image.dcm", "1.2.3.1")
+    peer = {"name": "dest", "ae_title": "DEST", "host": "127.0.0.1", "port": port, "transfer_syntaxes": [name]}
+    settings = from_dict({"peers": [peer], "forwards": [{"name": "all", "to": "dest"}]}, base=tmp_path / "archive")
+    queue = Queue(settings)
+    queue.open()
+    catalogue(settings, land(settings, [new_member(path.read_bytes())]))
+    assert queue.take_up() == 1
+    with (
+        peer_that_takes(port, NAMED[name]) as seen,
+        open_queries(settings) as queries,
+        closing(Transcoder()) as transcoder,
+        closing(Forwarder(settings, queue, queries, transcoder)) as forwarder,
+    ):
+        forwarder.send_due(threading.Event())
+    assert queue.waiting == []
+    [one] = seen
+    check_sent(one, path, NAMED[name])
+
+
+def test_by_c_store_as_a_user(tmp_path: Path, settings: Any) -> None:
+    port = free_port()
+    path = image(tmp_path / "image.dcm", "1.2.3.1")
+    peer = Peer(name="dest", ae_title="DEST", host="127.0.0.1", port=port, transfer_syntaxes=(NAME,))
+    with peer_that_takes(port, EXPLICIT, RLE) as seen, closing(Transcoder()) as transcoder:
+        [result] = client.store(peer, [path], settings=settings, converter=transcoder)
+        assert result.stored, result.error
+    [one] = seen
+    check_sent(one, path, RLE)
+
+
+def test_by_c_get(tmp_path: Path) -> None:
+    """A requester that is known, and offers a context for each transfer syntax, is sent the one of its settings."""
+    path = image(tmp_path / "image.dcm", "1.2.3.1")
+    seen: list[tuple[str, str, bytes]] = []
+
+    class Keeps:
+        def land(self, request: StoreRequest) -> StoreAnswer:
+            assert isinstance(request.dataset, list)
+            seen.append((request.AffectedSOPInstanceUID, request.TransferSyntaxUID, b"".join(request.dataset)))
+            return StoreAnswer(0x0000)
+
+    peer = {"name": "me", "ae_title": "SPHERE", "host": "127.0.0.1", "transfer_syntaxes": ["JPEGLSLossless"]}
+    with running_receiver(tmp_path / "archive", {"peers": [peer]}) as receiver:
+        settings = receiver.settings
+        assert all(result.stored for result in client.store(receiver.peer, [path], settings=settings))
+        keys = {"StudyInstanceUID": "1.2.3"}
+        *_, last = client.get(receiver.peer, keys, settings=settings, store=Keeps(), sop_classes=[CT_STORAGE])
+    assert (last.status, last.completed) == (0x0000, 1)
+    [one] = seen
+    check_sent(one, path, NAMED["JPEGLSLossless"])
