@@ -36,7 +36,8 @@ _OPTIONS = (
     ),
     click.option(
         "--from", "list_file", type=click.File(), metavar="FILE",
-        help="One request a line: UIDs from the study down to the level, separated by commas or blanks; - is stdin.",
+        help="One request a line: UIDs from the study down to the level, separated by commas or blanks (PATIENT: a"
+        " PatientID); - is stdin.",
     ),
     click.option("--existing", is_flag=True, help="Skip what the archive already has (asks the peer what it has)."),
     click.option("--pause", type=click.FloatRange(min=0), default=0.0, metavar="S", help="Seconds between requests."),

@@ -55,13 +55,15 @@ class Outcome:
 def read_targets(lines: Iterable[str], level: Level) -> list[Target]:
     """A target for each line of a list: UIDs from the study down to `level`, separated by commas or blanks.
 
-    Empty lines and what follows # are passed over. Raises QueryError for a line with another number of UIDs.
+    At level PATIENT a line is a PatientID, which may hold both. Empty lines and what follows # are passed over.
+    Raises QueryError for a line with another number of UIDs.
     """
     targets = []
     for number, line in enumerate(lines, 1):
-        values = line.partition("#")[0].replace(",", " ").split()
-        if not values:
+        text = line.partition("#")[0].strip()
+        if not text:
             continue
+        values = [text] if level == "PATIENT" else text.replace(",", " ").split()
         if len(values) != len(KEYS[level]):
             raise QueryError(f"line {number}: level {level} needs {' and '.join(KEYS[level])}")
         targets.append(Target(level, dict(zip(KEYS[level], values, strict=True))))

@@ -328,6 +328,7 @@ def test_lists_of_what_to_retrieve() -> None:
         Target("STUDY", {"StudyInstanceUID": "1.2"}), Target("STUDY", {"StudyInstanceUID": "1.3"})
     ]  # fmt: skip
     assert read_targets(["1,2"], "SERIES")[0].keys == {"StudyInstanceUID": "1", "SeriesInstanceUID": "2"}
+    assert [one.keys for one in read_targets([" P 1, ward # first\n", "\n"], "PATIENT")] == [{"PatientID": "P 1, ward"}]
     with pytest.raises(QueryError, match="line 2: level SERIES needs"):
         read_targets(["1 2", "1"], "SERIES")
 
