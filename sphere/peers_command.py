@@ -45,7 +45,8 @@ def peers(ctx: click.Context, as_json: bool, timeout: float) -> None:
     sys.exit(0 if all(one["answered"] for one in asked) else 1)
 
 
-_SHOWN = pa.schema([(name, pa.string()) for name in ("name", "ae_title", "address", "may", "C-ECHO")])
+_COLUMNS = ("name", "ae_title", "address", "tls", "transfer_syntaxes", "may", "C-ECHO")
+_SHOWN = pa.schema([(name, pa.string()) for name in _COLUMNS])
 
 
 def _row(one: Echo) -> dict[str, Any]:
@@ -55,6 +56,8 @@ def _row(one: Echo) -> dict[str, Any]:
         "ae_title": peer.ae_title,
         "host": peer.host,
         "port": peer.port,
+        "tls": peer.tls,
+        "transfer_syntaxes": list(peer.transfer_syntaxes),
         "may": list(peer.may),
         "answered": one.ms is not None,
         "ms": one.ms,
@@ -68,6 +71,8 @@ def _shown(row: Mapping[str, Any]) -> dict[str, str]:
         "name": row["name"],
         "ae_title": row["ae_title"],
         "address": f"{host}:{row['port']}",
+        "tls": "yes" if row["tls"] else "no",
+        "transfer_syntaxes": ", ".join(row["transfer_syntaxes"]) or "as it lies",
         "may": ", ".join(row["may"]) or "nothing",
         "C-ECHO": f"{row['ms']:.0f} ms" if row["answered"] else row["error"],
     }

@@ -22,6 +22,7 @@ from tests.support.samples import make_instance
 pytestmark = pytest.mark.interop
 
 STUDY_FIND, STUDY_MOVE = "1.2.840.10008.5.1.4.1.2.2.1", "1.2.840.10008.5.1.4.1.2.2.2"
+STUDY_GET = "1.2.840.10008.5.1.4.1.2.2.3"
 RIGHTS = {
     "STORER": {"may": ["store"], "max_associations": 2},
     "FINDER": {"may": ["find"], "max_queries": 1},
@@ -72,6 +73,15 @@ def test_who_may_retrieve(receiver: Receiver, title: str, said: int) -> None:
     assoc = associate(receiver, title, STUDY_MOVE)
     identifier = build_identifier({"StudyInstanceUID": "1.2"}, "STUDY")
     statuses = [int(status.Status) for status, _ in assoc.send_c_move(identifier, "NOWHERE", STUDY_MOVE)]
+    assoc.release()
+    assert statuses == [said]
+
+
+@pytest.mark.parametrize(("title", "said"), [("FINDER", 0x0124), ("STORER", 0x0124), ("ANYBODY", 0x0000)])
+def test_who_may_retrieve_by_c_get(receiver: Receiver, title: str, said: int) -> None:
+    assoc = associate(receiver, title, STUDY_GET)
+    identifier = build_identifier({"StudyInstanceUID": "1.2"}, "STUDY")
+    statuses = [int(status.Status) for status, _ in assoc.send_c_get(identifier, STUDY_GET)]
     assoc.release()
     assert statuses == [said]
 
@@ -130,7 +140,7 @@ def test_sphere_peers_says_what_each_answered(receiver: Receiver, tmp_path: Path
             for name, port in known.items()
         )
         config = tmp_path / "sphere.toml"
-        config.write_text(tables + 'may = ["find"]\n')
+        config.write_text(tables + 'may = ["find"]\ntransfer_syntaxes = ["RLELossless"]\n')
         run = CliRunner().invoke(main, ["--config", str(config), "peers", "--json"])
         assert run.exit_code == 1, run.output
         rows = {row["name"]: row for row in json.loads(run.output)}
@@ -138,6 +148,7 @@ def test_sphere_peers_says_what_each_answered(receiver: Receiver, tmp_path: Path
         assert rows["dcmtk"]["ms"] > 0
         assert "cannot connect" in rows["gone"]["error"]
         assert rows["gone"]["may"] == ["find"]
+        assert (rows["gone"]["transfer_syntaxes"], rows["gone"]["tls"]) == (["RLELossless"], False)
         config.write_text(tables.replace(str(known["gone"]), str(port)))
         run = CliRunner().invoke(main, ["--config", str(config), "peers"])
         assert run.exit_code == 0, run.output
