@@ -247,9 +247,12 @@ def load(config: Path | None = None, *, environ: Mapping[str, str] = os.environ)
     """
     path = _find(config, environ)
     data = _read(path)
-    _overlay(data, environ)
-    settings = _validate(data, path)
-    return _resolve(settings, path.parent.resolve() if path else Path.cwd())
+    variables = _overlay(data, environ)
+    settings = _validate(data, path, variables)
+    try:
+        return _resolve(settings, path.parent.resolve() if path else Path.cwd())
+    except SettingsError as error:
+        raise SettingsError(f"{path or 'the settings'}: {error}") from None
 
 
 def from_dict(data: Mapping[str, Any], *, base: Path) -> Settings:
@@ -280,30 +283,37 @@ def _read(path: Path | None) -> dict[str, Any]:
         raise SettingsError(f"settings file {path} is not valid TOML: {error}") from None
 
 
-def _overlay(data: dict[str, Any], environ: Mapping[str, str]) -> None:
-    """Put SPHERE_<SECTION>__<KEY> variables over the file."""
+def _overlay(data: dict[str, Any], environ: Mapping[str, str]) -> dict[str, str]:
+    """Put SPHERE_<SECTION>__<KEY> variables over the file; returns which variable set what."""
+    variables: dict[str, str] = {}
     for name, value in environ.items():
         if not name.startswith("SPHERE_") or "__" not in name:
             continue
         section, _, key = name[len("SPHERE_") :].lower().partition("__")
+        variables[f"{section}.{key}"] = name
+        if section not in data:
+            variables[section] = name
         table = data.setdefault(section, {})
         if not isinstance(table, dict):
             raise SettingsError(f"variable {name}: [[{section}]] is a list and cannot be set by a variable")
         table[key] = value
+    return variables
 
 
-def _validate(data: Mapping[str, Any], path: Path | None) -> Settings:
+def _validate(data: Mapping[str, Any], path: Path | None, variables: Mapping[str, str] | None = None) -> Settings:
     try:
         return Settings.model_validate(data)
     except ValidationError as error:
         where = str(path) if path else "the settings"
-        raise SettingsError("; ".join(_explain(item, where) for item in error.errors())) from None
+        raise SettingsError("; ".join(_explain(item, where, variables or {}) for item in error.errors())) from None
 
 
-def _explain(item: Any, where: str) -> str:
-    """One line for one pydantic error: key, file, and what would be right."""
+def _explain(item: Any, where: str, variables: Mapping[str, str]) -> str:
+    """One line for one pydantic error: key, the file or variable it is from, and what would be right."""
     parts = [str(part) for part in item["loc"]]
     key = ".".join(parts)
+    if variable := variables.get(".".join(parts[:2])):
+        where = f"variable {variable}"
     if item["type"] == "extra_forbidden":
         return f"{where}: unknown key {key!r}; the nearest known key is {nearest_key(key)!r}"
     return f"{where}: {key}: {item['msg'].removeprefix('Value error, ')} (got {item.get('input')!r})"
@@ -362,7 +372,7 @@ def _resolve(settings: Settings, base: Path) -> Settings:
         raise SettingsError("web.oidc_jwks needs web.oidc_issuer and web.oidc_audience too")
     if set("[]") & set(unquote(urlsplit(resolved.catalog_root).path)):
         raise SettingsError(
-            f"{resolved.catalog_root}: Delta tables cannot be read below a folder with [ or ] in its name"
+            f"catalog.root: Delta tables cannot be read below a folder with [ or ] in its name: {resolved.catalog_root}"
         )
     if urlsplit(resolved.catalog_root).scheme == "webhdfs":
         raise SettingsError(

@@ -58,20 +58,34 @@ def test_the_file_is_found_by_variable(tmp_path: Path) -> None:
         ('[archive]\nae_title = "   "\n', r"archive\.ae_title"),
         ('[storage]\nroot = "s3://bucket"\n', r"storage\.root: must begin with file:, hdfs:// or webhdfs://"),
         ('[storage]\nroot = "webhdfs://nn:9870/x"\n', r"catalog\.root: .*webhdfs"),
-        ('[storage]\nroot = "file:odd[1]"\n', r"\[ or \]"),
+        ('[storage]\nroot = "file:odd[1]"\n', r"catalog\.root: .*\[ or \]"),
         ('[ingest]\non_conflict = "maybe"\n', r"ingest\.on_conflict: .*keep-first"),
         ('[[peers]]\nname = "a"\n', r"peers\.0\.ae_title"),
         ("[dimse\n", r"sphere\.toml is not valid TOML"),
     ],
 )
 def test_errors_name_key_file_and_remedy(tmp_path: Path, text: str, message: str) -> None:
-    with pytest.raises(SettingsError, match=message):
+    with pytest.raises(SettingsError, match=message) as caught:
         load(write(tmp_path, text), environ={})
+    assert str(tmp_path / "sphere.toml") in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("SPHERE_DIMSEE__PORT", "1", r"unknown key 'dimsee'; the nearest known key is 'dimse"),
+        ("SPHERE_DIMSE__PROT", "1", r"unknown key 'dimse\.prot'; the nearest known key is 'dimse\.port'"),
+        ("SPHERE_DIMSE__PORT", "70000", r"dimse\.port: .*65535.*got"),
+    ],
+)
+def test_errors_of_variables_name_the_variable(tmp_path: Path, name: str, value: str, message: str) -> None:
+    with pytest.raises(SettingsError, match=f"^variable {name}: {message}"):
+        load(write(tmp_path, "[dimse]\nhost = '127.0.0.1'\n"), environ={name: value})
 
 
 def test_two_peers_of_one_name_are_refused(tmp_path: Path) -> None:
     peer = '[[peers]]\nname = "a"\nae_title = "A"\nhost = "h"\n'
-    with pytest.raises(SettingsError, match="each name may stand once only"):
+    with pytest.raises(SettingsError, match=r"sphere\.toml: peers: each name may stand once only"):
         load(write(tmp_path, peer + peer), environ={})
 
 
