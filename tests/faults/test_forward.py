@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import time
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from tests.support.dicom_tools import running_orthanc, running_storescp
 from tests.support.forwarder import catalogue, running_forwarder
 from tests.support.landing import land, new_member, slices
 from tests.support.ports import free_port
+from tests.support.serving import ready, running_supervisor, send_signal
 
 pytestmark = pytest.mark.faults
 
@@ -59,6 +61,30 @@ def test_a_destination_that_is_down_and_a_forwarder_that_is_killed(tmp_path: Pat
     [state] = status.take(settings).forwards
     assert (state.sent, state.waiting, state.last_error) == (5, 0, "")
     assert "forward     ct to dest: 5 sent, 0 waiting" in str(status.take(settings))
+
+
+def test_the_forwarder_of_serve_is_killed(tmp_path: Path) -> None:
+    """`sphere serve` starts another one, and what came before and after is sent."""
+    port = free_port()
+    studies = [slices(3), slices(2, seed=5, study=5)]
+    peer = {"name": "dest", "ae_title": "DEST", "host": "127.0.0.1", "port": port}
+    often = {"every_s": 0.1, "retry_s": 0.2, "retry_max_s": 0.5}
+    forwards = [{"name": "all", "to": "dest"}]
+    with running_supervisor(tmp_path / "a", workers=1, peers=[peer], forwards=forwards, forwarding=often) as serving:
+        settings = serving.settings
+        tables = Tables(settings)
+        until(lambda: tables.open("forwards") is not None)
+        catalogue(settings, land(settings, [new_member(data, second=n) for n, data in enumerate(studies[0])]))
+        until(lambda: any(entry.attempts for entry in entries(tables)))
+        [forwarder] = [child for child in serving.state().children if child.name.startswith("forward")]
+        send_signal(forwarder, signal.SIGKILL)
+        serving.wait(lambda state: any(child.restarts for child in state.children) and ready(state))
+        catalogue(settings, land(settings, [new_member(data, second=10 + n) for n, data in enumerate(studies[1])]))
+        with running_storescp(tmp_path / "received", port=port):
+            until(lambda: [entry.state for entry in entries(tables)] == ["sent", "sent"])
+        assert serving.stop() == 0
+    arrived = {str(dcmread(path, stop_before_pixels=True).SOPInstanceUID) for path in (tmp_path / "received").iterdir()}
+    assert arrived == {new_member(data).SOPInstanceUID for data in chain(*studies)}
 
 
 def test_orthanc_gets_each_study_in_order_beside_a_destination_that_says_nothing(tmp_path: Path) -> None:

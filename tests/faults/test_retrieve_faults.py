@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,7 +30,7 @@ from sphere.scp.upper.command import C_GET_RQ, C_MOVE_RQ, C_STORE_RQ
 from sphere.scp.upper.outgoing import Outgoing
 from sphere.scp.upper.requestor import Proposed, connect
 from tests.support.ports import free_port
-from tests.support.receiver import Receiver, running_receiver
+from tests.support.receiver import ROOT, Receiver, running_receiver
 from tests.support.samples import CT_STORAGE, dataset_of, make_instance
 
 pytestmark = pytest.mark.faults
@@ -152,6 +155,24 @@ def test_a_destination_that_is_gone_after_some(tmp_path: Path) -> None:
         last = moved(receiver)
     assert (last.status, last.completed, last.failed) == (0xB000, 5, TOTAL - 5)
     assert len(last.failed_uids) == TOTAL - 5
+
+
+def test_a_destination_that_is_killed_half_way(tmp_path: Path) -> None:
+    """SIGKILL before the sixth is answered: it and the rest have failed, and are named."""
+    port = free_port()
+    command = [sys.executable, "-m", "tests.support.mortal_peer", str(port), "6"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        with archive(tmp_path / "a", port) as receiver:
+            last = moved(receiver)
+            assert process.wait(60) == -signal.SIGKILL
+            assert moved(receiver).status == 0xA702  # the archive goes on, and says so
+    finally:
+        process.kill()
+        process.wait()
+    assert (last.status, last.completed, last.failed) == (0xB000, 5, TOTAL - 5)
+    assert len(set(last.failed_uids)) == TOTAL - 5
 
 
 def test_a_destination_that_never_answers_costs_one_timeout(tmp_path: Path) -> None:

@@ -67,7 +67,9 @@ def with_tls(keys: Keys, **more: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def receiver(keys: Keys, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Receiver]:
-    with running_receiver(tmp_path_factory.mktemp("archive"), {"dimse": with_tls(keys, artim_s=3.0)}) as running:
+    peers = [{"name": "dest", "ae_title": "DEST", "host": "127.0.0.1", "port": free_port(), "tls": True}]
+    tables = {"dimse": with_tls(keys, artim_s=3.0), "peers": peers}
+    with running_receiver(tmp_path_factory.mktemp("archive"), tables) as running:
         yield running
 
 
@@ -131,6 +133,11 @@ def test_find_move_and_get_with_tls(keys: Keys, receiver: Receiver, tmp_path: Pa
     kept = Kept()
     *_, last = client.get(peer, {"StudyInstanceUID": "1.2.77"}, settings=settings, store=kept)
     assert (last.status, last.completed, kept.data) == (0, 1, [dataset_of(path)])
+    with running_storescp(tmp_path / "out", *keys.dcmtk(), port=settings.peers[0].port):
+        *_, last = client.move(peer, {"StudyInstanceUID": "1.2.77"}, settings=settings, destination="DEST")
+    assert (last.status, last.completed) == (0, 1)
+    [moved] = (tmp_path / "out").iterdir()
+    assert part10_dataset(moved.read_bytes()) == dataset_of(path)
 
 
 class Kept:
@@ -285,14 +292,34 @@ def silent() -> Iterator[int]:
 
 
 def test_the_command_line(receiver: Receiver, keys: Keys, tmp_path: Path) -> None:
+    """Every verb of the service class user, with the CA in an option."""
     config = tmp_path / "sphere.toml"
-    config.write_text(f'[dimse]\ntls_certificate = "{keys.theirs.path}"\ntls_key = "{keys.theirs.key}"\n')
+    config.write_text(
+        '[storage]\nroot = "file:storage"\n'
+        f'[dimse]\ntls_certificate = "{keys.theirs.path}"\ntls_key = "{keys.theirs.key}"\n'
+    )
     written_out = f"SPHERE@127.0.0.1:{receiver.settings.dimse.tls_port}"
+    one = ("-k", "StudyInstanceUID=1.2.78")
+    path = make_instance(tmp_path / "one.dcm", StudyInstanceUID="1.2.78")
 
-    def call(*arguments: str) -> Any:
-        return CliRunner().invoke(main, ["--config", str(config), "echo", written_out, *arguments])
+    def call(verb: str, *arguments: str | Path) -> Any:
+        return CliRunner().invoke(main, ["--config", str(config), verb, written_out, *map(str, arguments)])
 
-    assert call("--tls-ca", str(keys.ca.path)).exit_code == 0
-    refused = call("--tls")
+    def checked(verb: str, *arguments: str | Path) -> str:
+        result = call(verb, *arguments, "--tls-ca", keys.ca.path)
+        assert result.exit_code == 0, result.output
+        return str(result.output)
+
+    checked("echo")
+    refused = call("echo", "--tls")
     assert refused.exit_code == 1 and "certificate not accepted" in refused.output
-    assert call("--tls-verify", "none").exit_code == 0
+    assert call("echo", "--tls-verify", "none").exit_code == 0
+    assert "1 sent, 0 failed" in checked("store", path)
+    assert "1.2.78" in checked("find", *one)
+    assert "1 instances sent, 0 failed" in checked("get", *one)
+    assert len(list((tmp_path / "storage").rglob("*.tar"))) == 1
+    with running_storescp(tmp_path / "out", *keys.dcmtk(), port=receiver.settings.peers[0].port):
+        assert "1 instances sent, 0 failed" in checked("move", "--to", "DEST", *one)
+    assert len(list((tmp_path / "out").iterdir())) == 1
+    for verb, more in (("store", [path]), ("find", one), ("get", one), ("move", ["--to", "DEST", *one])):
+        assert call(verb, "--tls", *more).exit_code == 1, verb

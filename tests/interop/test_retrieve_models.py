@@ -14,6 +14,7 @@ from pynetdicom.sop_class import (  # type: ignore[attr-defined]  # made when th
     CompositeInstanceRootRetrieveGet,
     CompositeInstanceRootRetrieveMove,
     PatientRootQueryRetrieveInformationModelGet,
+    PatientStudyOnlyQueryRetrieveInformationModelGet,
     StudyRootQueryRetrieveInformationModelGet,
 )
 
@@ -89,6 +90,11 @@ def got(receiver: Receiver, model: str, keys: Dataset, *, cancel_after: int = 0)
         (PatientRootQueryRetrieveInformationModelGet, keys_of("PATIENT", PatientID="P"), ALL),
         (StudyRootQueryRetrieveInformationModelGet, keys_of("STUDY", StudyInstanceUID="1.2"), ALL),
         (
+            PatientStudyOnlyQueryRetrieveInformationModelGet,
+            keys_of("STUDY", PatientID="P", StudyInstanceUID="1.2"),
+            ALL,
+        ),
+        (
             StudyRootQueryRetrieveInformationModelGet,
             keys_of("SERIES", StudyInstanceUID="1.2", SeriesInstanceUID=["1.2.1", "1.2.2"]),
             ALL,
@@ -104,7 +110,7 @@ def got(receiver: Receiver, model: str, keys: Dataset, *, cancel_after: int = 0)
             ["1.2.1.5", "1.2.2.1"],
         ),
     ],
-    ids=["patient", "study", "series", "image", "composite instance"],
+    ids=["patient", "study", "patient and study only", "series", "image", "composite instance"],
 )
 def test_each_level_by_c_get(receiver: Receiver, model: str, keys: Dataset, expected: list[str]) -> None:
     last, came = got(receiver, model, keys)

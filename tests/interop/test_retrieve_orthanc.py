@@ -21,7 +21,7 @@ from sphere.template import render
 from tests.support.dicom_tools import Orthanc, part10_dataset, running_orthanc
 from tests.support.ports import free_port
 from tests.support.receiver import Receiver, running_receiver
-from tests.support.samples import make_instance
+from tests.support.samples import dataset_of, make_instance
 
 pytestmark = pytest.mark.interop
 
@@ -62,15 +62,19 @@ def held(receiver: Receiver) -> list[str]:
 
 def test_orthanc_asks_and_receives(tmp_path: Path) -> None:
     with both(tmp_path) as (orthanc, receiver, _):
-        assert all(
-            one.stored for one in client.store(receiver.peer, studies(tmp_path / "f"), settings=receiver.settings)
-        )
+        files = studies(tmp_path / "f")
+        assert all(one.stored for one in client.store(receiver.peer, files, settings=receiver.settings))
         orthanc.post(
             "/modalities/sphere/move",
             {"Level": "Study", "Resources": [{"StudyInstanceUID": "1.1"}, {"StudyInstanceUID": "1.2"}], "Timeout": 60},
         )
         instances = orthanc.get("/instances")
         assert len(instances) == 8
+        came = {
+            one["MainDicomTags"]["SOPInstanceUID"]: part10_dataset(orthanc.file(one["ID"]))
+            for one in (orthanc.get(f"/instances/{instance}") for instance in instances)
+        }
+    assert came == {f"1.{n // 4 + 1}.1.{n % 4 + 1}": dataset_of(path) for n, path in enumerate(files[:8])}
 
 
 def test_get_and_move_from_orthanc(tmp_path: Path) -> None:
@@ -100,6 +104,41 @@ def test_get_and_move_from_orthanc(tmp_path: Path) -> None:
         assert "3 asked for, 3 already here: 0 instances sent, 0 failed" in result.output
         result = call(config, "move", "orthanc", "--to", "SPHERE", "--level", "PATIENT", "-k", "PatientID=P1")
         assert "4 instances sent" in result.output
+
+
+def test_get_of_what_is_missing_at_every_level(tmp_path: Path) -> None:
+    """A list for each level, then all with --existing: only what is not here is asked for."""
+    with both(tmp_path) as (orthanc, receiver, config):
+        for path in studies(tmp_path / "files"):
+            orthanc.post("/instances", path.read_bytes())
+        lists = {"IMAGE": "1.1,1.1.1,1.1.1.2\n", "SERIES": "1.2 1.2.1\n", "STUDY": "1.1\n1.2\n1.3\n"}
+        told = []
+        for level, lines in lists.items():
+            listed = tmp_path / f"{level}.txt"
+            listed.write_text(lines)
+            result = call(config, "get", "orthanc", "--level", level, "--from", str(listed), "--existing")
+            assert result.exit_code == 0, result.output
+            told.append(result.output.splitlines()[-1])
+        assert told == [
+            "1 asked for, 0 already here: 1 instances sent, 0 failed",
+            "1 asked for, 0 already here: 4 instances sent, 0 failed",
+            "3 asked for, 1 already here: 7 instances sent, 0 failed",
+        ]
+        assert len(held(receiver)) == len(set(held(receiver))) == 12
+        rows = {
+            level: json.loads(call(config, "find", "orthanc", "--level", level, *keys, "--format", "json").stdout)
+            for level, keys in FIND.items()
+        }
+    assert {level: len(found) for level, found in rows.items()} == {"PATIENT": 1, "STUDY": 3, "SERIES": 1, "IMAGE": 4}
+    assert {row["SOPInstanceUID"] for row in rows["IMAGE"]} == {f"1.2.1.{number}" for number in (1, 2, 3, 4)}
+
+
+FIND = {
+    "PATIENT": ["--model", "patient", "-k", "PatientID=P2"],
+    "STUDY": ["-k", "StudyInstanceUID"],
+    "SERIES": ["-k", "StudyInstanceUID=1.2", "-k", "SeriesInstanceUID"],
+    "IMAGE": ["-k", "StudyInstanceUID=1.2", "-k", "SeriesInstanceUID=1.2.1", "-k", "SOPInstanceUID"],
+}
 
 
 def test_what_orthanc_has_as_table_csv_and_json(tmp_path: Path) -> None:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -96,6 +101,23 @@ def test_a_file_that_was_changed_is_sent_again(tmp_path: Path) -> None:
         assert seen[5:] == ["1.2.1", "1.2.2", "1.2.3"]
 
 
+@pytest.mark.parametrize("terminal", [True, False], ids=["terminal", "pipe"])
+def test_a_bar_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, terminal: bool) -> None:
+    class Stream(io.StringIO):
+        def isatty(self) -> bool:
+            return terminal
+
+    port, stderr = free_port(), Stream()
+    config = config_of(tmp_path / "archive", port)
+    monkeypatch.setattr(sys, "stderr", stderr)
+    monkeypatch.setenv("TERM", "xterm")
+    files = [str(path) for path in some(tmp_path / "files", 3)]
+    with peer_that(port, lambda event, seen: 0x0000), pytest.raises(SystemExit, match=r"^0$"):
+        main(["--config", str(config), "store", "dest", *files])
+    text = stderr.getvalue()
+    assert ("3/3" in text and "MB/s" in text) if terminal else text == ""
+
+
 def test_what_may_work_later_is_tried_again(tmp_path: Path, settings: Any) -> None:
     port, pauses = free_port(), []
     peer = Peer(name="dest", ae_title="DEST", host="127.0.0.1", port=port)
@@ -143,6 +165,63 @@ def test_from_the_archive_by_query(tmp_path: Path) -> None:
         sent = sorted(part10_dataset(path.read_bytes()) for path in out.iterdir())
         assert sent == sorted(dataset_of(files[n - 1]) for n in (3, 4, 5))
         assert "0 sent, 0 failed" in call(config, "--where", "PatientID=NOBODY").output
+
+
+def until_noted(folder: Path, count: int) -> None:
+    """Wait for so many lines of what was sent."""
+    deadline = time.monotonic() + 60
+    while sum(path.read_text().count("\n") for path in folder.glob("*.sent")) < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_goes_on_after_a_kill(tmp_path: Path) -> None:
+    """SIGKILL while the fourth is under way: what was answered before is not sent again."""
+    port = free_port()
+    folder = tmp_path / "files"
+    some(folder, 8)
+    config = config_of(tmp_path / "archive", port)
+    fourth, killed = threading.Event(), threading.Event()
+
+    def hold(event: Any, seen: list[str]) -> int:
+        if len(seen) == 4:
+            fourth.set()
+            killed.wait(60)
+        return 0x0000
+
+    command = [sys.executable, "-m", "sphere.cli", "--config", str(config), "store", "dest", str(folder)]
+    with peer_that(port, hold) as seen:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            assert fourth.wait(60)
+            until_noted(tmp_path / "archive" / "state" / "sending", 3)
+        finally:
+            process.kill()
+            process.wait()
+            killed.set()
+        assert len(seen) == 4
+        result = call(config, folder)
+    assert result.exit_code == 0 and "5 sent, 0 failed, 3 sent by an earlier call" in result.output, result.output
+    assert seen[3:4] == seen[4:5] and sorted(set(seen)) == [f"1.2.{n}" for n in range(1, 9)] and len(seen) == 9
+
+
+def test_goes_on_with_what_a_query_finds(tmp_path: Path) -> None:
+    files = [
+        make_instance(tmp_path / f"{n}.dcm", SOPInstanceUID=f"1.2.{n}", StudyInstanceUID="1.2") for n in range(1, 6)
+    ]
+    port = free_port()
+    config = config_of(tmp_path / "archive", port)
+    with running_receiver(tmp_path / "archive") as receiver:
+        assert all(one.stored for one in client.store(receiver.peer, files, settings=receiver.settings))
+        where = ("--where", "StudyInstanceUID=1.2")
+        with peer_that(port, lambda event, seen: 0x0000 if len(seen) <= 2 else 0xC001) as first:
+            result = call(config, *where)
+            assert result.exit_code == 1 and "2 sent, 3 failed" in result.output, result.output
+        with peer_that(port, lambda event, seen: 0x0000) as second:
+            result = call(config, *where)
+            assert result.exit_code == 0, result.output
+            assert "3 sent, 0 failed, 2 sent by an earlier call" in result.output
+    assert sorted(first[:2] + second) == [f"1.2.{n}" for n in range(1, 6)]
 
 
 def test_what_the_peer_does_not_take_as_it_is(tmp_path: Path) -> None:

@@ -134,12 +134,20 @@ class Orthanc:
     def put(self, path: str, body: Any) -> Any:
         return self._ask(path, body, "PUT")
 
+    def file(self, instance: str) -> bytes:
+        """The Part 10 file of an instance, by Orthanc's own name of it."""
+        return self._bytes(f"/instances/{instance}/file", None, "GET")
+
     def _ask(self, path: str, body: Any, method: str) -> Any:
+        text = self._bytes(path, body, method)
+        return json.loads(text) if text[:1] in b"[{" and text else text.decode()
+
+    def _bytes(self, path: str, body: Any, method: str) -> bytes:
         data = body if isinstance(body, (bytes, type(None))) else json.dumps(body).encode()
         request = urllib.request.Request(f"http://127.0.0.1:{self.http_port}{path}", data, method=method)
         with urllib.request.urlopen(request, timeout=RUN_S) as answer:
-            text = answer.read()
-        return json.loads(text) if text[:1] in b"[{" and text else text.decode()
+            read: bytes = answer.read()
+        return read
 
 
 @contextmanager

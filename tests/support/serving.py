@@ -79,6 +79,8 @@ def running_supervisor(
     extract_every_s: float = 0,
     ingest: Mapping[str, Any] | None = None,
     peers: Sequence[Mapping[str, Any]] = (),
+    forwards: Sequence[Mapping[str, Any]] = (),
+    forwarding: Mapping[str, Any] | None = None,
 ) -> Iterator[Serving]:
     """`sphere serve` on an archive in `base`, every part ready; killed at the end where the test has not stopped it."""
     base.mkdir(parents=True, exist_ok=True)
@@ -86,9 +88,9 @@ def running_supervisor(
     config = base / "sphere.toml"
     text = f'[dimse]\nport = {port}\nworkers = {workers}\n[storage]\nroot = "{root}"\n'
     text += f"[extract]\nevery_s = {extract_every_s}\n"
-    text += "[ingest]\n" + "".join(f"{name} = {json.dumps(value)}\n" for name, value in (ingest or {}).items())
-    for peer in peers:
-        text += "[[peers]]\n" + "".join(f"{name} = {json.dumps(value)}\n" for name, value in peer.items())
+    text += f"[ingest]\n{_lines(ingest or {})}[forwarding]\n{_lines(forwarding or {})}"
+    text += "".join(f"[[peers]]\n{_lines(peer)}" for peer in peers)
+    text += "".join(f"[[forwards]]\n{_lines(forward)}" for forward in forwards)
     text += f"[web]\nenabled = {str(web).lower()}\nport = 0\n"
     config.write_text(text)
     tables = {
@@ -97,6 +99,8 @@ def running_supervisor(
         "extract": {"every_s": extract_every_s},
         "ingest": dict(ingest or {}),
         "peers": list(peers),
+        "forwards": list(forwards),
+        "forwarding": dict(forwarding or {}),
     }
     with (base / "serve.log").open("a") as log:
         command = [sys.executable, "-m", "sphere.cli", "--config", str(config), "serve"]
@@ -109,3 +113,7 @@ def running_supervisor(
         if process.poll() is None:
             process.kill()
         process.wait()
+
+
+def _lines(values: Mapping[str, Any]) -> str:
+    return "".join(f"{name} = {json.dumps(value)}\n" for name, value in values.items())

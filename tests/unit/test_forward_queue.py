@@ -22,9 +22,15 @@ pytestmark = pytest.mark.unit
 DEST = {"name": "dest", "ae_title": "DEST", "host": "127.0.0.1", "port": 1}
 
 
+SENDERS = [  # of one AE title
+    {"name": "ct", "ae_title": "MODALITY", "host": "10.0.0.7"},
+    {"name": "elsewhere", "ae_title": "MODALITY", "host": "10.0.0.8"},
+]
+
+
 def with_forwards(folder: Path, *forwards: dict[str, Any]) -> Settings:
     tables = [{"name": "all", "to": "dest", **one} for one in forwards]
-    return from_dict({"peers": [DEST], "forwards": tables}, base=folder)
+    return from_dict({"peers": [DEST, *SENDERS], "forwards": tables}, base=folder)
 
 
 def test_only_what_comes_is_queued_and_only_once(tmp_path: Path) -> None:
@@ -92,6 +98,8 @@ def test_rows_that_a_rewrite_moved_are_not_new(tmp_path: Path) -> None:
         ({"calling_ae": "MOD*", "keys": {"PatientID": "*"}, "modality": "CT"}, None),
         ({"calling_ae": "MOD*"}, True),
         ({"peer": "dest"}, False),
+        ({"peer": "ct"}, True),
+        ({"peer": "elsewhere"}, False),
         ({"via": "import"}, False),
         ({"sop_class": "CTImageStorage"}, True),
     ],
@@ -104,7 +112,8 @@ def test_conditions(tmp_path: Path, condition: dict[str, Any], queued: bool | No
         return
     queue = Queue(settings)
     queue.open()
-    catalogue(settings, land(settings, [replace(new_member(slices(1)[0]), collections=("trial",))]))
+    member = new_member(slices(1)[0], origin="dimse:MODALITY@10.0.0.7")
+    catalogue(settings, land(settings, [replace(member, collections=("trial",))]))
     assert queue.take_up() == queued
 
 
