@@ -213,15 +213,18 @@ def _decode_12_bit(dataset: Dataset, file: bytes) -> None:
 
 
 def _decompress(dataset: Dataset, source: UID) -> None:
+    """Colour of a lossy JPEG becomes RGB, which every peer shows; other samples stay as they are: YBR_FULL made RGB is
+    rounded."""
     dataset.file_meta.TransferSyntaxUID = source
+    as_rgb = source in ALWAYS_LOSSY
     *others, last = DECODERS[source]
     for plugin in others:
         try:
-            dataset.decompress(decoding_plugin=plugin, generate_instance_uid=False)
+            dataset.decompress(as_rgb=as_rgb, decoding_plugin=plugin, generate_instance_uid=False)
         except (RuntimeError, ValueError):
             continue
         return
-    dataset.decompress(decoding_plugin=last, generate_instance_uid=False)
+    dataset.decompress(as_rgb=as_rgb, decoding_plugin=last, generate_instance_uid=False)
 
 
 def _with_pixels(dataset: Dataset) -> list[Dataset]:

@@ -23,7 +23,7 @@ from sphere.ingest.part10 import file_meta
 from sphere.jobs.forward import Forwarder
 from sphere.jobs.forward_queue import Queue
 from sphere.scp import client
-from sphere.scp.retrieve.transcode import CONVERTIBLE, DECODERS, ENCODERS, NAMED, NotConverted, convert
+from sphere.scp.retrieve.transcode import CONVERTIBLE, DECODERS, ENCODERS, NAMED, TARGETS, NotConverted, convert
 from sphere.scp.retrieve.transcoder import Transcoder
 from sphere.scp.store import StoreAnswer, StoreRequest
 from tests.support.dicom_tools import run_tool
@@ -102,6 +102,63 @@ def test_the_same_pixels_and_no_new_error(tmp_path: Path, target: str) -> None:
         assert not problems(files[1]) - problems(files[0]), path
         compressed += 1
     assert compressed >= 0.8 * (len(chosen) - as_it_lies) and compressed >= 8
+
+
+def coloured(path: Path) -> Path:
+    """An image in YBR_FULL of which RGB and back would not give the same samples."""
+    samples = np.random.default_rng(7).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    return image(
+        path, "1.2.3.9", BitsAllocated=8, BitsStored=8, HighBit=7, SamplesPerPixel=3, PlanarConfiguration=0,
+        PhotometricInterpretation="YBR_FULL", PixelData=samples.tobytes(),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", ["RLELossless", "JPEGLSLossless", "JPEG2000Lossless", "JPEGLosslessSV1"])
+def test_colour_without_loss_stays_as_it_is(tmp_path: Path, name: str, target: str) -> None:
+    """YBR_FULL is not made RGB, which would round it; the last is encoded by DCMTK."""
+    original, compressed = coloured(tmp_path / "plain.dcm"), tmp_path / "compressed.dcm"
+    if name == "JPEGLosslessSV1":
+        assert run_tool("dcmcjpeg", "+e1", original, compressed).returncode == 0
+    else:
+        compressed.write_bytes(as_file(convert(dataset_of(original), EXPLICIT, NAMED[name]), NAMED[name], original))
+    syntax = str(pydicom.dcmread(compressed).file_meta.TransferSyntaxUID)
+    assert pydicom.uid.UID(syntax).keyword == name
+    result = pydicom.dcmread(BytesIO(as_file(convert(dataset_of(compressed), syntax, target), target, original)))
+    before = pydicom.dcmread(original)
+    assert result.PhotometricInterpretation == before.PhotometricInterpretation
+    np.testing.assert_array_equal(pixel_array(result, raw=True), pixel_array(before, raw=True))
+
+
+@pytest.mark.parametrize(
+    ("tool", "syntaxes"),
+    [
+        ("dcmdjpeg", ("1.2.840.10008.1.2.4.57", "1.2.840.10008.1.2.4.70")),
+        ("dcmdjpls", ("1.2.840.10008.1.2.4.80",)),
+        ("dcmdrle", (RLE,)),
+    ],
+)
+def test_what_dcmtk_decompresses_is_the_same(
+    tmp_path: Path, corpus: Path, tool: str, syntaxes: tuple[str, ...]
+) -> None:
+    """The decoders of another family, over every file of the corpus that they take."""
+    compared = set()
+    for path in sendable_files():
+        identity = identify(path.read_bytes(), size=path.stat().st_size)
+        if identity.TransferSyntaxUID not in syntaxes or "PixelData" not in pydicom.dcmread(path, force=True):
+            continue
+        reference = tmp_path / "reference.dcm"
+        reference.unlink(missing_ok=True)
+        if run_tool(tool, path, reference).returncode != 0:
+            continue
+        try:
+            result = as_file(convert(dataset_of(path), identity.TransferSyntaxUID, EXPLICIT), EXPLICIT, path)
+        except NotConverted:
+            continue
+        ours, theirs = pydicom.dcmread(BytesIO(result)), pydicom.dcmread(reference)
+        np.testing.assert_array_equal(pixel_array(ours, raw=True), pixel_array(theirs, raw=True), err_msg=str(path))
+        compared.add(path)
+    assert len(compared) >= (2 if tool == "dcmdrle" else 4)
 
 
 @pytest.mark.parametrize("target", ENCODERS)
