@@ -224,10 +224,14 @@ class _Columns:
         if len(rows) <= FEW:
             cells = self._cells[name]
             return [cells[row >> shift](row & mask) for row in rows.tolist()]
-        if len(chunks) == 1:
-            taken = chunks[0].take(pa.array(rows))
-        else:
-            taken = self._table.column(name).take(pa.array(rows)).combine_chunks()
+        found: list[Any] = []
+        ends = rows.searchsorted(np.arange(1, len(chunks) + 1) << shift)
+        for chunk, first, last in zip(chunks, (0, *ends[:-1]), ends, strict=True):
+            if first < last:  # of a column as a whole, Arrow would copy all chunks first
+                found += self._listed(name, chunk.take(pa.array(rows[first:last] & mask)))
+        return found
+
+    def _listed(self, name: str, taken: pa.Array) -> list[Any]:
         if name in self._dates:  # ten times as fast as their own to_pylist
             days = taken.cast(pa.int32()).to_pylist()
             return [None if day is None else date.fromordinal(_DAY_ZERO + day) for day in days]
