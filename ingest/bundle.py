@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import datetime, timezone
+from typing import TypeVar
 
 from sphere.conf.errors import StorageError, StorageFull
 from sphere.conf.settings import Settings
@@ -28,6 +29,7 @@ QUIET_S = 1.0  # seconds without a write after which a bundle may be sealed befo
 GIVE_UP_S = 8.0  # seconds after which members whose bundles fail are refused: service goes on within 10 s, or says so
 REPAIR_S = 5.0  # seconds between attempts to repair a bundle that a write failed on
 
+Found = TypeVar("Found")
 _log = logging.getLogger(__name__)
 
 
@@ -49,7 +51,8 @@ class BundleWriter:
     A bundle is begun by the first member, and sealed when it has reached ``storage.seal_mib`` or was open for
     ``storage.seal_age_s`` (by `clock`, in seconds), or for `quiet_age_s` and nothing comes any more. A background
     thread seals, publishes to other hosts within a second, and repairs a bundle that a write failed on; members go into
-    a new bundle from then on.
+    a new bundle from then on. Where publishing takes a while, and members keep coming, two bundles take turns: one is
+    published while the other one is written to.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class BundleWriter:
         self._quiet_age_s = quiet_age_s
         self._clock = clock
         self._bundle: OpenBundle | None = None
+        self._resting: OpenBundle | None = None  # published whole; the next one to be written to
         self._leaving: list[OpenBundle] = []  # full, old or failed: to be sealed or repaired, written to by nobody
         self._closed = False
         self._groups: GroupCommit[_Job] = GroupCommit(self._commit)
@@ -100,24 +104,23 @@ class BundleWriter:
         The background thread calls it.
         """
         with self._ticking:
-            self._groups.submit(_Job(action=self._seal_if_old))
-            ready: list[OpenBundle] = []
-            if not self._storage.visible_at_once:
-                self._groups.submit(_Job(action=lambda: self._publish_if_due(ready)))
-            for bundle in ready:
-                self._publish_journal(bundle)
+            self._alone(self._leave_if_old)
+            if self._storage.visible_at_once:
+                self._prepare(self._bundle)
+            else:
+                self._show()
             self._settle()
 
     def _run(self) -> None:
         pause = 0.5 if self._storage.visible_at_once else PUBLISH_IDLE_S / 4
         while not self._stop.wait(pause):
-            if self._bundle is not None or self._leaving:
+            if self._bundle is not None or self._resting is not None or self._leaving:
                 try:
                     self.tick()
                 except Exception:  # noqa: BLE001  the keeper lives as long as its writer: the next tick tries again
                     _log.exception("bundle keeper failed; it goes on")
 
-    # Everything below down to _publish_if_due runs in one thread at a time, the leader of a group.
+    # Everything below down to _rest runs in one thread at a time, the leader of a group.
 
     def _commit(self, group: list[_Job]) -> None:
         members = [job for job in group if job.prepared is not None]
@@ -146,11 +149,11 @@ class BundleWriter:
     def _write_once(self, jobs: list[_Job], attempt: int) -> None:
         if self._closed:
             raise StorageError("the bundle writer is closed: this process is shutting down")
-        bundle = self._bundle or self._open(attempt)
+        bundle = self._bundle = self._bundle or self._next(attempt)
         try:
             records = bundle.put([job.prepared for job in jobs if job.prepared is not None], self._clock())
         except BaseException:
-            self._leave(failed=True)
+            self._leave(bundle, failed=True)
             raise
         for job, record in zip(jobs, records, strict=True):
             job.record = record
@@ -158,19 +161,22 @@ class BundleWriter:
             bundle.journal.add(records)
         except StorageError as error:  # the members are durable: recovery adds their lines
             _log.error("journal of bundle %s failed: %s", bundle.id, error)
-            self._leave(failed=True)
+            self._leave(bundle, failed=True)
             return
         if bundle.good >= self._seal_size:
-            self._leave()
+            self._leave(bundle)
+
+    def _next(self, attempt: int) -> OpenBundle:
+        resting = None if attempt else self._take_resting()
+        return resting or self._open(attempt)
 
     def _open(self, attempt: int) -> OpenBundle:
         path, lock = self._new_bundle()
         try:
-            self._bundle = OpenBundle(self._storage, self._state_dir, path, lock, self._clock(), attempt=attempt)
+            return OpenBundle(self._storage, self._state_dir, path, lock, self._clock(), attempt=attempt)
         except BaseException:
             lock.release(keep=not self._storage.visible_at_once)  # HDFS may have made it: recovery removes it
             raise
-        return self._bundle
 
     def _new_bundle(self) -> tuple[str, BundleLock]:
         for _ in range(8):  # recovery may hold the lock for the moment it takes to see that there is no such bundle
@@ -180,45 +186,130 @@ class BundleWriter:
                 return path, lock
         raise StorageError(f"no bundle could be locked below {self._state_dir}")
 
-    def _leave(self, *, failed: bool = False) -> None:
-        bundle, self._bundle = self._bundle, None
-        if bundle is not None:
-            bundle.failed = failed
+    def _leave(self, bundle: OpenBundle, *, failed: bool = False) -> None:
+        """Write to it no more."""
+        self._bundle = None if self._bundle is bundle else self._bundle
+        self._resting = None if self._resting is bundle else self._resting
+        bundle.failed = bundle.failed or failed or not bundle.good  # one without a member is removed by its repair
+        if bundle not in self._leaving:
             self._leaving.append(bundle)
 
     def _close(self) -> None:
         self._closed = True
-        self._leave()
+        for bundle in self._opened():
+            self._leave(bundle)
 
-    def _seal_if_old(self) -> None:
-        if self._bundle is not None:
-            now = self._clock()
-            age_s, quiet_s = now - self._bundle.opened_at, now - self._bundle.written_at
-            if age_s >= self._seal_age_s or (age_s >= self._quiet_age_s and quiet_s >= QUIET_S):
-                self._leave()
-
-    def _publish_if_due(self, ready: list[OpenBundle]) -> None:
-        bundle = self._bundle
+    def _leave_if_old(self) -> None:
         now = self._clock()
+        for bundle in self._opened():
+            age_s, quiet_s = now - bundle.opened_at, now - bundle.written_at
+            if age_s >= self._seal_age_s or (age_s >= self._quiet_age_s and quiet_s >= QUIET_S):
+                self._leave(bundle)
+
+    def _opened(self) -> list[OpenBundle]:
+        return [bundle for bundle in (self._bundle, self._resting) if bundle is not None]
+
+    def _due(self) -> tuple[OpenBundle | None, bool]:
+        """The bundle whose members are to be shown now, and whether it is published: where nothing comes any more."""
+        bundle, now = self._bundle, self._clock()
         if bundle is None or not bundle.publish_due(now, idle_s=PUBLISH_IDLE_S, load_s=PUBLISH_LOAD_S):
+            return None, False
+        if now - bundle.written_at < PUBLISH_IDLE_S:
+            return bundle, False
+        return (bundle, True) if self._publish_here(bundle) else (None, False)
+
+    def _publish_here(self, bundle: OpenBundle) -> bool:
+        """Publish it if it is still written to; whether that was done."""
+        if self._bundle is not bundle:
+            return False
+        done = self._published(bundle)
+        if not done:
+            self._leave(bundle, failed=True)
+        return done
+
+    def _take_resting(self) -> OpenBundle | None:
+        resting, self._resting = self._resting, None
+        return resting
+
+    def _turn(self, bundle: OpenBundle, other: OpenBundle) -> bool:
+        """Write to the other one from now on, unless `bundle` was left meanwhile."""
+        if self._bundle is not bundle:
+            self._rest(other)
+            return False
+        self._bundle = other
+        return True
+
+    def _rest(self, bundle: OpenBundle) -> None:
+        if bundle.failed or self._resting is not None:
+            self._leave(bundle)
+        else:
+            self._resting = bundle
+
+    # The rest runs in the keeper's thread.
+
+    def _alone(self, action: Callable[[], Found]) -> Found:
+        """What `action` gives, which runs while nothing is written."""
+        found: list[Found] = []
+        self._groups.submit(_Job(action=lambda: found.append(action())))
+        return found[0]
+
+    def _prepare(self, bundle: OpenBundle | None) -> bool:
+        """Do what its next writes would wait for; whether it is good for them."""
+        if bundle is None or bundle.failed:
+            return False
+        try:
+            bundle.prepare()
+        except StorageError as error:
+            _log.error("preparing bundle %s failed: %s", bundle.id, error)
+            self._alone(lambda: self._leave(bundle, failed=True))
+            return False
+        return True
+
+    def _show(self) -> None:
+        """Publish what is due: beside the writes if another bundle takes its turn, otherwise between them."""
+        bundle, shown = self._alone(self._due)
+        if bundle is None:
             return
+        if shown:
+            self._publish_journal(bundle)
+        elif self._turned(bundle):
+            try:
+                self._publish_beside(bundle)
+            finally:
+                self._alone(lambda: self._rest(bundle))
+        elif self._alone(lambda: self._publish_here(bundle)):
+            self._publish_journal(bundle)
+
+    def _publish_beside(self, bundle: OpenBundle) -> None:
+        if self._published(bundle):
+            self._publish_journal(bundle)
+        else:
+            bundle.failed = True
+
+    def _turned(self, bundle: OpenBundle) -> bool:
+        """Whether members go into another bundle now, one that need not be waited for."""
+        other = self._alone(self._take_resting)
+        try:
+            other = other or self._open(0)
+        except StorageError as error:
+            _log.warning("no second bundle: %s", error)
+            return False
+        return self._prepare(other) and self._alone(lambda: self._turn(bundle, other))
+
+    def _published(self, bundle: OpenBundle) -> bool:
         try:
             bundle.publish()
         except StorageError as error:
             _log.error("publishing bundle %s failed: %s", bundle.id, error)
-            self._leave(failed=True)
-            return
-        ready.append(bundle)
-
-    # The rest runs in the keeper's thread.
+            return False
+        return True
 
     def _publish_journal(self, bundle: OpenBundle) -> None:
         try:
             bundle.journal.publish()
         except StorageError as error:
             _log.error("publishing the journal of bundle %s failed: %s", bundle.id, error)
-            bundle.failed = True
-            self._groups.submit(_Job(action=lambda: self._leave(failed=True) if self._bundle is bundle else None))
+            self._alone(lambda: self._leave(bundle, failed=True))
 
     def _settle(self, *, last: bool = False) -> None:
         """Seal or repair the bundles that are done with; `last`: what fails is left to `recovery.recover`."""

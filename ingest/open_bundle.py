@@ -74,10 +74,18 @@ class OpenBundle:
         self._members += len(records)
         return records
 
+    @property
+    def hidden(self) -> bool:
+        """Whether it holds members that are not published."""
+        return self._published != self.good
+
+    def prepare(self) -> None:
+        """Do what the next `put` would have to wait for; raises StorageError."""
+        self._appender.prepare()
+
     def publish_due(self, now: float, *, idle_s: float, load_s: float) -> bool:
         """Whether there is something to publish, and it was quiet for `idle_s` or is `load_s` old, in seconds."""
-        dirty = self._published != self.good
-        return dirty and (now - self.written_at >= idle_s or now - self._dirty_since >= load_s)
+        return self.hidden and (now - self.written_at >= idle_s or now - self._dirty_since >= load_s)
 
     def publish(self) -> None:
         """Make the members readable everywhere; their journal lines follow by `journal.publish`."""

@@ -39,6 +39,13 @@ class Appender(ABC):
         After an error nothing is known of the bytes since the last good sync: the caller abandons the file.
         """
 
+    def prepare(self) -> None:  # noqa: B027  where there is nothing to be done beforehand
+        """Do what the next writes would have to wait for; raises StorageError, after which the file is abandoned.
+
+        Where writes are `visible_at_once` it may be called while another thread writes, and the file be longer than
+        `tell` until it is closed: by zeros, which recovery cuts.
+        """
+
     @abstractmethod
     def publish(self) -> None:
         """Return when everything written is durable and readable by every process of every host."""

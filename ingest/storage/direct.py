@@ -25,8 +25,12 @@ class DirectWriter:
         self._view = memoryview(b"")
 
     def fits(self, offset: int, size: int) -> bool:
-        """Whether a write of `size` bytes at `offset` is worth trying."""
-        return bool(self._flag) and size >= LEAST and not (offset | size) % _ALIGN
+        """Whether a write of `size` bytes at `offset`, where the file ends, is worth trying."""
+        return size >= LEAST and self.takes(offset, size)
+
+    def takes(self, offset: int, size: int) -> bool:
+        """Whether a write of `size` bytes at `offset` can be tried."""
+        return bool(self._flag) and not (offset | size) % _ALIGN
 
     def write(self, views: Sequence[memoryview], offset: int) -> int:
         """Write the bytes of `views` at `offset`; how many of them, fewer where the file system refuses.

@@ -74,12 +74,22 @@ class HdfsAppender(Appender):
 
     def write(self, buffers: Sequence[Buffer]) -> None:
         with _told(f"writing {self._path}"):
-            if self._writer is None:
-                self._writer = self._call(ANSWER_S, self._client.append, self._path)
-                self._patience_s = FRESH_S
+            self._reopen()
             size = sum(memoryview(buffer).nbytes for buffer in buffers)
             self._call(self._patience_s + size / SLOWEST, _write_all, self._writer, buffers)
             self._size += size
+
+    def _reopen(self) -> None:
+        if self._writer is None:
+            self._writer = self._call(ANSWER_S, self._client.append, self._path)
+            self._patience_s = FRESH_S
+
+    def prepare(self) -> None:
+        """Have it open, and its pipeline at work."""
+        if self._writer is None:
+            with _told(f"opening {self._path} to append"):
+                self._reopen()
+            self.probe()
 
     def sync(self) -> None:
         if self._writer is not None and self._synced != self._size:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from sphere.conf.errors import StorageError
+from sphere.ingest.storage.ahead import ZerosAhead
 from sphere.ingest.storage.base import Appender, Buffer, Entry, Storage
 from sphere.ingest.storage.direct import DirectWriter
 from sphere.ingest.storage.paths import TEMPORARY, checked, checked_prefix, is_temporary, storage_error
@@ -33,21 +34,46 @@ class LocalAppender(Appender):
         self._path = path
         self._size = size
         self._direct = DirectWriter(path)
+        self._zeros = ZerosAhead(path, size)
 
     def tell(self) -> int:
         return self._size
 
     def write(self, buffers: Sequence[Buffer]) -> None:
         views = [view for view in map(_bytes_view, buffers) if view.nbytes]
+        size = sum(view.nbytes for view in views)
         with _told(f"writing {self._path}"):
-            if self._direct.fits(self._size, sum(view.nbytes for view in views)):
-                written = self._direct.write(views, self._size)
-                self._size += written
-                views = _after(views, written)
+            if self._size + size <= self._zeros.end and self._direct.takes(self._size, size):
+                views = self._past_cache(views, size)
+            if views:
+                with self._zeros.moving:
+                    self._extend(views)
+
+    def _extend(self, views: list[memoryview]) -> None:
+        """Write what moves the end of the file."""
+        try:
+            size = sum(view.nbytes for view in views)
+            if self._direct.fits(self._size, size):
+                views = self._past_cache(views, size)
+            if views:
+                self._zeros.drop(self._fd, self._size)
             while views:
                 written = os.writev(self._fd, views[:_IOV_MAX])
                 self._size += written
                 views = _after(views, written)
+        finally:
+            self._zeros.end = max(self._zeros.end, self._size)
+
+    def _past_cache(self, views: list[memoryview], size: int) -> list[memoryview]:
+        """What is left of `views`."""
+        self._zeros.note(size)
+        written = self._direct.write(views, self._size)
+        self._size += written
+        return _after(views, written)
+
+    def prepare(self) -> None:
+        with _told(f"writing zeros to {self._path}"):
+            self._zeros.add(self._size)
 
     def sync(self) -> None:
         with _told(f"syncing {self._path}"):
@@ -60,6 +86,8 @@ class LocalAppender(Appender):
         if self._fd < 0:
             return
         try:
+            with _told(f"cutting {self._path}"):
+                self._zeros.cut(self._fd, self._size)
             self.sync()
         finally:
             self.abandon()
@@ -69,6 +97,7 @@ class LocalAppender(Appender):
         if fd >= 0:
             try:
                 self._direct.close()
+                self._zeros.close()
                 os.close(fd)
             except OSError:  # a late write error of a file that nothing is promised of any more
                 return

@@ -53,7 +53,7 @@ class Arrivals:
         self._seen = Landing()
         self._due = 0.0
         self._sealed: dict[str, BundleState] = {}
-        self._places: dict[str, tuple[int, int]] = {}  # of open bundles: bytes of the journal read, members in them
+        self._places: dict[str, tuple[int, int, int]] = {}  # of open bundles: journal read, members, where they end
         self._studies: OrderedDict[tuple[str, str, str], StudyArrival] = OrderedDict()
 
     def look(self) -> Landing:
@@ -80,16 +80,17 @@ class Arrivals:
         return Landing(
             bundles=len(known) + len(opened),
             open=len(opened),
-            bytes=sum(state.size for state in (*known, *opened)),
-            members=sum(state.records or 0 for state in known) + sum(count for _, count in self._places.values()),
+            bytes=sum(state.size for state in known) + sum(end for _, _, end in self._places.values()),
+            members=sum(state.records or 0 for state in known) + sum(count for _, count, _ in self._places.values()),
             studies=tuple(reversed(self._studies.values())),
         )
 
     def _read(self, state: BundleState) -> None:
         """Take what a bundle's journal says that was not read before."""
-        place, count = self._places.get(state.bundle, (0, 0))
+        place, count, end = self._places.get(state.bundle, (0, 0, 0))
         records, place, _ = self._landed.records(state.bundle, from_byte=place, unpublished=True)
-        self._places[state.bundle] = place, count + len(records)
+        end = max([end, *(record.offset + record.length for record in records)])  # zeros may follow (Appender.prepare)
+        self._places[state.bundle] = place, count + len(records), end
         for record in records:
             self._add(record)
 

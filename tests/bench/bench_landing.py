@@ -28,6 +28,7 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
+import psutil  # type: ignore[import-untyped]
 import pydicom
 from pydicom.data import get_testdata_file
 from rich.console import Console
@@ -302,26 +303,35 @@ def hdfs(base: Path, each: int, turns: int, many: Sequence[int]) -> None:
         fresh(base) as folder,
         servers.receivers(folder, "counted", root=f"{cluster.hdfs_url}/sphere") as server,
     ):
+        nodes = [psutil.Process(pid) for pid in cluster.pids]
         for associations in many:
             ours, raw, groups = Runs(), Runs(), []
+            nodes_ms: dict[str, list[float]] = {"ours": [], "raw": []}
+            count = load.each * associations
             for number in range(turns):
                 load.renew(associations)
                 members, syncs = servers.counted(folder)
+                used = servers.cpu_s(nodes)
                 run(load, server, associations, servers.NODELAY, ours)
+                nodes_ms["ours"].append(1000 * (servers.cpu_s(nodes) - used) / count)
                 after = servers.counted(folder)
                 groups.append(max(1, round((after[0] - members) / (after[1] - syncs))))
+                used, client = servers.cpu_s(nodes), time.process_time()
                 raw.rates.append(
-                    _raw_stream(
-                        cluster.hdfs_url, f"{associations}-{number}", load.each * associations, load.size, groups[-1]
-                    )
+                    _raw_stream(cluster.hdfs_url, f"{associations}-{number}", count, load.size, groups[-1])
                 )
+                nodes_ms["raw"].append(1000 * (servers.cpu_s(nodes) - used) / count)
+                raw.server_ms.append(1000 * (time.process_time() - client) / count)
             share = 100 * ratio(ours, raw)
             what = f"{associations} associations: {ours.rate:,.0f}/s, {ours.rate * load.size / 1e6:,.0f} MB/s"
             rival = f"{share:.0f} % of {raw.rate:,.0f}/s of a raw stream, hsync per {statistics.median(groups):.0f}"
             say(f"HDFS, 526 kB, {what}; {rival}", share >= 80, "80 %")
+            costs = [statistics.median(ms) for ms in (ours.server_ms, ours.sender_ms, nodes_ms["ours"])]
+            most = 1000 * (os.cpu_count() or 1) / sum(costs)
             console.print(
-                f"  CPU ms an instance: receivers {statistics.median(ours.server_ms):.2f}, "
-                f"storescu {statistics.median(ours.sender_ms):.2f}; the raw stream has no senders"
+                f"  CPU ms an instance: receivers {costs[0]:.2f}, storescu {costs[1]:.2f}, HDFS {costs[2]:.2f}: with "
+                f"all cores busy {most:,.0f}/s, {100 * most / raw.rate:.0f} % of the raw stream, which has no senders "
+                f"(client {statistics.median(raw.server_ms):.2f}, HDFS {statistics.median(nodes_ms['raw']):.2f})"
             )
 
 

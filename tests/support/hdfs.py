@@ -84,6 +84,11 @@ class HdfsCluster:
     ) -> None:
         self.stop()
 
+    @property
+    def pids(self) -> list[int]:
+        """Of its running processes."""
+        return [process.pid for process in self._processes.values()]
+
     def kill_datanode(self) -> int:
         """Kill one living DataNode (-9); returns its process id."""
         name = next(name for name in sorted(self._processes) if name.startswith("datanode"))
