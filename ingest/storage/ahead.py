@@ -45,6 +45,7 @@ class ZerosAhead:
     def cut(self, fd: int, size: int) -> None:
         """End the file after `size` bytes; raises OSError."""
         if self.end > size:
+            _check_size(fd, size)
             os.ftruncate(fd, size)
             self.end = size
 
@@ -86,8 +87,16 @@ class ZerosAhead:
     def _step(self, zeros: memoryview) -> None:
         """One piece; room is taken first, as the kernel lets writes within a file go on beside each other."""
         size = STEP - self.end % ALIGN
+        _check_size(self._fd, self.end)
         try:
             os.posix_fallocate(self._fd, self.end, size)
             os.pwrite(self._fd, zeros[:size], self.end)
         finally:
             self.end = max(self.end, os.fstat(self._fd).st_size)
+
+
+def _check_size(fd: int, least: int) -> None:
+    """Raise OSError where somebody has cut the file: zeros would stand in the place of what it lost, as if it were
+    there."""
+    if os.fstat(fd).st_size < least:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))

@@ -120,6 +120,21 @@ def test_zeros_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert storage.read("file") == (written // LEAST + 1) * SMALL
 
 
+@pytest.mark.parametrize(("what", "writes"), [("prepare", 4), ("close", 1)])  # more zeros are due, or there are some
+def test_a_file_that_somebody_cuts_is_not_made_whole_with_zeros(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, writes: int
+) -> None:
+    storage = LocalStorage(tmp_path)
+    appender = _prepared(storage, monkeypatch)
+    for _ in range(writes):
+        appender.write([SMALL])
+    os.truncate(tmp_path / "file", LEAST + 7)
+    with pytest.raises(StorageError, match="Input/output error"):
+        getattr(appender, what)()
+    appender.abandon()
+    assert storage.size("file") == LEAST + 7
+
+
 def test_a_disk_that_is_nearly_full_is_not_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ahead, "FREE", 1 << 60)
     storage = LocalStorage(tmp_path)
