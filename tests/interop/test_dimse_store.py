@@ -217,7 +217,7 @@ def test_sigterm_lets_a_running_association_finish(tmp_path: Path) -> None:
         results = client.store(receiver.peer, files, settings=receiver.settings)
         assert next(results).stored
         receiver.process.send_signal(signal.SIGTERM)
-        with pytest.raises(PeerError, match="cannot connect|connection lost"):  # or reset in the moment of its closing
+        with pytest.raises(PeerError, match=r"cannot connect|connection lost"):  # or reset in the moment of its closing
             while True:  # until the port is closed
                 client.echo(receiver.peer, settings=receiver.settings)
         assert all(result.stored for result in results)
