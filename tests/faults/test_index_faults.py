@@ -16,7 +16,7 @@ from sphere.catalog.service import QueryService
 from sphere.conf.settings import Settings
 from tests.bench.query_client import association, question
 from tests.support.catalog import Row, archive, instance, write_catalog
-from tests.support.makers import WITHIN_S, eventually, makers
+from tests.support.makers import WITHIN_S, eventually, leave_out_others, makers
 from tests.support.serving import running_supervisor
 
 pytestmark = pytest.mark.faults
@@ -28,6 +28,7 @@ LATEST_S = 0.6  # from a commit to the kill: a refresh of so little is made by t
 @pytest.fixture
 def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Settings, QueryService]]:
     """One that serves, with the maker ready."""
+    leave_out_others()
     monkeypatch.setattr(index_maker, "HOLD_S", 0.0)
     settings = archive(tmp_path)
     write_catalog(settings, rows(3))
@@ -71,6 +72,7 @@ def test_it_is_killed_at_any_moment(service: tuple[Settings, QueryService]) -> N
 
 
 def test_it_ends_with_who_serves_however_that_ends(tmp_path: Path) -> None:
+    leave_out_others()
     write_catalog(archive(tmp_path), rows(3))
     with running_supervisor(tmp_path, workers=2, web=True) as serving:
         for _ in range(8):  # by either receiver

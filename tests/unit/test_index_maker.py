@@ -22,7 +22,7 @@ from sphere.catalog.tables import CatalogTables
 from sphere.conf.errors import CatalogError
 from sphere.conf.settings import Settings
 from tests.support.catalog import Row, archive, instance, write_catalog
-from tests.support.makers import WITHIN_S, eventually, makers
+from tests.support.makers import WITHIN_S, eventually, leave_out_others, makers
 from tests.support.receiver import ROOT
 
 pytestmark = pytest.mark.unit
@@ -31,6 +31,7 @@ pytestmark = pytest.mark.unit
 @pytest.fixture(autouse=True)
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """Answers come from the newest version, and the maker is wanted at once."""
+    leave_out_others()
     monkeypatch.setattr(index_module, "REFRESH_WAIT_S", 60.0)
     monkeypatch.setattr(maker_module, "HOLD_S", 0.0)
 
