@@ -39,6 +39,7 @@ from sphere.catalog.tables import CatalogTables
 from sphere.catalog.tail import JournalTail
 from sphere.catalog.tombstones import open_tombstones
 from sphere.conf.errors import CatalogError
+from sphere.conf.footprint import settle
 from sphere.conf.settings import Settings
 from sphere.ingest.journal import Landed
 from sphere.ingest.spool import open_readable
@@ -205,7 +206,10 @@ class IndexCache:
             index = self._opened(self._newest)
             index.catch_up()
             with self._lock:
-                self._index, self._looked, self._unsettled = index, time.monotonic(), ()
+                first, self._index = self._index is None, index
+                self._looked, self._unsettled = time.monotonic(), ()
+            if first and isinstance(self._maker, IndexMaker):
+                settle()
             if isinstance(self._maker, IndexMaker) and any(version >= 0 for version in index.versions.values()):
                 self._maker.hold()
             return index

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import gc
 import multiprocessing
 import pickle
 import shutil
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -280,6 +282,39 @@ def test_made_in_a_process_of_its_own(settings: Settings, capfd: pytest.CaptureF
         assert service.count(Query.build("STUDY"), as_of=0) == 4
     assert len(files(settings)) == 3, "a base, a refresh, and what was asked for of the past"
     assert "Fatal" not in capfd.readouterr().err, "each process ended by itself"
+
+
+def test_who_serves_has_the_collector_leave_alone_what_stays(settings: Settings) -> None:
+    """Once, when the first index is open; others, as notebooks are, keep their collector as it is."""
+    gc.unfreeze()
+    try:
+        with QueryService(settings) as service:
+            assert count(service) == 4
+        assert gc.get_freeze_count() == 0
+        with QueryService(settings, apart=True) as service:
+            assert count(service) == 4
+            frozen = gc.get_freeze_count()
+            assert frozen > 10_000
+            write_catalog(settings, rows(5))
+            assert count(service) == 5
+            assert gc.get_freeze_count() == frozen
+    finally:
+        gc.unfreeze()
+
+
+def test_an_index_that_was_replaced_is_given_back_without_a_collection(settings: Settings) -> None:
+    """As nothing of the first one is looked at by the collector again."""
+    gc.collect()
+    gc.disable()
+    try:
+        with QueryService(settings) as service:
+            assert [match["StudyInstanceUID"] for match in service.find(Query.build("STUDY"))]
+            first = weakref.ref(service._indexes.current())
+            write_catalog(settings, rows(5))
+            assert count(service) == 5
+            assert first() is None
+    finally:
+        gc.enable()
 
 
 def test_an_index_that_is_the_newest_is_opened_without_a_look_into_the_tables(
