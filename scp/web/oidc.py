@@ -9,6 +9,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Final
 
@@ -46,6 +47,14 @@ def _listed(claims: Mapping[str, Any], path: str) -> tuple[str, ...]:
     return tuple(one for one in listed if isinstance(one, str))
 
 
+def _keys_of(data: bytes) -> dict[str, Any]:
+    """The keys of a set by their ids; raises ValueError where it is none."""
+    try:
+        return {one.key_id or "": one.key for one in jwt.PyJWKSet.from_dict(json.loads(data)).keys}
+    except (jwt.PyJWTError, AttributeError, TypeError, RecursionError) as error:
+        raise ValueError(f"no key set ({type(error).__name__})") from None
+
+
 class Oidc:
     """One provider. Safe to share between threads."""
 
@@ -77,21 +86,24 @@ class Oidc:
         return Known(str(claims["sub"]), role, collections, _listed(claims, self._settings.oidc_cohorts_claim))
 
     def _key(self, kid: str) -> Any:
-        """The key of this id; raises LookupError. The set is read again where it is old, or has no such key."""
+        """The key of this id; raises LookupError, and OSError or ValueError where no set can be had. The set is read
+        again where it is old, or has no such key."""
         with self._lock:
             age = self._clock() - self._read_at
             if age > FRESH_S or (kid not in self._keys and age > AGAIN_S):
                 self._read_at = self._clock()
-                keys = jwt.PyJWKSet.from_dict(json.loads(self._fetch())).keys
-                self._keys = {one.key_id or "": one.key for one in keys}
+                self._keys = _keys_of(self._fetch())
             return self._keys[kid]
 
     def _fetch(self) -> bytes:
         where = self._settings.oidc_jwks
         if not where.startswith(("https://", "http://")):
             return Path(where).read_bytes()
-        with urllib.request.urlopen(where, timeout=FETCH_S) as answer:  # only these two schemes come here
-            data: bytes = answer.read(MAX_KEYS + 1)
+        try:
+            with urllib.request.urlopen(where, timeout=FETCH_S) as answer:  # only these two schemes come here
+                data: bytes = answer.read(MAX_KEYS + 1)
+        except HTTPException as error:  # neither an OSError nor a ValueError
+            raise ValueError(f"no answer of HTTP ({type(error).__name__})") from None
         if len(data) > MAX_KEYS:
             raise ValueError("the key set is too large")
         return data

@@ -102,11 +102,19 @@ def _answer(finder: Finder, request: Request, search: Search, media_type: str) -
         response = Response(status_code=204)
     else:
         base = service_root(request)
-        objects = (as_object(one, retrieve_url(base, one)) for one in chain(first, chosen))
+        given = chain(first, _counted(request, chosen))
+        objects = (as_object(one, retrieve_url(base, one)) for one in given)
         response = _response(objects, media_type, whole=len(first) < PAGE)
     for name, value in headers:
         response.headers.append(name, value)
     return response
+
+
+def _counted(request: Request, matches: Iterator[Match]) -> Iterator[Match]:
+    """The matches, each counted for the audit record when it is given."""
+    for one in matches:
+        request.state.found += 1
+        yield one
 
 
 def _more(request: Request, search: Search, total: int) -> list[tuple[str, str]]:

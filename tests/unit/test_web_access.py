@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import ssl
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from datetime import datetime, timedelta, timezone
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import jwt
@@ -17,7 +21,9 @@ from click.testing import CliRunner
 from cryptography.hazmat.primitives.asymmetric import rsa
 from starlette.testclient import TestClient
 
+from sphere.catalog.answer import Match
 from sphere.catalog.audit import FOLDER, AuditJournal
+from sphere.catalog.query import Key
 from sphere.cli import main
 from sphere.conf.errors import SettingsError, StorageError
 from sphere.conf.settings import Settings, from_dict
@@ -175,6 +181,72 @@ def test_keys_are_rotated(settings: Settings, tmp_path: Path) -> None:
     assert oidc.check(first) is None
 
 
+@contextmanager
+def provider(answers: dict[str, bytes]) -> Iterator[str]:
+    """A server that gives, byte for byte, the responses by path; its URL."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.wfile.write(answers[self.path])
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def answered(body: bytes, *, status: str = "200 OK", length: int | None = None) -> bytes:
+    head = f"HTTP/1.0 {status}\r\nContent-Length: {len(body) if length is None else length}\r\n\r\n"
+    return head.encode() + body
+
+
+def test_keys_at_an_address_are_rotated(settings: Settings, tmp_path: Path) -> None:
+    answers = {"/keys": answered(jwks(tmp_path / "keys.json", one=KEY).read_bytes())}
+    now = [0.0]
+    first, second = (bearer(key, kid)["authorization"][7:] for key, kid in ((KEY, "one"), (OTHER, "two")))
+    with provider(answers) as url:
+        oidc = Oidc(settings.web.model_copy(update={"oidc_jwks": f"{url}/keys"}), clock=lambda: now[0])
+        assert oidc.check(first) == Known("anna", "reader")
+        answers["/keys"] = answered(jwks(tmp_path / "keys.json", two=OTHER).read_bytes())
+        assert (oidc.check(first), oidc.check(second)) == (Known("anna", "reader"), None)  # looked a moment ago
+        now[0] = 31
+        assert (oidc.check(second), oidc.check(first)) == (Known("anna", "reader"), None)
+    now[0] = 700  # nobody answers there any more
+    assert oidc.check(second) is None
+    assert oidc.check(second) == Known("anna", "reader"), "with the keys that are known"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        answered(b"[]"),
+        answered(b'{"keys": 5}'),
+        answered(b'{"keys": [5]}'),
+        answered(b'{"keys": []}'),
+        answered(b'{"keys": [{"kty": "RSA", "kid": "one", "n": 5, "e": "AQAB"}]}'),
+        answered(b"\xff\xfe"),
+        answered(b"[" * 5000),
+        answered(b'{"keys": ' + b" " * (1 << 20) + b"[]}"),
+        answered(b"{}", status="500 No"),
+        answered(b"{}", length=500),
+        b"no HTTP at all\r\n\r\n",
+        b"HTTP/1.0 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+        b"HTTP/1.0 302 Found\r\nLocation: file:///etc/hostname\r\n\r\n",
+        b"",
+    ],
+    ids=range(14),
+)
+def test_a_key_set_that_is_none_refuses_and_no_more(settings: Settings, answer: bytes) -> None:
+    with provider({"/keys": answer}) as url:
+        oidc = Oidc(settings.web.model_copy(update={"oidc_jwks": f"{url}/keys"}))
+        assert oidc.check(bearer()["authorization"][7:]) is None
+
+
 def test_roles_inside_an_object(settings: Settings) -> None:
     oidc = Oidc(settings.web.model_copy(update={"oidc_roles_claim": "realm_access.roles"}))
     token = bearer(realm_access={"roles": ["admin"]})["authorization"][7:]
@@ -218,6 +290,46 @@ def test_every_request_that_touches_data_is_recorded(tmp_path: Path) -> None:
     assert (refused["who"], refused["status"]) == ("", 401)
     assert failed["status"] == 400
     assert [one["outcome"] for one in records] == ["done", "failed", "refused", "failed", "done", "refused"]
+
+
+class Many:
+    """A catalog of 450 studies."""
+
+    def find(self, query: Any, **_: Any) -> Iterator[Match]:
+        key = Key(0x0020000D, "StudyInstanceUID", "UI")
+        yield from (Match("STUDY", (key,), {key.tag: f"1.2.{number}"}, {}, "SPHERE") for number in range(450))
+
+
+def test_all_that_a_search_gave_is_recorded(tmp_path: Path) -> None:
+    """Not the first page of it only."""
+    settings = from_dict({}, base=tmp_path)
+    with services_of(settings) as services:
+        app = make_app(settings, replace(services, finder=cast(Any, Many())))
+        client = TestClient(app, client=("127.0.0.1", 1), base_url="http://localhost")
+        assert len(client.get("/dicom-web/studies").json()) == 450
+        assert len(client.get("/dicom-web/studies?offset=440").json()) == 10
+    storage = open_storage(settings.storage.root)
+    lines = [line for entry in storage.walk(FOLDER) for line in storage.read(entry.path).splitlines()]
+    assert [orjson.loads(line)["entities"] for line in lines] == [450, 10]
+
+
+def test_logs_name_nobody(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is asked for, and whatever goes wrong, a defect of ours too."""
+    settings = from_dict({}, base=tmp_path)
+    caplog.set_level("DEBUG", "sphere")
+    multipart = {"content-type": 'multipart/related; type="application/dicom+json"; boundary=B'}
+    wrong = {"00100010": {"vr": "PN", "Value": [{"Alphabetic": "Secret^Name"}]}, "00100020": {"vr": "US"}}
+    body = b"--B\r\nContent-Type: application/dicom+json\r\n\r\n" + orjson.dumps([wrong]) + b"\r\n--B--\r\n"
+    with services_of(settings) as services:
+        app = make_app(settings, services)
+        client = TestClient(app, client=("127.0.0.1", 1), base_url="http://localhost", raise_server_exceptions=False)
+        client.get("/dicom-web/studies?PatientName=Secret*")
+        client.get("/dicom-web/studies?PatientBirthDate=Secret")
+        assert client.post("/dicom-web/studies", content=body, headers=multipart).status_code == 409
+        monkeypatch.setattr(services.finder, "find", lambda *_, **__: {}["Secret"])
+        assert client.get("/dicom-web/studies?PatientName=Secret*").status_code == 500
+    assert "not stored" in caplog.text and "request failed: KeyError" in caplog.text
+    assert "Secret" not in caplog.text
 
 
 def test_what_is_done_to_annotations_is_recorded(tmp_path: Path) -> None:
