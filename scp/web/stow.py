@@ -101,7 +101,7 @@ async def answer(landing: Landing, request: Request) -> Response:
                 await to_thread.run_sync(taking.feed, piece)
             await to_thread.run_sync(taking.close)
         except WebError as error:
-            stored = await to_thread.run_sync(taking.stored)
+            request.state.found = stored = await to_thread.run_sync(taking.stored)
             raise WebError(f"{error}; {stored} instances of the request had been stored", http=error.http) from None
         outcomes = await to_thread.run_sync(taking.outcomes)
     finally:

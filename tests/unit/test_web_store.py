@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
 import re
 import socket
 import struct
@@ -28,7 +30,7 @@ from sphere.ingest.journal import Landed
 from sphere.ingest.storage import open_storage
 from sphere.scp.web.multipart_in import Data, End, Head, MultipartReader
 from sphere.scp.web.problem import WebError
-from tests.support.landing import archive, slices
+from tests.support.landing import archive, changed, slices
 from tests.support.samples import make_instance
 from tests.support.web import Web, serving_web, until_closed
 
@@ -105,6 +107,20 @@ def test_each_instance_has_its_answer(web: Web, tmp_path: Path) -> None:
     assert landed(web) == before + 1
     everything = post(web, files(b"x", b""))
     assert (everything.status_code, reasons(everything)) == (409, [0xC000, 0xC000])
+
+
+def test_what_was_stored_before_a_body_went_wrong_is_told_and_recorded(tmp_path: Path) -> None:
+    [good] = new()
+    content = body((f"Content-Type: {DICOM}", good), ("Content-Type: application/zip", b"PK"))
+    with serving_web(archive(tmp_path)) as other:
+        response = post(other, content)
+        assert (response.status_code, landed(other)) == (415, 1)
+        assert "1 instances of the request had been stored" in response.json()["detail"]
+        assert other.get(where(good), headers={"accept": DICOM}).content == good
+        other.services.journal.close()
+        [file] = Path(other.settings.storage.root.removeprefix("file://")).glob("audit/**/*.jsonl")
+        first = json.loads(file.read_bytes().splitlines()[0])
+    assert (first["status"], first["outcome"], first["entities"]) == (415, "failed", 1)
 
 
 def test_a_study_takes_its_own_instances_only(web: Web) -> None:
@@ -322,6 +338,38 @@ def test_rules_hold_here_too(tmp_path: Path) -> None:
         response = post(other, files(*new()))
         assert (response.status_code, reasons(response)) == (409, [0x0124])
         assert landed(other) == 0
+
+
+def test_stored_means_durable_as_by_c_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An instance that is not on the disk is refused for want of resources (PS3.4 B.2.3), and is nowhere."""
+    first, second = new(2)
+    syncs: list[int] = []
+
+    def failing(fd: int) -> None:
+        syncs.append(fd)
+        raise OSError(errno.EIO, "the disk is broken")
+
+    with serving_web(archive(tmp_path)) as other:
+        assert post(other, files(first)).status_code == 200
+        with monkeypatch.context() as broken:
+            broken.setattr(os, "fdatasync", failing)
+            response = post(other, files(second))
+        assert (response.status_code, reasons(response), bool(syncs)) == (409, [0xA700], True)
+        assert (landed(other), other.get(where(second), headers={"accept": DICOM}).status_code) == (1, 404)
+        assert post(other, files(second)).status_code == 200
+        assert (landed(other), other.get(where(second), headers={"accept": DICOM}).content) == (2, second)
+
+
+@pytest.mark.parametrize(("policy", "reason"), [("reject", [0x0111]), ("keep-first", []), ("replace", [])])
+def test_other_bytes_of_an_instance_are_judged_as_by_c_store(tmp_path: Path, policy: str, reason: list[int]) -> None:
+    [data] = new()
+    other_bytes = changed(data, PatientComments="corrected")
+    with serving_web(archive(tmp_path, ingest={"on_conflict": policy})) as other:
+        assert post(other, files(data)).status_code == post(other, files(data)).status_code == 200
+        assert landed(other) == 1, "its very bytes are there already"
+        assert reasons(post(other, files(other_bytes))) == reason
+        got = other.get(where(data), headers={"accept": DICOM}).content
+        assert got == (other_bytes if policy == "replace" else data)
 
 
 def test_a_client_of_others_stores(web: Web) -> None:
