@@ -91,7 +91,8 @@ def make_app(settings: Settings, services: Services) -> Starlette:
     linked = annotating.Service(services.annotations, services.archive.catalog, web.idle_s, web.read_only, indexed)
     offered += annotating.offered(linked)
     arrivals = Arrivals(services.archive.storage, settings.archive.state_dir)
-    offered += status.offered(status.State(settings, arrivals, services.overview))
+    state = status.State(settings, arrivals, services.overview, services.finder, services.tombstones)
+    offered += status.offered(state)
     offered += capabilities.offered(offered)
     offered.append(operations.openapi(offered))
     oidc = Oidc(settings.web) if settings.web.oidc_jwks else None

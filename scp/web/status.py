@@ -7,7 +7,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import unquote, urlsplit
@@ -17,6 +17,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from sphere.catalog.overview import Overview
+from sphere.catalog.queries import Queries
+from sphere.catalog.query import Query
+from sphere.catalog.tombstones import Tombstones
 from sphere.conf import serving
 from sphere.conf.settings import Settings
 from sphere.scp.client.echoes import echo_all
@@ -37,8 +40,12 @@ _LINE: Final = re.compile(r"(\S+Z) (WARNING|ERROR|CRITICAL) +(\S+)\[\d+\] (.*)")
 class State:
     """What the operations ask. Safe to share between threads."""
 
-    def __init__(self, settings: Settings, arrivals: Arrivals, overview: Overview) -> None:
+    def __init__(
+        self, settings: Settings, arrivals: Arrivals, overview: Overview, finder: Queries, tombstones: Tombstones
+    ) -> None:
         self.settings, self.arrivals, self.overview = settings, arrivals, overview
+        self._finder, self._tombstones = finder, tombstones
+        self._lost: tuple[str, frozenset[str], frozenset[str]] = "", frozenset(), frozenset()
         self._lock, self._echoing = threading.Lock(), threading.Lock()
         self._kept: dict[str, tuple[float, Any]] = {}
         self._echoes: list[dict[str, Any]] = [
@@ -71,6 +78,24 @@ class State:
             "forwards": self.kept("forwards", self.overview.forwards),
         }
 
+    def studies(self) -> list[dict[str, Any]]:
+        """Studies of which instances arrived, the latest first; of those that lost some by deletion, as many as are
+        shown, and nothing where none is."""
+        found = self.arrivals.look().studies
+        lost = self._that_lost(frozenset(one.study for one in found))
+        left = {uid: self._finder.count(Query.build("IMAGE", {"StudyInstanceUID": uid})) for uid in lost}
+        shown = [replace(one, instances=min(one.instances, left.get(one.study, one.instances))) for one in found]
+        return [asdict(one) for one in shown if one.instances]
+
+    def _that_lost(self, studies: frozenset[str]) -> frozenset[str]:
+        """Those of the studies with deleted instances; looked up again after a deletion, and for other studies."""
+        state = self._tombstones.state()
+        if (state, studies) != self._lost[:2]:
+            named = sorted(studies - {""})
+            deleted = self._tombstones.find(study=named) if named else ()
+            self._lost = state, studies, frozenset(one.StudyInstanceUID for one in deleted)
+        return self._lost[2]
+
     def storage(self) -> dict[str, Any]:
         """Where the bytes are, how many, and how many rows the tables have; sizes in bytes."""
         settings, landing = self.settings, self.arrivals.look()
@@ -81,6 +106,7 @@ class State:
             "bundles_open": landing.open,
             "bytes": landing.bytes,
             "members": landing.members,
+            "deleted": self._tombstones.count(),
             "disk": _disk(settings.storage.root),
             "tables": self.kept("counts", self.overview.counts),
         }
@@ -122,7 +148,7 @@ def offered(state: State) -> list[Operation]:
         return found
 
     def arrivals(request: Request) -> list[dict[str, Any]]:
-        studies = [asdict(one) for one in state.arrivals.look().studies]
+        studies = state.studies()
         request.state.found = len(studies)
         return studies
 

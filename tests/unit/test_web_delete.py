@@ -129,6 +129,22 @@ def test_undone_it_is_shown_again(settings: Settings, web: Web) -> None:
     assert set(doors(web, UIDS[0]).values()) == {200}
 
 
+def test_the_list_of_arrivals_shows_no_more_than_is_there(web: Web) -> None:
+    def told(path: str) -> Any:
+        return web.client.get(f"http://127.0.0.1:{web.port}/status/{path}").json()
+
+    def arrived() -> list[tuple[str, int]]:
+        return [(one["study"], one["instances"]) for one in told("arrivals")]
+
+    assert (arrived(), told("storage")["deleted"]) == ([(STUDY, 3)], 0)
+    for gone, left in ((0, [(STUDY, 2)]), (2, [(STUDY, 1)]), (1, [])):
+        assert delete(web, at(UIDS[gone])).status_code == 204
+        assert arrived() == left
+    assert told("storage")["deleted"] == 3
+    assert web.services.tombstones.restore(UIDS[1:], by="test") == 2
+    assert (arrived(), told("storage")["deleted"]) == ([(STUDY, 2)], 1)
+
+
 def test_what_comes_again_is_refused(settings: Settings, web: Web, tmp_path: Path) -> None:
     assert delete(web, at(UIDS[0])).status_code == 204
     before = members(settings)

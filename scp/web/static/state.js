@@ -147,6 +147,7 @@ export function storage() {
     show(h("h1", {}, "Storage"), facts([
       ["Storage", one.storage_root], ["Catalog", one.catalog_root],
       ["Bundles", `${number(one.bundles)} (${number(one.bundles_open)} open), ${bytes(one.bytes)}`], ["Members", number(one.members)],
+      ["Deleted", one.deleted ? `${number(one.deleted)} instances; their bytes go at compaction` : ""],
       ["Disk", one.disk ? `${bytes(one.disk.free)} free of ${bytes(one.disk.total)}` : ""],
     ]), h("h2", {}, "Catalog"), facts(Object.entries(one.tables).map(([name, count]) => [name, number(count)])));
   });
