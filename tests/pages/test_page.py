@@ -24,7 +24,7 @@ def web(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Web]:
     settings = archive(tmp_path_factory.mktemp("page"))
     first = slices(3, rows=32, columns=32)
     other = [changed(one, PatientName=HOSTILE, StudyDescription=IMAGE, PatientID="X1",
-                     StudyInstanceUID="1.2.9", SeriesInstanceUID="1.2.9.1",
+                     StudyInstanceUID="1.2.9", SeriesInstanceUID="1.2.9.1", Modality="MR", AccessionNumber="ACC-77",
                      SOPInstanceUID=f"1.2.9.1.{number}", StudyDate="20200102")
              for number, one in enumerate(slices(2, rows=32, columns=32))]  # fmt: skip
     land(settings, [new_member(one) for one in (*first, *other)])
@@ -58,6 +58,30 @@ def test_filters_answer_as_one_types(studies: Page) -> None:
     studies.get_by_label("From", exact=True).fill("2020-01-01")
     studies.get_by_label("To", exact=True).fill("2020-01-02")
     expect(rows).to_have_count(1)
+
+
+@pytest.mark.parametrize(
+    ("label", "typed"),
+    [("Patient name", "^doe"), ("Modality", "mr"), ("Accession number", "C-7"), ("Description", "KNEE"),
+     ("Patient ID", "X?")],
+)  # fmt: skip
+def test_each_filter_by_itself(studies: Page, label: str, typed: str) -> None:
+    rows, field = studies.locator("main tbody tr"), studies.get_by_label(label, exact=True)
+    field.fill(typed)
+    expect(rows).to_have_count(1)
+    expect(rows).to_contain_text("ACC-77")
+    field.fill(f"{typed}none")
+    expect(rows).to_have_count(0)
+    field.fill("")
+    expect(rows).to_have_count(2)
+
+
+def test_ranges_of_dates_by_one_press(studies: Page) -> None:
+    for name in ("Today", "7 days", "30 days"):
+        studies.get_by_role("button", name=name).click()
+        expect(studies.locator("main tbody tr")).to_have_count(0)
+        studies.get_by_role("button", name="Any date").click()
+        expect(studies.locator("main tbody tr")).to_have_count(2)
 
 
 def test_values_are_text(studies: Page) -> None:

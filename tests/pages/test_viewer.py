@@ -130,6 +130,18 @@ def test_a_segmentation_and_a_report_are_shown(opened: Page) -> None:
     assert abs(length / 842 - 40 / SIZE) < 0.01, "from column 10 to column 50"
 
 
+def test_from_the_list_of_studies_into_the_viewer(page: Page, shown: Web) -> None:
+    """With the token that was shown to the page."""
+    token = str(shown.client.headers["authorization"]).removeprefix("Bearer ")
+    page.add_init_script(SEEN.replace("{token}", token))
+    page.goto(f"http://127.0.0.1:{shown.port}/")
+    page.locator("main tbody tr").first.click()
+    page.get_by_role("link", name="Open in the viewer").click()
+    page.wait_for_function(ALL_SHOW, arg=1, polling=100)
+    row, column = lines(page)
+    assert any(differences(row, len(row), len(column), number).max() < 1.6 for number in range(SLICES))
+
+
 def test_what_a_first_visit_costs(page: Page, shown: Web) -> None:
     """Requests, bytes and WebGL contexts until the first image; seconds are what make bench-web measures."""
     token = str(shown.client.headers["authorization"]).removeprefix("Bearer ")

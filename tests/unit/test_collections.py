@@ -192,6 +192,7 @@ def doors(rows: list[Row]) -> Iterator[str]:
             f"{path}/instances",
             f"{path}/thumbnail",
             f"{path}/rendered",
+            f"{path}?accept=application/zip",
         )
     for row in rows[::2]:
         series = f"/studies/{row['StudyInstanceUID']}/series/{row['SeriesInstanceUID']}"

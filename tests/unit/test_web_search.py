@@ -10,6 +10,8 @@ from xml.etree import ElementTree
 
 import pytest
 
+from sphere.catalog.query import Query
+from sphere.catalog.schema import BY_KEYWORD, LEVELS, Level, level_of
 from sphere.scp.web.accept import choose, parse
 from sphere.scp.web.problem import WebError
 from sphere.scp.web.search_request import parse_search
@@ -249,3 +251,42 @@ def test_keys_of_a_search_are_those_of_the_query() -> None:
     tests = {key.keyword: key for key in search.query.keys if key.nodes()}
     assert set(tests) == {"ReferencedImageSequence", "StudyInstanceUID"}
     assert search.limit == 5
+
+
+@pytest.mark.parametrize("level", ["STUDY", "SERIES", "IMAGE"])
+def test_every_attribute_is_a_key_by_keyword_and_by_tag(level: Level) -> None:
+    """And asks what C-FIND asks by it."""
+    asked = 0
+    for keyword, column in BY_KEYWORD.items():
+        if LEVELS.index(level_of(keyword) or "IMAGE") > LEVELS.index(level):
+            continue
+        value = {"DA": "20240101-", "TM": "10-", "DT": "2024", "UI": "1.2", "PN": "Doe*"}.get(column.vr, "7")
+        by_keyword, by_tag = (parse_search([(name, value)], level, {}) for name in (keyword, f"{column.tag:08X}"))
+        assert by_keyword == by_tag, keyword
+        nodes = Query.build(level, {keyword: value}).predicate()
+        assert nodes and by_keyword.query.predicate() == nodes, keyword
+        asked += 1
+    assert asked > {"STUDY": 20, "SERIES": 50, "IMAGE": 700}[level]
+
+
+def test_includefield_all_is_of_every_level(web: Web) -> None:
+    study, *_ = web.get("/studies?StudyInstanceUID=9.1&includefield=all").json()
+    assert study["00081030"]["Value"] == ["CHEST 100%"] and "00080060" not in study
+    series, *_ = web.get("/studies/9.1/series?includefield=all").json()
+    assert {"00080060", "0020000E", "00201209"} <= series.keys()
+    [one, *_] = web.get("/series?includefield=all&StudyInstanceUID=9.1").json()
+    assert {"00080060", "00081030", "00100020"} <= one.keys(), "and of those above it"
+
+
+@pytest.mark.parametrize("path", ["/studies", "/series", "/instances", "/studies/9.1/series", "/studies/9.1/instances"])
+def test_xml_says_what_json_says(web: Web, path: str) -> None:
+    objects = web.get(path).json()
+    response = web.get(path, headers={"accept": XML})
+    parts = response.content.split(f"\r\n--{response.headers['content-type'].partition('boundary=')[2]}".encode())
+    documents = [ElementTree.fromstring(part.partition(b"\r\n\r\n")[2]) for part in parts[1:-1]]
+    told = [{one.get("tag"): [value.text for value in one if value.tag.endswith("}Value")] for one in document}
+            for document in documents]  # fmt: skip
+    for one, other in zip(objects, told, strict=True):
+        assert one.keys() == other.keys()
+        plain = {tag: [str(v) for v in e.get("Value", [])] for tag, e in one.items() if e["vr"] not in ("PN", "SQ")}
+        assert plain == {tag: other[tag] for tag in plain}

@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 
 import httpx
+import psutil  # type: ignore[import-untyped]
 import pytest
 
 from tests.support.serving import ready, running_supervisor
@@ -25,4 +26,21 @@ def test_http_is_a_child_like_the_others(tmp_path: Path) -> None:
         serving.wait(lambda state: sum(one.restarts for one in state.children) == 1)
         serving.wait(ready)
         assert 'sphere_restarts{child="web"} 1.0' in httpx.get(f"{root}/metrics").text
+        assert serving.stop() == 0
+
+
+def test_without_http_nothing_listens_for_it(tmp_path: Path) -> None:
+    """`web.enabled = false`: no process, no port."""
+    with running_supervisor(tmp_path, workers=1, web=False) as serving:
+        state = serving.wait(ready)
+        assert state.web_port == 0
+        assert [child.name for child in state.children] == ["receiver-1"]
+        family = psutil.Process(serving.process.pid)
+        ports = {
+            one.laddr.port
+            for process in (family, *family.children(recursive=True))
+            for one in process.net_connections(kind="tcp")
+            if one.status == psutil.CONN_LISTEN
+        }
+        assert ports == {serving.port}
         assert serving.stop() == 0
