@@ -253,6 +253,15 @@ def test_roles_inside_an_object(settings: Settings) -> None:
     assert oidc.check(token) == Known("anna", "admin")
 
 
+def test_what_a_researcher_is_granted_comes_from_claims(settings: Settings) -> None:
+    claims = {"oidc_collections_claim": "sphere.collections", "oidc_cohorts_claim": "cohorts"}
+    oidc = Oidc(settings.web.model_copy(update=claims))
+    granted = {"roles": ["researcher"], "sphere": {"collections": ["A", 5, "B"]}, "cohorts": "trial"}
+    assert oidc.check(bearer(**granted)["authorization"][7:]) == Known("anna", "researcher", ("A", "B"), ("trial",))
+    nothing = Known("anna", "researcher")
+    assert oidc.check(bearer(roles=["researcher"], sphere="A")["authorization"][7:]) == nothing
+
+
 def test_who_is_of_this_host(settings: Settings) -> None:
     def status(**changes: Any) -> int:
         host, auth = changes.get("host", "localhost:8080"), changes.get("auth", "remote")
