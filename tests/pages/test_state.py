@@ -51,8 +51,8 @@ def rejected(number: int) -> dict[str, Any]:
 def web(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Web]:
     folder = tmp_path_factory.mktemp("state")
     with running_receiver(folder / "peer") as peer:
-        named = (("there", peer.port), ("gone", free_port()))
-        peers = [{"name": name, "ae_title": name.upper(), "host": "127.0.0.1", "port": port} for name, port in named]
+        named = (("there", "SPHERE", peer.port), ("gone", "GONE", free_port()))
+        peers = [{"name": name, "ae_title": title, "host": "127.0.0.1", "port": port} for name, title, port in named]
         settings = archive(folder / "archive", peers=peers)
         land(settings, [new_member(one) for one in slices(3)])
         extract(settings)
