@@ -297,7 +297,7 @@ def test_who_serves_has_the_collector_leave_alone_what_stays(settings: Settings)
             assert frozen > 10_000
             write_catalog(settings, rows(5))
             assert count(service) == 5
-            assert gc.get_freeze_count() == frozen
+            assert gc.get_freeze_count() <= frozen, "some of it has gone, nothing came"
     finally:
         gc.unfreeze()
 
