@@ -346,7 +346,7 @@ class Draft:
         try:
             self._storage.rename(self._temporary, self._path)
         except StorageError:
-            if self._storage.exists(self._path):
+            if self._storage.exists(self._path) and self._storage.exists(self._temporary):  # so it is another's
                 raise Overtaken(f"another version {self._number} of annotation {self.id} was made meanwhile") from None
             raise
         self._open = False

@@ -39,7 +39,7 @@ from sphere.catalog.tables import CatalogTables
 from sphere.catalog.tail import JournalTail
 from sphere.catalog.tombstones import open_tombstones
 from sphere.conf.errors import CatalogError
-from sphere.conf.footprint import settle
+from sphere.conf.footprint import settle, unsettle
 from sphere.conf.settings import Settings
 from sphere.ingest.journal import Landed
 from sphere.ingest.spool import open_readable
@@ -99,6 +99,7 @@ class IndexCache:
         self._builder = ThreadPoolExecutor(1, thread_name_prefix="index")
         self._refresh: Future[Index] | None = None
         self._wait_until = 0.0
+        self._settled = False
 
     def current(self) -> Index:
         """The newest index; the one before it while a newer one takes longer than REFRESH_WAIT_S to build, or while
@@ -181,6 +182,8 @@ class IndexCache:
         self._index = None
         self._past.clear()
         self.tombstones.close()
+        if self._settled:
+            unsettle()
 
     def _is_stale(self, index: Index) -> bool:
         """Extraction commits `bundles` last: its next version means a complete batch."""
@@ -210,6 +213,7 @@ class IndexCache:
                 self._looked, self._unsettled = time.monotonic(), ()
             if first and isinstance(self._maker, IndexMaker):
                 settle()
+                self._settled = True
             if isinstance(self._maker, IndexMaker) and any(version >= 0 for version in index.versions.values()):
                 self._maker.hold()
             return index

@@ -59,3 +59,8 @@ def settle() -> None:
     is loaded. Every thread waits for a collection, of 29 to 60 ms where the objects of the libraries are in it."""
     gc.collect()  # what is garbage now would stay
     gc.freeze()
+
+
+def unsettle() -> None:
+    """Undo `settle`, so that the end of the process finds all that it has to take down."""
+    gc.unfreeze()

@@ -53,7 +53,8 @@ def web(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Web]:
     with running_receiver(folder / "peer") as peer:
         named = (("there", "SPHERE", peer.port), ("gone", "GONE", free_port()))
         peers = [{"name": name, "ae_title": title, "host": "127.0.0.1", "port": port} for name, title, port in named]
-        settings = archive(folder / "archive", peers=peers)
+        settings = archive(folder / "archive")
+        settings = settings.model_copy(update={"peers": type(settings).model_validate({"peers": peers}).peers})
         land(settings, [new_member(one) for one in slices(3)])
         extract(settings)
         write_table(settings, TABLES["quarantine"], [rejected(number) for number in range(PAGE + 3)])
