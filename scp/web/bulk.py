@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Iterator
-from contextlib import closing
-from itertools import chain
 from urllib.parse import parse_qsl
 
 from pydicom.uid import DeflatedExplicitVRLittleEndian
@@ -24,8 +21,7 @@ from sphere.scp.web.problem import WebError
 from sphere.scp.web.streamed import Body, Streamed
 
 OCTETS = "application/octet-stream"
-MAX_INFLATED = 1 << 30  # bytes inflated to reach the end of a value
-STEP = 1 << 20  # bytes inflated at once
+MAX_INFLATED = 1 << 30  # bytes inflated to reach a value
 INSTANCE = PREFIX + "/studies/{study}/series/{series}/instances/{instance}"
 _PARAMETERS = (
     parameter("offset", {"type": "integer"}, "Where the value begins in the stored file."),
@@ -55,8 +51,6 @@ def answer(archive: Archive, request: Request) -> Response:
     tag = etag([instance], offset, length, single)
     if known := not_modified(request, tag):
         return known
-    if inflated and not _is_there(archive, instance, offset + length):
-        raise WebError("there is no such value", http=404)
     headers = {"ETag": tag, "Accept-Ranges": "bytes"}
     status, start, end = 200, 0, length
     if single and (text := request.headers.get("range")):
@@ -71,7 +65,7 @@ def answer(archive: Archive, request: Request) -> Response:
     def body() -> Body:
         yield head
         if inflated:
-            yield from _inflated(archive, instance, offset + start, end - start)
+            yield _inflated(archive, instance, offset + start, end - start)
         else:
             yield from archive.pieces(Range(instance.bundle, instance.offset + offset + start, end - start))
         yield tail
@@ -113,26 +107,16 @@ def _range(text: str, length: int) -> tuple[int, int]:
     return start, end
 
 
-def _inflated(archive: Archive, instance: StoredInstance, offset: int, length: int) -> Iterator[bytes]:
-    """Bytes of the inflated data set (PS3.5 A.5), at most STEP at a time; ends early where it has not so many."""
-    inflater, passed, end = zlib.decompressobj(-zlib.MAX_WBITS), 0, offset + length
-    with closing(archive.pieces(range_of(instance))) as pieces:
-        for piece in chain(pieces, (b"",)):  # of what was inflated last, some bytes may wait inside
-            if passed >= end:
-                return
-            data, more = bytes(piece), True
-            while more and passed < end:
-                plain = inflater.decompress(data, STEP)
-                data = inflater.unconsumed_tail
-                more = bool(data)
-                if wanted := plain[max(0, offset - passed) : end - passed]:
-                    yield wanted
-                passed += len(plain)
-
-
-def _is_there(archive: Archive, instance: StoredInstance, end: int) -> bool:
-    """Whether so many bytes can be inflated: known before the first of a value is sent."""
-    try:
-        return sum(map(len, _inflated(archive, instance, 0, end))) == end
-    except zlib.error:
-        return False
+def _inflated(archive: Archive, instance: StoredInstance, offset: int, length: int) -> bytes:
+    """Bytes of the inflated data set (PS3.5 A.5); raises WebError where it has not so many."""
+    inflater, passed, found = zlib.decompressobj(-zlib.MAX_WBITS), 0, bytearray()
+    for piece in archive.pieces(range_of(instance)):
+        data = bytes(piece)
+        while data and len(found) < length:
+            plain = inflater.decompress(data, 1 << 20)
+            data = inflater.unconsumed_tail
+            found += plain[max(0, offset - passed) :]
+            passed += len(plain)
+    if len(found) < length:
+        raise WebError("there is no such value", http=404)
+    return bytes(found[:length])
