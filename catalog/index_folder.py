@@ -5,14 +5,12 @@ Files are made under a temporary name and renamed, by one process of the host at
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import duckdb
@@ -24,6 +22,7 @@ from sphere.catalog.grant import Grant
 from sphere.catalog.index_build import RebuildNeeded, build_base, build_refresh, rehearse
 from sphere.catalog.index_note import Snapshots, attach, note_of, parts_of
 from sphere.catalog.tables import CatalogTables
+from sphere.conf.alone import alone
 from sphere.conf.errors import CatalogError
 from sphere.conf.settings import Settings
 
@@ -191,16 +190,10 @@ class IndexFolder:
             elif other not in stays and not other.is_dir():
                 other.unlink(missing_ok=True)
 
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
+    def _alone(self) -> AbstractContextManager[None]:
         """One process of the host builds, the others wait for its result."""
         self.path.mkdir(parents=True, exist_ok=True)
-        fd = os.open(self.path / "build.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(fd)
+        return alone(self.path / "build.lock")
 
 
 def _modified(path: Path) -> int:

@@ -8,7 +8,6 @@ there is none, or it dies, each index has a process of its own (sphere.catalog.i
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import logging
 import os
@@ -29,6 +28,7 @@ import orjson
 from sphere.catalog.asof import AsOf
 from sphere.catalog.index_folder import FORMAT
 from sphere.catalog.index_process import IndexProcess, path_in
+from sphere.conf.alone import alone
 from sphere.conf.errors import CatalogError
 from sphere.conf.settings import Settings
 
@@ -122,7 +122,7 @@ class IndexMaker:
         Raises OSError.
         """
         self._folder.mkdir(parents=True, exist_ok=True)
-        with _address(self._folder, f"{self._name}.sock") as address, self._alone():
+        with _address(self._folder, f"{self._name}.sock") as address, alone(self._folder / f"{self._name}.lock"):
             try:
                 connection = _connection(address)
             except (FileNotFoundError, ConnectionRefusedError):
@@ -150,16 +150,6 @@ class IndexMaker:
         with suppress(BrokenPipeError), process.stdin as to:
             to.write(pickle.dumps((logging.getLogger("sphere").getEffectiveLevel(), self._settings)))
         log.info("maker of indexes started pid=%d", process.pid)
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """One process of the host starts it."""
-        fd = os.open(self._folder / f"{self._name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(fd)
 
 
 def _identity(settings: Settings) -> str:

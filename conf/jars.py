@@ -7,7 +7,6 @@ GROUP...` fetches ahead of time.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import importlib.util
 import os
@@ -21,6 +20,7 @@ from typing import Literal
 from xml.sax.saxutils import quoteattr
 
 from sphere.conf import toml
+from sphere.conf.alone import alone
 from sphere.conf.errors import ExternalMissing
 from sphere.conf.java import java
 
@@ -66,8 +66,7 @@ def paths(group: Group) -> list[Path]:
     wanted = pinned(group)
     target = folder() / group
     target.mkdir(parents=True, exist_ok=True)
-    with (target / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with alone(target / ".lock"):
         if any(not (target / jar.filename).exists() for jar in wanted):
             _fetch(wanted, target)
     return [target / jar.filename for jar in wanted]

@@ -15,8 +15,8 @@ from sphere.catalog.query import Query
 from sphere.catalog.service import QueryService
 from sphere.conf.settings import Settings
 from tests.bench.query_client import association, question
-from tests.support.catalog import Row, archive, instance, write_catalog
-from tests.support.makers import WITHIN_S, eventually, leave_out_others, makers
+from tests.support.catalog import archive, write_catalog
+from tests.support.makers import WITHIN_S, count, eventually, leave_out_others, makers, rows
 from tests.support.serving import running_supervisor
 
 pytestmark = pytest.mark.faults
@@ -36,17 +36,6 @@ def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[S
         assert count(opened) == 3
         eventually(makers)
         yield settings, opened
-
-
-def rows(studies: int) -> list[Row]:
-    return [
-        instance(study, StudyInstanceUID=f"9.{study}", SeriesInstanceUID=f"9.{study}.1", PatientID=f"P{study}")
-        for study in range(studies)
-    ]
-
-
-def count(service: QueryService) -> int:
-    return service.count(Query.build("STUDY"))
 
 
 def test_it_is_killed_at_any_moment(service: tuple[Settings, QueryService]) -> None:

@@ -7,6 +7,10 @@ from collections.abc import Callable
 
 import psutil
 
+from sphere.catalog.query import Query
+from sphere.catalog.service import QueryService
+from tests.support.catalog import Row, instance
+
 WITHIN_S = 60.0
 _others: set[int] = set()
 
@@ -35,3 +39,16 @@ def eventually(holds: Callable[[], object]) -> None:
     while not holds():
         assert time.monotonic() < until, "it did not come to that"
         time.sleep(0.02)
+
+
+def rows(studies: int) -> list[Row]:
+    """A catalog of so many studies, of one instance and one patient each."""
+    return [
+        instance(study, StudyInstanceUID=f"9.{study}", SeriesInstanceUID=f"9.{study}.1", PatientID=f"P{study}")
+        for study in range(studies)
+    ]
+
+
+def count(service: QueryService) -> int:
+    """Studies in the answers."""
+    return service.count(Query.build("STUDY"))

@@ -21,8 +21,8 @@ from sphere.catalog.service import QueryService
 from sphere.catalog.tables import CatalogTables
 from sphere.conf.errors import CatalogError
 from sphere.conf.settings import Settings
-from tests.support.catalog import Row, archive, instance, write_catalog
-from tests.support.makers import WITHIN_S, eventually, leave_out_others, makers
+from tests.support.catalog import archive, write_catalog
+from tests.support.makers import WITHIN_S, count, eventually, leave_out_others, makers, rows
 from tests.support.receiver import ROOT
 
 pytestmark = pytest.mark.unit
@@ -50,17 +50,6 @@ def service(settings: Settings) -> Iterator[QueryService]:
         assert count(opened) == 4
         eventually(makers)
         yield opened
-
-
-def rows(studies: int) -> list[Row]:
-    return [
-        instance(study, StudyInstanceUID=f"9.{study}", SeriesInstanceUID=f"9.{study}.1", PatientID=f"P{study}")
-        for study in range(studies)
-    ]
-
-
-def count(service: QueryService) -> int:
-    return service.count(Query.build("STUDY"))
 
 
 def test_it_makes_the_next_version(service: QueryService, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
