@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -82,10 +83,7 @@ class BundleContract(Backend):
         assert len(stored) == 64
         for number, record in stored.items():
             assert member_bytes(storage, record) == PREAMBLE + dataset_bytes(number)
-        assert sorted(all_records(storage), key=lambda one: one.offset) == all_records(storage)
-        assert {record.SOPInstanceUID for record in all_records(storage)} == {
-            record.SOPInstanceUID for record in stored.values()
-        }
+        assert all_records(storage) == sorted(stored.values(), key=attrgetter("bundle", "offset"))  # two may take turns
         assert_sound(storage)
 
     def test_journal_is_seen_here_at_once_and_elsewhere_when_published(
