@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,17 @@ def test_nothing_is_found(name: str) -> None:
     assert run.returncode == 0, run.stdout[-4000:]
     executed = next(line for line in run.stdout.splitlines() if "number_of_executed_units" in line)
     assert int(executed.split()[-1]) > len(list((CORPUS / name).iterdir())), "more than the corpus was tried"
+
+
+@pytest.mark.faults
+def test_memory_of_who_starts_it_is_not_counted() -> None:
+    pytest.importorskip("atheris", reason="atheris is missing: it has no wheel for this Python")
+    large = (
+        "import mmap, sys; from tests.fuzz.__main__ import MEMORY_MB, fuzz\n"
+        "mmap.mmap(-1, MEMORY_MB << 20, mmap.MAP_PRIVATE | mmap.MAP_POPULATE)\n"
+        "sys.exit(fuzz('commands', 1).returncode)"
+    )
+    subprocess.run([sys.executable, "-c", large], check=True)
 
 
 @pytest.mark.unit
