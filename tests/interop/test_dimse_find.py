@@ -55,6 +55,21 @@ ORTHANC_ENCODINGS = {
     "ISO_IR 144": "Cyrillic",
     "GB18030": "Chinese",
 }  # others are asked in UTF-8
+UNIQUE = ("PatientID", "StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID")
+TEXT_KEYS = {  # by level, a key whose text is written in the instance's character set
+    "PATIENT": "PatientName",
+    "STUDY": "StudyDescription",
+    "SERIES": "SeriesDescription",
+    "IMAGE": "ImageComments",
+}
+
+
+def text_of(name: str) -> str:
+    """The last group of a person's name, which its character set was chosen for, as plain text.
+
+    Without a space, which pydicom does not write beside katakana of ISO_IR 13.
+    """
+    return name.rpartition("=")[2].replace("^", "")
 
 
 @dataclass
@@ -65,6 +80,7 @@ class Archive:
     series: dict[str, dict[str, set[str]]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(set)))
     patients: dict[str, str] = field(default_factory=dict)  # by study
     names: dict[str, tuple[str, str]] = field(default_factory=dict)  # name and character set, by study
+    places: dict[str, dict[str, str]] = field(default_factory=dict)  # unique keys of what was made, by character set
 
     def add(self, path: Path) -> None:
         """Note a file that was stored, if it can be a row of `instances`."""
@@ -89,9 +105,13 @@ def archive(tmp_path_factory: pytest.TempPathFactory, spark: SparkSession) -> It
     files = sendable_files()
     for number, (charset, name) in enumerate(NAMES.items()):
         path, sets = made / f"{number}.dcm", charset.split("\\")
-        files.append(make_instance(path, SpecificCharacterSet=sets, PatientName=name, PatientID=f"CS{number}"))
+        texts = dict.fromkeys(TEXT_KEYS.values(), text_of(name)) | {"PatientName": name}
+        files.append(make_instance(path, SpecificCharacterSet=sets, PatientID=f"CS{number}", **texts))
     with running_receiver(tmp_path_factory.mktemp("archive")) as receiver:
         archive = Archive(receiver)
+        for path, charset in zip(files[-len(NAMES) :], NAMES, strict=True):
+            made_of = pydicom.dcmread(path)
+            archive.places[charset] = {keyword: str(made_of[keyword].value) for keyword in UNIQUE}
         for result in client.store(receiver.peer, files, settings=receiver.settings):
             if result.stored:
                 archive.add(Path(result.source))
@@ -187,6 +207,27 @@ def test_findscu_in_every_character_set(archive: Archive, tmp_path: Path, charse
     assert all(str(answer.PatientName).startswith(name) for answer in answers)  # a group matches alone, too
 
 
+@pytest.mark.parametrize("level", TEXT_KEYS)
+@pytest.mark.parametrize("charset", NAMES)
+def test_findscu_asks_for_text_at_every_level(archive: Archive, tmp_path: Path, charset: str, level: str) -> None:
+    """Key and answer are text of the level's own, the query in the character set of the instance."""
+    place, keyword = archive.places[charset], TEXT_KEYS[level]
+    wanted = NAMES[charset] if level == "PATIENT" else text_of(NAMES[charset])
+    for text in (wanted, f"{wanted[:3]}*")[: 1 if charset == "ISO_IR 13" else 2]:  # as for the space in text_of
+        query = Dataset()
+        query.SpecificCharacterSet = charset.split("\\")
+        query.QueryRetrieveLevel = level
+        for above in UNIQUE[: list(TEXT_KEYS).index(level)]:
+            setattr(query, above, place[above])
+        setattr(query, keyword, text)
+        asked = tmp_path / "query.dcm"
+        pydicom.dcmwrite(asked, query, implicit_vr=False, little_endian=True)
+        unique = UNIQUE[list(TEXT_KEYS).index(level)]
+        answers = findscu(archive.receiver.port, tmp_path / str(next(folders)), [unique], "-P", query=asked)
+        found = {answer[unique].value: str(answer[keyword].value) for answer in answers}
+        assert found[place[unique]] == wanted, text
+
+
 def _name_query(charset: str, name: str) -> Dataset:
     query = Dataset()
     query.SpecificCharacterSet = charset.split("\\")
@@ -235,6 +276,22 @@ def test_orthanc_queries_names_in_every_character_set(archive: Archive, orthanc:
         wanted = {study for study, named in archive.names.items() if named == (name, charset)}
         assert wanted <= {answer["StudyInstanceUID"] for answer in answers}, charset
         assert all(answer["PatientName"].startswith(name) for answer in answers), charset
+    orthanc.put("/tools/default-encoding", b"Utf8")
+
+
+@pytest.mark.parametrize("level", TEXT_KEYS)
+def test_orthanc_asks_for_text_at_every_level(archive: Archive, orthanc: Orthanc, level: str) -> None:
+    """Of an instance it sends no key of text, so there it is the patient's name."""
+    rank = list(TEXT_KEYS).index(level)
+    keyword = "PatientName" if level == "IMAGE" else TEXT_KEYS[level]
+    for charset, name in NAMES.items():
+        place, wanted = archive.places[charset], name if keyword == "PatientName" else text_of(name)
+        orthanc.put("/tools/default-encoding", ORTHANC_ENCODINGS.get(charset, "Utf8").encode())
+        for text in (wanted, f"{wanted[:3]}*"):
+            keys = {above: place[above] for above in UNIQUE[:rank]} | {UNIQUE[rank]: "", keyword: text}
+            answers = query(orthanc, "Instance" if level == "IMAGE" else level.title(), keys)
+            found = {answer[UNIQUE[rank]]: answer.get(keyword) for answer in answers}
+            assert found.get(place[UNIQUE[rank]]) == wanted, (charset, text)
     orthanc.put("/tools/default-encoding", b"Utf8")
 
 
