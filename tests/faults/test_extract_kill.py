@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pyspark.sql import SparkSession
 
 from sphere.conf.settings import Settings
 from sphere.jobs.extract import STEPS, run
+from tests.support.extract_until import environment
 from tests.support.landing import (
     all_tables,
     annotate,
@@ -37,6 +39,8 @@ SECTIONS: dict[str, Any] = {
     "ingest": {"on_conflict": "replace"},
     "spark": {"master": "local[1]", "driver_memory": "512m", "conf": QUICK_START},
 }
+OWN_JVM = {("headers", 2), ("instances", 1), ("replace", 1), ("bundles", 1)}
+"""Steps whose run has a JVM that goes with it; the others' is a second driver of the tests' session, there at once."""
 
 
 @pytest.fixture(scope="module")
@@ -63,15 +67,15 @@ def test_killed_and_run_again(
     spark: SparkSession, landed: Settings, undisturbed: dict[str, Any], tmp_path: Path, step: str, call: int
 ) -> None:
     settings = copy_of(landed, tmp_path / "killed", **SECTIONS)
-    early = STEPS.index(step) < STEPS.index("headers") and call == 1
-    seen = killed(settings, step, call, early=early)
+    own = (step, call) in OWN_JVM
+    seen = killed(settings, step, call, None if own else spark)
     report = run(spark, settings)  # at once: the JVM of the killed run may still be about to end
     assert report.read == report.rows + report.duplicates + report.rejected
     assert all_tables(settings) == undisturbed
     assert run(spark, settings).read == 0
     gone, alive = psutil.wait_procs(seen, timeout=60)
     assert not alive, "the killed run's JVM and workers go with it"
-    assert gone or early
+    assert bool(gone) == own
     assert all_tables(settings) == undisturbed
 
 
@@ -119,7 +123,7 @@ def test_killed_while_tombstones_are_followed(
     spark: SparkSession, buried: Settings, followed: dict[str, Any], tmp_path: Path, step: str, call: int
 ) -> None:
     settings = copy_of(buried, tmp_path / "killed", **SECTIONS)
-    killed(settings, step, call, early=step in ("tombstones", "conflicts", "quarantine"))
+    killed(settings, step, call, spark)
     report = run(spark, settings)
     assert report.read == report.rows + report.duplicates + report.rejected
     assert all_tables(settings) == followed
@@ -128,11 +132,12 @@ def test_killed_while_tombstones_are_followed(
     assert all_tables(settings) == followed
 
 
-def killed(settings: Settings, step: str, call: int, *, early: bool) -> set[psutil.Process]:
-    """An extraction that was killed at a step, `early`: before Spark has to do; the processes that it had started."""
-    until = [step, str(call), *(["early"] if early else [])]
+def killed(settings: Settings, step: str, call: int, spark: SparkSession | None) -> set[psutil.Process]:
+    """Kill an extraction at a step, in the JVM of `spark` or one of its own; returns the processes that it started."""
+    kind = "own" if spark is None else "shared"
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.support.extract_until", settings.model_dump_json(), *until],
+        [sys.executable, "-m", "tests.support.extract_until", settings.model_dump_json(), step, str(call), kind],
+        env=os.environ | (environment(spark) if spark else {}),
         stderr=subprocess.PIPE,
         text=True,
     )
