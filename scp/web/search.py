@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from itertools import chain, islice
 from typing import Protocol
@@ -30,6 +30,9 @@ from sphere.scp.web.streamed import Body, Streamed
 
 JSON, XML = "application/dicom+json", "application/dicom+xml"
 PAGE = 200  # answers of a piece of a response
+ANCHORED = 1000
+"""Answers of a page with `limit` that wait until its head can name the place of the next page by the last of them; of a
+larger page the rest is passed over by number."""
 AGENT = "SPHERE"
 NAMES = {"study": "StudyInstanceUID", "series": "SeriesInstanceUID", "instance": "SOPInstanceUID"}
 
@@ -86,17 +89,16 @@ def answer(finder: Finder, request: Request, level: Level, scope: dict[str, str]
 
 
 def _answer(finder: Finder, request: Request, search: Search, media_type: str) -> Response:
-    matches = finder.find(search.query, as_of=search.as_of)
-    end = None if search.limit is None else search.offset + search.limit
-    chosen = islice(matches, search.offset, end)
-    first = list(islice(chosen, PAGE))
+    passed, matches = _beyond(finder.find(search.query, as_of=search.as_of), search)
+    chosen = islice(matches, search.limit)
+    first = list(islice(chosen, PAGE if search.limit is None else min(search.limit, ANCHORED)))
     headers: list[tuple[str, str]] = []
     total = finder.count(search.query, as_of=search.as_of) if search.count else None
     if total is not None:
         headers.append(("X-Total-Count", str(total)))
-    if search.limit and len(first) == min(search.limit, PAGE):
+    if search.limit and len(first) == min(search.limit, ANCHORED):
         total = finder.count(search.query, as_of=search.as_of) if total is None else total
-        headers += _more(request, search, total)
+        headers += _more(request, search, total - passed, first)
     request.state.found = len(first)
     if not first:
         response = Response(status_code=204)
@@ -117,16 +119,46 @@ def _counted(request: Request, matches: Iterator[Match]) -> Iterator[Match]:
         yield one
 
 
-def _more(request: Request, search: Search, total: int) -> list[tuple[str, str]]:
-    """What tells that there are more answers than `limit` lets through (PS3.18 8.3.4.4)."""
+def _beyond(matches: Iterator[Match], search: Search) -> tuple[int, Iterator[Match]]:
+    """What is left when the answers up to `after` and the next `offset` ones were passed over, and how many these were.
+
+    Passing over by place, not by number, is what makes pages stable: whatever arrives or goes between two of them,
+    nothing that stays is given twice or left out.
+    """
+    passed = 0
+    if search.after:
+        for one in matches:
+            if _place(one) > search.after:
+                matches = chain([one], matches)
+                break
+            passed += 1
+    for _ in islice(matches, search.offset):
+        passed += 1
+    return passed, matches
+
+
+def _place(match: Match) -> tuple[str, ...]:
+    """What orders the answers: unique keys from the study down."""
+    uids = {key.keyword: match.columns.get(key.tag) for key in match.keys if key.keyword in _PATHS["IMAGE"]}
+    return tuple(str(uids.get(keyword) or "") for keyword in _PATHS[match.level])
+
+
+def _more(request: Request, search: Search, left: int, first: Sequence[Match]) -> list[tuple[str, str]]:
+    """What tells that there are more answers than `limit` lets through (PS3.18 8.3.4.4).
+
+    `left` answers are not passed over, of which `first` come in this page.
+    """
     assert search.limit is not None
-    left = total - search.offset - search.limit
+    left -= search.limit
     if left <= 0:
         return []
-    rest = [pair for pair in request.query_params.multi_items() if pair[0] not in ("offset", "asOf")]
+    rest = [pair for pair in request.query_params.multi_items() if pair[0] not in ("offset", "after", "asOf")]
     if search.as_of is not None:
         rest.append(("asOf", search.as_of.isoformat() if isinstance(search.as_of, datetime) else str(search.as_of)))
-    url = request.url.replace(query=urlencode([*rest, ("offset", str(search.offset + search.limit))]))
+    rest.append(("after", "\\".join(_place(first[-1]))))
+    if search.limit > len(first):
+        rest.append(("offset", str(search.limit - len(first))))
+    url = request.url.replace(query=urlencode(rest))
     text = f"There are {left} additional results that can be requested"
     return [("Warning", f'299 {AGENT} "{text}"'), ("Link", f'<{url}>; rel="next"')]
 
@@ -158,6 +190,7 @@ def _json_array(objects: Iterator[dict[str, Element]]) -> Body:
 _PARAMETERS = (
     parameter("limit", {"type": "integer", "minimum": 0}, "At most so many results."),
     parameter("offset", {"type": "integer", "minimum": 0}, "Results to pass over."),
+    parameter("after", {"type": "string"}, "The place where the page before ended, as its Link says."),
     parameter("includefield", {"type": "string"}, "Attributes to return, separated by commas, or `all`."),
     parameter("fuzzymatching", {"type": "boolean"}, "Match person names that sound alike."),
     parameter("emptyvaluematching", {"type": "boolean"}, "A value of two quotes finds what has no value."),

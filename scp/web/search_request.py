@@ -18,7 +18,9 @@ from sphere.scp.identifier import tag_of
 from sphere.scp.web.problem import WebError
 
 MAX_PARAMETERS = 200
-OPTIONS = ("limit", "offset", "count", "asOf", "fuzzymatching", "emptyvaluematching", "multiplevaluematching")
+OPTIONS = (
+    "limit", "offset", "after", "count", "asOf", "fuzzymatching", "emptyvaluematching", "multiplevaluematching",
+)  # fmt: skip
 MAX_DEPTH = 8  # sequences in an attribute path
 
 DEFAULTS: Mapping[Level, tuple[str, ...]] = {
@@ -43,13 +45,15 @@ of a series costs the headers of its instances, and is returned when it is asked
 
 @dataclass(frozen=True, slots=True)
 class Search:
-    """What a search asks for. `limit` None: everything."""
+    """What a search asks for. `limit` None: everything; `after`: unique keys, from the study down, of the answer that
+    the first one to be given comes after."""
 
     query: Query
     limit: int | None = None
     offset: int = 0
     count: bool = False
     as_of: AsOf | None = None
+    after: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -97,6 +101,7 @@ def parse_search(parameters: Sequence[tuple[str, str]], level: Level, scope: Map
         _number(options, "offset") or 0,
         _flag(options, "count"),
         _as_of(options.get("asOf", "")),
+        _after(options.get("after", ""), level),
     )
 
 
@@ -207,3 +212,10 @@ def _as_of(text: str) -> AsOf | None:
     if text == "now":  # what is complete now, and stays so: pages of it belong together
         return datetime.now(timezone.utc)
     return parse_as_of(text) if text else None
+
+
+def _after(text: str, level: Level) -> tuple[str, ...]:
+    place = tuple(text.split("\\")) if text else ()
+    if place and len(place) != LEVELS.index(level):
+        raise WebError("after must be what the Link of the page before says")
+    return place

@@ -10,12 +10,14 @@ from xml.etree import ElementTree
 
 import pytest
 
+from sphere.catalog import index as index_module
 from sphere.catalog.query import Query
 from sphere.catalog.schema import BY_KEYWORD, LEVELS, Level, level_of
+from sphere.scp.web import search
 from sphere.scp.web.accept import choose, parse
 from sphere.scp.web.problem import WebError
 from sphere.scp.web.search_request import parse_search
-from tests.support.catalog import archive, write_catalog
+from tests.support.catalog import archive, instance, write_catalog
 from tests.support.web import Web, serving_web
 from tests.unit.test_query_service import ROWS
 
@@ -96,6 +98,7 @@ def test_keys(web: Web, query: str, expected: bool) -> None:
         ("/studies?limit=1&limit=2", "limit stands twice"),
         ("/studies?count=1", "count must be"),
         ("/studies?asOf=yesterday", "neither a version"),
+        ("/instances?after=9.1%5C9.1.1", "after must be"),
         ("/studies?includefield=Nonsense", "Nonsense"),
         ("/studies/9.1/series?StudyInstanceUID=9.2", "StudyInstanceUID is in the path"),
         ("/studies/..%2F..%2Fetc/series", "not a UID|Not Found"),
@@ -161,6 +164,35 @@ def test_pages_of_one_version(tmp_path: Path) -> None:
             url = page.headers.get("link", "").partition(">")[0].lstrip("<")
         assert [one[INSTANCE]["Value"][0] for one in got] == everything
         assert len(found(web, "/instances?asOf=now", INSTANCE)) == 5
+
+
+@pytest.mark.parametrize("anchored", [1000, 2])
+def test_pages_stay_together_whatever_arrives_or_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, anchored: int
+) -> None:
+    """Without asOf: what comes before the place of the next page, or goes from there, moves nothing."""
+    monkeypatch.setattr(search, "ANCHORED", anchored)
+    monkeypatch.setattr(index_module, "REFRESH_WAIT_S", 60.0)
+    settings = archive(tmp_path)
+    early = [instance(800 + number, StudyInstanceUID="1.1", SeriesInstanceUID=f"1.1.{number}") for number in range(5)]
+    gone = ROWS[0]["SOPInstanceUID"]
+    write_catalog(settings, ROWS)
+    with serving_web(settings) as web:
+        everything = found(web, "/instances", INSTANCE)
+        got, url, page = [], f"{web.url}/instances?limit=4&offset=1", 0
+        while url:
+            response = web.client.get(url)
+            got += [one[INSTANCE]["Value"][0] for one in response.json()]
+            url = response.headers.get("link", "").partition(">")[0].lstrip("<")
+            page += 1
+            if page == 1:
+                write_catalog(settings, [*early, *ROWS])
+            elif page == 2:
+                write_catalog(settings, [one for one in ROWS if one["SOPInstanceUID"] != gone])
+        assert got == everything[1:]
+        last = web.get("/instances?limit=3&count=true")
+        assert last.headers["warning"].endswith(f'There are {len(ROWS) - 4} additional results that can be requested"')
+        assert "offset" in last.headers["link"] or anchored > 3
 
 
 def test_fuzzy_matching(web: Web) -> None:
