@@ -20,6 +20,7 @@ from sphere.catalog.index_note import Note, Snapshots
 from sphere.catalog.match import TRAILING_ONLY_VRS, normal_name_sql
 from sphere.catalog.reading import instances_sql
 from sphere.catalog.rollup import optional_columns, roll_up_sql, source_columns
+from sphere.catalog.rows import RowStore
 from sphere.catalog.schema import BY_KEYWORD, TABLES
 from sphere.catalog.tables import Snapshot
 
@@ -37,6 +38,8 @@ NAME_SUFFIX = "$name"
 """Column `PatientName$name` holds the normalised form of `PatientName`."""
 SHARE, LEAST = 0.03, 1000
 """A refresh covers at most this share of a base's studies (or so many): then a new base is made."""
+REHEARSED = 300
+"""Studies whose patients a rehearsal takes over: enough to touch most of the blocks that those of a batch are in."""
 
 FILES_AT_ONCE = 200
 """Files of `instances` whose rows are in memory together while a base is built."""
@@ -79,10 +82,20 @@ def _base_part(db: duckdb.DuckDBPyConnection, name: str, snapshots: Snapshots, g
 
 
 def build_refresh(
-    db: duckdb.DuckDBPyConnection, snapshots: Snapshots, *, since: str | None, base: str, grant: Grant | None = None
+    db: duckdb.DuckDBPyConnection,
+    snapshots: Snapshots,
+    *,
+    since: str | None,
+    base: str,
+    rows: RowStore | None = None,
+    grant: Grant | None = None,
 ) -> None:
     """Fill an empty database with what makes the attached `base` one of `snapshots`, going on from the refresh that is
-    attached as `since`, if any. `base` is written down as its file's name. Raises RebuildNeeded and duckdb.Error."""
+    attached as `since`, if any, in one transaction. `base` is written down as its file's name, `rows` are its rows.
+
+    Raises RebuildNeeded and duckdb.Error.
+    """
+    db.begin()
     sources = ("base", since) if since else ("base",)
     before = FileMap.read(db, sources)
     instances = snapshots["instances"]
@@ -112,19 +125,27 @@ def build_refresh(
         raise RebuildNeeded(f"{len(affected)} of {studies} studies changed")
     if affected:
         files = FileMap.read(db, ("base", "main"))
-        _replace(db, files, touched, sorted(affected), instances, grant)
+        _replace(db, files, touched, sorted(affected), instances, rows, grant)
     _copy_table(db, "bundles", snapshots["bundles"])
     Note.of(snapshots, settled=True, base=base).write(db)
+    db.commit()
 
 
-def rehearse(db: duckdb.DuckDBPyConnection, instances: Snapshot | None) -> None:
-    """Do with one study of the attached `base` what a refresh does with those that changed, in an empty database: what
-    the first one would load is loaded then. Raises duckdb.Error."""
+def rehearse(db: duckdb.DuckDBPyConnection, instances: Snapshot | None, rows: RowStore | None) -> None:
+    """Do in an empty database what a refresh does: with one study of the attached `base` as if it had changed, and with
+    patients from all over it, whose rows are taken over. What the first refresh would load is loaded then.
+
+    Raises duckdb.Error.
+    """
     some = [row[0] for row in db.execute("SELECT StudyInstanceUID FROM base.studies LIMIT 1").fetchall()]
     if some:
         _create_map(db)
         overlay.create(db, "base")
-        _replace(db, FileMap.read(db, ("base",)), overlay.Touched(), some, instances, None)
+        _replace(db, FileMap.read(db, ("base",)), overlay.Touched(), some, instances, rows, None)
+        (studies,) = db.execute("SELECT count(*) FROM base.studies").fetchall()[0]
+        spread = "SELECT DISTINCT patient_key FROM base.studies WHERE rowid % ? = 0"
+        found = db.execute(spread, [studies // REHEARSED + 1]).fetchall()
+        overlay.adopt(db, sorted(row[0] for row in found), rows)
 
 
 def _replace(
@@ -133,6 +154,7 @@ def _replace(
     touched: overlay.Touched,
     affected: list[str],
     instances: Snapshot | None,
+    rows: RowStore | None,
     grant: Grant | None,
 ) -> None:
     """Roll the studies up from the files that hold them now, as extraction does, or what is granted of them.
@@ -142,7 +164,7 @@ def _replace(
     columns = source_columns("series") | source_columns("studies")
     optional = optional_columns("series", "studies")
     condition, values = overlay.among("StudyInstanceUID", affected)
-    holding = files.of_studies(db, affected)
+    holding = files.of_studies(db, affected, rows)
     if holding and instances is not None:
         there = {row[0] for row in db.execute("SELECT DISTINCT name FROM parquet_schema(?)", [holding]).fetchall()}
         columns = {name: None for name in columns if name in there or name not in optional}
@@ -156,7 +178,7 @@ def _replace(
     absent = optional.difference(columns)
     series = db.sql(roll_up_sql("series", "changed_rows", absent=absent)).to_arrow_table()
     studies = db.sql(roll_up_sql("studies", "changed_rows", absent=absent)).to_arrow_table()
-    overlay.replace(db, touched, affected, series=series, studies=studies, selected=selected)
+    overlay.replace(db, touched, affected, series=series, studies=studies, selected=selected, rows=rows)
 
 
 def _granted_studies(db: duckdb.DuckDBPyConnection, added: Sequence[str], grant: Grant) -> set[str]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import duckdb
 
 from sphere.catalog.overlay import among
+from sphere.catalog.rows import RowStore
 
 SOURCES = ("base", "newer")
 """The databases that an index consists of: the file, and what was refreshed since."""
@@ -37,11 +38,13 @@ class FileMap:
         """Every file."""
         return sorted(self.names.values())
 
-    def of_studies(self, db: duckdb.DuckDBPyConnection, study_instance_uids: Sequence[str]) -> list[str]:
-        """The files that hold any of the studies."""
+    def of_studies(
+        self, db: duckdb.DuckDBPyConnection, study_instance_uids: Sequence[str], rows: RowStore | None = None
+    ) -> list[str]:
+        """The files that hold any of the studies; with the `rows` of the base, what that says is looked up there."""
         condition, values = among("StudyInstanceUID", study_instance_uids)
-        ids: set[int] = set()
-        for source in self.sources:
+        ids = rows.files_of(rows.studies(study_instance_uids)) if rows else set()
+        for source in self.sources[1:] if rows else self.sources:
             found = db.execute(f"SELECT id FROM {source}.study_files WHERE {condition}", values).fetchall()
             ids.update(row[0] for row in found)
         return self.named(ids)

@@ -10,7 +10,8 @@ import logging
 import os
 import shutil
 import time
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 
 import duckdb
@@ -19,6 +20,7 @@ import pyarrow as pa
 from sphere.catalog import rows
 from sphere.catalog.asof import AsOf, snapshots_as_of
 from sphere.catalog.grant import Grant
+from sphere.catalog.index_base import AttachedBase
 from sphere.catalog.index_build import RebuildNeeded, build_base, build_refresh, rehearse
 from sphere.catalog.index_note import Snapshots, attach, note_of, parts_of
 from sphere.catalog.tables import CatalogTables
@@ -43,11 +45,15 @@ PAST = 4
 
 
 class IndexFolder:
-    """The files in `<state_dir>/index/`; with a `grant` those of the granted instances, in a folder of its own."""
+    """The files in `<state_dir>/index/`; with a `grant` those of the granted instances, in a folder of its own.
 
-    def __init__(self, settings: Settings, grant: Grant | None = None) -> None:
+    `keep` is for who makes one refresh after the other: the base stays attached.
+    """
+
+    def __init__(self, settings: Settings, grant: Grant | None = None, *, keep: bool = False) -> None:
         self._tables = CatalogTables(settings)
-        self._grant = grant
+        self._grant, self._keep = grant, keep
+        self._attached = AttachedBase(self._tables, memory_limit=BUILD_MEMORY, threads=THREADS)
         self.path = settings.archive.state_dir / "index"
         if grant is not None:
             self.path /= f"of-{grant.digest}"
@@ -88,14 +94,14 @@ class IndexFolder:
         snapshots: Snapshots = {name: self._tables.snapshot(name) for name in WATCHED}
         try:
             if made := self._made():
-                with self._tables.connect(None, memory_limit=BUILD_MEMORY, threads=THREADS) as db:
-                    attach(db, parts_of(made[-1], note_of(made[-1]))[0], "base")
-                    rehearse(db, snapshots["instances"])
+                with self._attached.beside(parts_of(made[-1], note_of(made[-1]))[0], None) as (db, found):
+                    rehearse(db, snapshots["instances"], found)
         except (duckdb.Error, OSError) as error:
             raise CatalogError(f"index {made[-1].name} cannot be read: {type(error).__name__}") from None
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Let go of what is kept."""
+        self._attached.forget()
 
     def _made(self) -> list[Path]:
         """Indexes that were the newest once, the last one last."""
@@ -142,37 +148,51 @@ class IndexFolder:
             raise RebuildNeeded("there is none")
         try:
             base, *newer = parts_of(made[-1], note_of(made[-1]))
-            self._build(path, snapshots, base=base, since=newer[0] if newer else None)
+            self._refresh(path, snapshots, base=base, since=newer[0] if newer else None)
         except (duckdb.Error, CatalogError, OSError) as error:
             log.warning("index %s cannot be gone on from: %s", made[-1].name, type(error).__name__)
             raise RebuildNeeded("the one before is damaged") from None
         return base
 
-    def _build(self, path: Path, snapshots: Snapshots, *, base: Path | None = None, since: Path | None = None) -> None:
-        began = time.monotonic()
-        building = path.with_suffix(f".{os.getpid()}.building")
-        building.unlink(missing_ok=True)
-        db = self._tables.connect(building, memory_limit=BUILD_MEMORY, threads=THREADS)
-        try:
-            if self._grant is not None:
-                self._grant.attach(db)
-            if base is None:
+    def _build(self, path: Path, snapshots: Snapshots) -> None:
+        """Make a base; raises CatalogError."""
+        with self._making(path, "built") as making:
+            with closing(self._tables.connect(making, memory_limit=BUILD_MEMORY, threads=THREADS)) as db:
+                if self._grant is not None:
+                    self._grant.attach(db)
                 build_base(db, snapshots, grant=self._grant)
-                rows.build(db, rows.folder_of(building))
-            else:
-                attach(db, base, "base")
+                rows.build(db, rows.folder_of(making))
+            shutil.rmtree(rows.folder_of(path), ignore_errors=True)
+            rows.folder_of(making).rename(rows.folder_of(path))
+
+    def _refresh(self, path: Path, snapshots: Snapshots, *, base: Path, since: Path | None) -> None:
+        """Make a refresh of `base` that goes on from another one; raises RebuildNeeded and CatalogError."""
+        try:
+            with self._making(path, "refreshed") as making, self._attached.beside(base, making) as (db, found):
+                if self._grant is not None:
+                    self._grant.attach(db)
                 if since:
                     attach(db, since, "since")
-                build_refresh(db, snapshots, since="since" if since else None, base=base.name, grant=self._grant)
+                build_refresh(db, snapshots, since="since" if since else None, base=base.name, rows=found,
+                              grant=self._grant)  # fmt: skip
+                if since:
+                    db.execute("DETACH since")
+        finally:
+            if not self._keep:
+                self._attached.forget()
+
+    @contextmanager
+    def _making(self, path: Path, done: str) -> Iterator[Path]:
+        """The name of a file that is to become `path`; raises CatalogError for what goes wrong."""
+        began = time.monotonic()
+        making = path.with_suffix(f".{os.getpid()}.building")
+        making.unlink(missing_ok=True)
+        try:
+            yield making
+            making.rename(path)
         except (duckdb.Error, pa.ArrowException, OSError) as error:
             raise CatalogError(f"no index can be built from {self._tables.root}: {error}") from None
-        finally:
-            db.close()
-        if base is None:
-            shutil.rmtree(rows.folder_of(path), ignore_errors=True)
-            rows.folder_of(building).rename(rows.folder_of(path))
-        building.rename(path)
-        log.info("index %s %s in %.2f s", path.name, "refreshed" if base else "built", time.monotonic() - began)
+        log.info("index %s %s in %.2f s", path.name, done, time.monotonic() - began)
 
     def _remove_past(self) -> None:
         """Keep the PAST files of earlier versions that were made last."""

@@ -46,7 +46,7 @@ class Worker:
     def __init__(self, settings: Settings, listener: socket.socket) -> None:
         self._settings, self._listener = settings, listener
         self._tables = CatalogTables(settings)
-        self._folder = IndexFolder(settings)
+        self._folder = IndexFolder(settings, keep=True)
         self._newest = threading.Lock()
         self._counting = threading.Lock()
         self._connections = 0
@@ -95,15 +95,22 @@ class Worker:
         try:
             return self._folder.make(as_of, small=True)
         except RebuildNeeded:
-            return IndexProcess(self._settings, None).make(as_of)
+            made = IndexProcess(self._settings, None).make(as_of)
+            if as_of is None:
+                threading.Thread(target=self._rehearse, daemon=True, name="rehearsal").start()
+            return made
         finally:
             give_back()
 
-    def _watch(self) -> None:
-        every = WATCH_S if self._tables.is_local else WATCH_ELSEWHERE_S
+    def _rehearse(self) -> None:
+        """Load what the first refresh of a base needs."""
         with suppress(SphereError):  # what cannot be read is told of when an index is made
             self._folder.rehearse()
         give_back()
+
+    def _watch(self) -> None:
+        every = WATCH_S if self._tables.is_local else WATCH_ELSEWHERE_S
+        self._rehearse()
         while True:
             try:
                 if self._version < 0 or self._tables.has_moved("bundles", self._version):

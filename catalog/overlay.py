@@ -9,7 +9,7 @@ refresh of an index and the recent arrivals keep their rows so.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,7 @@ import duckdb
 import pyarrow as pa
 
 from sphere.catalog.rollup import optional_columns, roll_up_sql, source_columns
+from sphere.catalog.rows import RowStore
 from sphere.catalog.schema import TABLES
 
 SCHEMA = "overlay"
@@ -29,6 +30,9 @@ LOOKED_UP = 2000
 """Keys up to which looking them up, FEW at a time, is less work than a scan of a million rows."""
 SCANNED_FOR_ONE = 1000
 """Studies of an index of which a scan takes as long as fetching the rows of one."""
+
+NUMBERED = 200
+"""Studies up to which fetching their rows by key is less work than taking rows by numbers that are known."""
 
 Selected = Callable[[str], str]
 """From a column of a roll-up to the expression by which an index holds it."""
@@ -134,35 +138,48 @@ def replace(
     series: pa.Table,
     studies: pa.Table,
     selected: Selected,
+    rows: RowStore | None = None,
 ) -> Touched:
     """Put in the new rows of the studies `affected` (none: it is gone), and all else of the patients concerned.
 
-    Returns what the overlay replaces then. To be called within a transaction.
+    With the `rows` of the file, what is sought there is found by them. Returns what the overlay replaces then. To be
+    called within a transaction.
     """
     condition, values = among("StudyInstanceUID", affected)
     keys = {
         row[0] for row in db.execute(f"SELECT patient_key FROM {SCHEMA}.studies WHERE {condition}", values).fetchall()
     }
-    base = db.execute(f"SELECT StudyInstanceUID, patient_key FROM base.studies WHERE {condition}", values).fetchall()
-    keys |= {key for uid, key in base if uid not in before.studies}
+    keys |= {key for uid, key in _patients_of(db, affected, rows) if uid not in before.studies}
     keys |= set(studies["patient_key"].to_pylist())
-    now = before | _adopt(db, sorted(keys - before.patients))
+    now = before | adopt(db, sorted(keys - before.patients), rows)
     new = sorted(set(affected) - now.studies)
     if new:
         db.execute(f"INSERT INTO {SCHEMA}.touched SELECT unnest(?::VARCHAR[])", [new])
         now |= Touched(frozenset(new))
-    for name, rows in (("series", series), ("studies", studies)):
+    for name, new_rows in (("series", series), ("studies", studies)):
         db.execute(f"DELETE FROM {SCHEMA}.{name} WHERE {condition}", values)
-        if len(rows):
-            db.register("incoming_rows", rows)
-            filled = [column for column in TABLES[name].schema.names if rows[column].null_count < len(rows)]
+        if len(new_rows):
+            db.register("incoming_rows", new_rows)
+            filled = [column for column in TABLES[name].schema.names if new_rows[column].null_count < len(new_rows)]
             _insert(db, name, "incoming_rows", filled, selected)
             db.unregister("incoming_rows")
     _roll_up_patients(db, sorted(keys), selected)
     return now | Touched(values=_values(db, f"{SCHEMA}.studies", condition, values) | frozenset(affected))
 
 
-def _adopt(db: duckdb.DuckDBPyConnection, keys: Sequence[str]) -> Touched:
+def _patients_of(
+    db: duckdb.DuckDBPyConnection, uids: Sequence[str], rows: RowStore | None
+) -> Iterable[tuple[str, str]]:
+    """StudyInstanceUID and patient_key of those of some studies that the file has."""
+    if rows is not None:
+        found = rows.studies(uids)
+        columns = (rows.tables["studies"].values(name, found) for name in ("StudyInstanceUID", "patient_key"))
+        return zip(*columns, strict=True)
+    condition, values = among("StudyInstanceUID", uids)
+    return db.execute(f"SELECT StudyInstanceUID, patient_key FROM base.studies WHERE {condition}", values).fetchall()
+
+
+def adopt(db: duckdb.DuckDBPyConnection, keys: Sequence[str], rows: RowStore | None) -> Touched:
     """Take over patients from the file, with everything of theirs; unknown ones have nothing there."""
     if not keys:
         return Touched()
@@ -173,7 +190,7 @@ def _adopt(db: duckdb.DuckDBPyConnection, keys: Sequence[str]) -> Touched:
     ]
     uids, taken = sorted(row[0] for row in found), frozenset[str]()
     for name in ("studies", "series"):
-        _take_over(db, name, uids)
+        _take_over(db, name, uids, rows)
     if uids:
         of_uids, bound = among("StudyInstanceUID", uids)
         db.execute(f"INSERT INTO {SCHEMA}.touched SELECT unnest(?::VARCHAR[])", [uids])
@@ -182,18 +199,27 @@ def _adopt(db: duckdb.DuckDBPyConnection, keys: Sequence[str]) -> Touched:
     return Touched(frozenset(uids), frozenset(keys), taken)
 
 
-def _take_over(db: duckdb.DuckDBPyConnection, name: str, uids: Sequence[str]) -> None:
+def _take_over(db: duckdb.DuckDBPyConnection, name: str, uids: Sequence[str], rows: RowStore | None) -> None:
     """Add the rows of some studies, as the file has them.
 
-    To fetch a row by itself costs each of its columns. So where there are many, the rows are found by a scan of their
-    key, and then taken by their numbers: a sixth of what a scan costs that reads all columns.
+    To fetch a row by itself costs each of its columns. So where there are many, the rows are found in `rows` or by a
+    scan of their key, and then taken by their numbers: a sixth of what a scan costs that reads all columns.
     """
-    (studies,) = db.execute("SELECT count(*) FROM base.studies").fetchall()[0]
     insert = f"INSERT INTO {SCHEMA}.{name} SELECT * FROM base.{name}"
-    if len(uids) <= max(FEW, studies // SCANNED_FOR_ONE):
+    if rows is not None and (name == "studies" or rows.has_series):
+        few = len(uids) <= NUMBERED
+    else:
+        (studies,) = db.execute("SELECT count(*) FROM base.studies").fetchall()[0]
+        few, rows = len(uids) <= max(FEW, studies // SCANNED_FOR_ONE), None
+    if few:
         for start in range(0, len(uids), FEW):
             condition, values = among("StudyInstanceUID", uids[start : start + FEW])
             db.execute(f"{insert} WHERE {condition}", values)
+        return
+    if rows is not None:
+        found = rows.studies(uids)
+        numbers = found if name == "studies" else rows.series_of(found)
+        db.execute(f"{insert} WHERE rowid IN (SELECT unnest(?::BIGINT[]))", [numbers.tolist()])
         return
     condition, values = among("StudyInstanceUID", uids)
     db.execute(f"CREATE TEMP TABLE taken AS SELECT rowid AS number FROM base.{name} WHERE {condition}", values)

@@ -299,6 +299,12 @@ class RowStore:
             return np.array(key.find(texts[0]), np.int64)  # ascending: sorted by the hash, and then as they come
         return np.array(sorted({row for text in texts for row in key.find(text)}), np.int64)
 
+    def studies(self, uids: Sequence[str]) -> Rows:
+        """The studies that have one of some StudyInstanceUIDs."""
+        found, wanted = self.by_key("studies", "StudyInstanceUID", uids), set(uids)
+        known = self.tables["studies"].values("StudyInstanceUID", found)
+        return found[[uid in wanted for uid in known]] if len(found) else found
+
     def by_days(self, low: date | None, high: date | None, most: int) -> Rows | None:
         """The studies of a range of dates; None where they are more than `most`."""
         first = 0 if low is None else int(self._days.searchsorted(low.toordinal() - _DAY_ZERO, "left"))

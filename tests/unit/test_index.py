@@ -185,7 +185,7 @@ def test_questions_about_instances_open_only_their_files(settings: Settings) -> 
 
 
 def test_a_long_build_does_not_hold_up_answers(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    build = IndexFolder._build
+    build = IndexFolder._refresh
 
     def slow(self: IndexFolder, *arguments: Any, **options: Any) -> None:
         time.sleep(0.5)
@@ -193,7 +193,7 @@ def test_a_long_build_does_not_hold_up_answers(settings: Settings, monkeypatch: 
 
     with QueryService(settings) as service:
         assert count(service) == 4
-        monkeypatch.setattr(IndexFolder, "_build", slow)
+        monkeypatch.setattr(IndexFolder, "_refresh", slow)
         monkeypatch.setattr(index_module, "REFRESH_WAIT_S", 0.05)
         write_catalog(settings, rows(5))
         assert count(service) == 4, "from the version before"
