@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,9 +14,13 @@ import pytest
 from deltalake import DeltaTable
 
 from sphere.catalog import index as index_module
+from sphere.catalog import index_build, overlay
 from sphere.catalog.index import IndexCache
+from sphere.catalog.index_folder import IndexFolder
+from sphere.catalog.index_note import note_of, parts_of
 from sphere.catalog.query import Query
 from sphere.catalog.rollup import roll_up_sql, source_columns
+from sphere.catalog.rows import folder_of
 from sphere.catalog.schema import TABLES, Level
 from sphere.catalog.service import QueryService
 from sphere.conf.settings import Settings
@@ -87,7 +92,10 @@ def files(settings: Settings) -> list[Path]:
     return sorted((settings.archive.state_dir / "index").glob("*.duckdb"))
 
 
-def test_the_same_answers_as_one_made_from_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("found", ["by key", "by number", "without rows"])
+def test_the_same_answers_as_one_made_from_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: str) -> None:
+    """Whichever way the rows of patients that are taken over are found."""
+    monkeypatch.setattr(overlay, "NUMBERED", 0 if found == "by number" else 200)
     chance = random.Random(7)
     settings = archive(tmp_path)
     rows = [row(number, number // 4, number // 8) for number in range(80)]
@@ -95,6 +103,8 @@ def test_the_same_answers_as_one_made_from_nothing(tmp_path: Path) -> None:
     with QueryService(settings) as service:
         everything(service)
         [base] = files(settings)
+        if found == "without rows":
+            shutil.rmtree(folder_of(base))
         for turn in range(3):
             new = [
                 row(100 * (turn + 1) + number, chance.randrange(25 + turn), chance.randrange(12)) for number in range(5)
@@ -112,6 +122,36 @@ def test_the_same_answers_as_one_made_from_nothing(tmp_path: Path) -> None:
         assert seen == everything(reference)
     with QueryService(settings) as again:  # another process begins with what is there
         assert everything(again) == seen
+
+
+def test_who_keeps_the_base_goes_on_from_the_one_that_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refreshes, another base below them, and one that was damaged: as by who keeps none."""
+    settings = archive(tmp_path)
+    rows = [row(number, number // 4, number // 8) for number in range(40)]
+    write_catalog(settings, rows, files=5)
+    kept = IndexFolder(settings, keep=True)
+    kept.make()
+    kept.rehearse()
+    for turn in range(6):
+        new = [row(100 * (turn + 1) + number, turn * 3 + number, turn) for number in range(3)]
+        rows += new
+        commit(settings, rows, new)
+        with monkeypatch.context() as patch:
+            if turn == 2:  # too much for a refresh
+                patch.setattr(index_build, "LEAST", 0)
+                patch.setattr(index_build, "SHARE", 0.0)
+            made = kept.make()
+        assert bool(note_of(made).base) is (turn not in (2, 4))
+        if turn == 3:
+            parts_of(made, note_of(made))[0].write_bytes(b"not a database")
+        else:
+            with QueryService(settings) as service:
+                seen = everything(service)
+                assert made in files(settings)
+    kept.close()
+    fresh = settings.archive.model_copy(update={"state_dir": tmp_path / "fresh"})
+    with QueryService(settings.model_copy(update={"archive": fresh})) as reference:
+        assert seen == everything(reference)
 
 
 def test_what_did_not_change_is_not_opened(tmp_path: Path) -> None:
