@@ -19,6 +19,7 @@ from sphere.ingest.spool import backlog, in_use
 from sphere.ingest.storage import open_storage
 from sphere.jobs.forward_queue import ForwardState, states
 from sphere.jobs.tables import Tables, read
+from sphere.jobs.tombstones import waiting as tombstones_waiting
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,7 @@ class Status:
     spool: SpoolState | None  # what waits to be shipped, where instances are spooled
     forwards: tuple[ForwardState, ...] = ()  # what is sent on to peers
     deleted: int = 0  # instances that are shown no more; their bytes stay until compaction
+    deletions_waiting: bool = False  # what was deleted or restored since the last extraction: the tables do not show it
     problem: str = ""  # why storage and catalog could not be read: what is said of them is then 0
 
     def to_json(self) -> str:
@@ -66,8 +68,13 @@ class Status:
             f"waiting     {self.waiting} members" + (" (sphere extract)" if self.waiting else ""),
             f"catalog     {self.catalog_root}: {rows}",
             f"quarantine  {why or 'empty'}",
-            *([f"deleted     {self.deleted} instances"] if self.deleted else ()),
+            *([f"deleted     {self._deleted()}"] if self.deleted else ()),
         ]
+
+    def _deleted(self) -> str:
+        """Rows are counted as extraction left them: a deletion of since is in every answer, and not in their number."""
+        late = ", not all of them taken out of the rows above yet (sphere extract)"
+        return f"{self.deleted} instances" + (late if self.deletions_waiting else "")
 
 
 def take(settings: Settings) -> Status:
@@ -108,6 +115,7 @@ def _stored(settings: Settings) -> Status:
         quarantine=reasons,
         forwards=tuple(states(tables)),
         deleted=deleted,
+        deletions_waiting=settings.catalog.mode == "delta" and tombstones_waiting(settings),
     )
 
 

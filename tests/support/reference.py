@@ -7,6 +7,7 @@ archive is a list of data sets in the order of their arrival.
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime, timedelta, timezone
@@ -44,6 +45,7 @@ class Asked:
     multiple_values: bool = False
     combined_datetime: bool = False
     zone: int | None = None  # minutes east of UTC
+    fuzzy: bool = False  # person names by their sound
 
 
 def answer(archive: Sequence[Dataset], asked: Asked) -> list[tuple[str, ...]]:
@@ -146,6 +148,8 @@ def _key(entity: Entity, name: Any, text: Any, asked: Asked) -> bool:
     values = _adjusted(entity, name, asked)
     if asked.empty_values and text == '""':
         return not any(value.strip(" ") for value in values)
+    if asked.fuzzy and vr == "PN" and not _words(text):
+        return True
     if asked.multiple_values and name in MULTIPLE and "\\" in text:
         return all(any(_value(value, one, vr, asked) for value in values) for one in text.split("\\") if one.strip(" "))
     if vr == "DT":
@@ -191,7 +195,7 @@ def _value(value: str, text: str, vr: str, asked: Asked) -> bool:
     if vr == "UI":
         return value in text.split("\\")
     if vr == "PN":
-        return _name(value, text)
+        return _sounds_like(value, text) if asked.fuzzy else _name(value, text)
     if vr == "DA":
         return _between(value, *_ends(text.strip(" ")))
     if vr == "TM":
@@ -312,3 +316,57 @@ def _group(group: str, key: str) -> bool:
         if not key.endswith("^*"):
             return False
         key = key[:-2]
+
+
+SPELLINGS = (  # of one sound each, as docs/decisions/0019 has them
+    "ai ay ei ey aj ej", "f ph pf v w", "ks cks chs x", "k ck ch kh c q", "s tsch sch sh sz cz ts tz z ß", "t th dt d",
+    "p b", "g gh dj", "u ue ou oo", "o oe au œ", "a ae aa æ", "i ie ee y j",
+)  # fmt: skip
+_SOUND = {spelling: group.split() for group in SPELLINGS for spelling in group.split()}
+_PLAIN = str.maketrans("øłđðþıħ", "olddtih")
+
+
+def _letters(text: str) -> str:
+    """Lower case without accents."""
+    bare = (one for one in unicodedata.normalize("NFD", text.lower()) if not "\u0300" <= one <= "\u036f")
+    return "".join(bare).translate(_PLAIN)
+
+
+def _words(text: str) -> list[str]:
+    """What spaces and delimiters separate; of a key, without those that say nothing."""
+    return [word for word in re.split("[-^=,.'’ ]", _letters(text)) if word.strip("*")]
+
+
+def _sounds_like(value: str, key: str) -> bool:
+    """Whether each word of the key begins some word of the name."""
+    return all(any(_begins(_heard(one), word) for word in _words(value)) for one in _words(key))
+
+
+def _heard(word: str) -> list[list[str]]:
+    """The sounds of a word of the key, each as its spellings; the longest one is read, a sound once, no silent h."""
+    sounds: list[list[str]] = []
+    while word:
+        spelling = next((word[:n] for n in (4, 3, 2, 1) if word[:n] in _SOUND), word[0])
+        word = word[len(spelling) :]
+        sound = _SOUND.get(spelling, [spelling])
+        if not (sounds and (sound == sounds[-1] or spelling == "h")):
+            sounds.append(sound)
+    return sounds
+
+
+def _begins(sounds: list[list[str]], word: str) -> bool:
+    """Whether a word of a name begins with the sounds, each spelled any way, once or more often, and then any h."""
+    if not sounds:
+        return True
+    if sounds[0] == ["*"]:
+        return any(_begins(sounds[1:], word[at:]) for at in range(len(word) + 1))
+    if sounds[0] == ["?"]:
+        return bool(word) and _begins(sounds[1:], word[1:])
+    for spelling in sounds[0]:
+        if word.startswith(spelling):
+            rest = word[len(spelling) :]
+            if _begins(sounds, rest) or any(
+                _begins(sounds[1:], rest[at:]) for at in range(len(rest) - len(rest.lstrip("h")) + 1)
+            ):
+                return True
+    return False

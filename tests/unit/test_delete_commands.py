@@ -58,7 +58,9 @@ def test_delete_and_undelete(config: Path, records: list[MemberRecord]) -> None:
         result
     )
     assert deleted(config) == {one.SOPInstanceUID: "consent withdrawn" for one in records[:3]}
-    assert orjson.loads(call(config, "status", "--json").stdout)["deleted"] == 3
+    told = orjson.loads(call(config, "status", "--json").stdout)
+    assert (told["deleted"], told["deletions_waiting"]) == (3, True)
+    assert "taken out of the rows above yet" in call(config, "status").stdout
     assert "deleted     3 instances" in call(config, "status").stdout
     result = call(config, "undelete", "--series", records[0].SeriesInstanceUID)
     assert (result.exit_code, result.stdout[:6]) == (0, "3 are ")

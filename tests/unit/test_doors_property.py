@@ -261,6 +261,7 @@ def features(asked: Asked) -> Features:
         timezone_adjustment=asked.zone is not None,
         empty_values=asked.empty_values,
         multiple_values=asked.multiple_values,
+        fuzzy_names=asked.fuzzy,
     )
 
 
@@ -286,7 +287,7 @@ def built(asked: Asked) -> Query:
     return Query.build(
         level, by_name(asked), return_keys=("StudyInstanceUID",) if level == "PATIENT" else (), model="PATIENT_ROOT",
         combined_datetime=asked.combined_datetime, timezone=zone_text(asked.zone), empty_values=asked.empty_values,
-        multiple_values=asked.multiple_values,
+        multiple_values=asked.multiple_values, fuzzy_names=asked.fuzzy,
     )  # fmt: skip
 
 
@@ -309,7 +310,11 @@ def by_qido(doors: Doors, asked: Asked) -> list[tuple[str, ...]] | None:
     private = any(not isinstance(name, str) for name in asked.keys)
     if private or asked.level == "PATIENT" or asked.zone is not None or asked.combined_datetime:
         return None
-    parameters = [("emptyvaluematching", str(asked.empty_values).lower()), ("multiplevaluematching", "true")]
+    parameters = [
+        ("emptyvaluematching", str(asked.empty_values).lower()),
+        ("multiplevaluematching", str(asked.multiple_values).lower()),
+        ("fuzzymatching", str(asked.fuzzy).lower()),
+    ]
     for name, value in asked.keys.items():
         nested = value.items() if isinstance(value, dict) else ()
         parameters += [(f"{name}.{inner}", text) for inner, text in nested] or [(name, value)]
@@ -326,6 +331,11 @@ PROFILE = settings(
 @PROFILE
 @given(asked=queries())
 def test_every_door_gives_the_answer_of_the_reference(doors: Doors, asked: Asked) -> None:
+    held_to_the_reference(doors, asked)
+
+
+def held_to_the_reference(doors: Doors, asked: Asked) -> None:
+    """Put a query at every door."""
     try:
         query = built(asked)
     except QueryError:  # two quotes where empty values were not agreed on, a list with wild cards
@@ -345,15 +355,28 @@ def test_every_door_gives_the_answer_of_the_reference(doors: Doors, asked: Asked
     assert by_url is None or by_url == expected, "QIDO-RS"
 
 
-@settings(parent=PROFILE, max_examples=15)
+NAMES = ["PatientName", "PhysiciansOfRecord", "ReferringPhysicianName"]
+HEARD = [
+    "doe", "jo", "jon", "muller", "mueller", "MÜLER", "an", "aenchen", "山田", "やま", "yam*", "jamada taro", "neal",
+    "onei", "gregori", "haus", "hous?", "*", "^,-", "mayer", "ewa", "meier", "do?", "d*e jan*", '""',
+]  # fmt: skip
+
+
+@settings(parent=PROFILE, max_examples=40)
 @given(
-    words=st.lists(
-        st.sampled_from(["doe", "jo", "muller", "mueller", "an", "山田", "yam*", "neal", "onei"]), max_size=2
-    )
+    level=st.sampled_from(LEVELS[1:]),
+    keys=st.dictionaries(st.sampled_from(NAMES), st.sampled_from(HEARD), min_size=1, max_size=2),
+    empty=st.booleans(),
 )
-def test_fuzzy_names_at_every_door(doors: Doors, words: list[str]) -> None:
-    query = Query.build("STUDY", {"PatientName": " ".join(words)}, fuzzy_names=True)
-    assert told(doors.bundles, query) == told(doors.tables, query)
+def test_fuzzy_names_at_every_door(doors: Doors, level: str, keys: dict[str, str], empty: bool) -> None:
+    """Person names by their sound, held to a plain evaluation too."""
+    held_to_the_reference(doors, Asked(level, keys, empty, fuzzy=True))
+
+
+@settings(parent=PROFILE, max_examples=15)
+@given(words=st.lists(st.sampled_from(HEARD[:-1]), max_size=3))
+def test_fuzzy_names_of_patients(doors: Doors, words: list[str]) -> None:
+    held_to_the_reference(doors, Asked("PATIENT", {"PatientName": " ".join(words)}, fuzzy=True))
 
 
 @pytest.mark.parametrize("doors", [1], indirect=True)
