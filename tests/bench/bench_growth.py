@@ -4,8 +4,10 @@
 
 A study has 25 instances on average: 4,000 studies are 100,000 instances, 1,000,000 are 25 million. The catalogs are
 generated (tests.bench.hospital_catalog) and kept in the folder, if one is given. Per catalog: a first small batch,
-which makes what is kept of the keys from nothing; then the batch of new instances, which is the figure; then the same
+which makes what is kept of the keys from nothing; then batches of new instances, which are the figure: of new patients,
+a series more for each study of that batch, and new studies of patients from all over the catalog; then the same
 instances once more. "read" counts files and bytes of the catalog that the driver opened: tasks read bundles only.
+"merged" are the files that a batch took out of a table (-) and put in (+).
 """
 
 from __future__ import annotations
@@ -16,9 +18,12 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from itertools import islice
+from dataclasses import dataclass
+from datetime import date
+from itertools import chain, islice
 from pathlib import Path
 
+from deltalake import DeltaTable
 from pyspark.sql import SparkSession
 
 from sphere.conf.settings import Settings, from_dict
@@ -29,10 +34,12 @@ from sphere.jobs.session import spark_session
 from sphere.jobs.synthetic import ct_series
 from sphere.jobs.tables import Tables
 from tests.bench.bench_extract import SLICES, land, machine, timed
+from tests.bench.hospital import Hospital
 from tests.bench.hospital_catalog import kept
 
 BATCH = 20_000
 FIRST = 2_000
+PATIENT = ("PatientID", "PatientName", "PatientBirthDate", "PatientSex")
 
 
 def main() -> None:
@@ -51,7 +58,7 @@ def main() -> None:
             settings = _archive(catalog, Path(temporary) / f"archive-{studies}", options.cores)
             spark = spark or _warm(settings, Path(temporary) / "warm", options.cores)
             print(f"\n## {studies} studies, {hospital.instances} instances", flush=True)
-            _batches(spark, settings)
+            _batches(spark, settings, hospital)
         if spark is not None:
             spark.stop()
 
@@ -82,17 +89,48 @@ def _warm(settings: Settings, folder: Path, cores: int) -> SparkSession:
     for number in range(3):
         other = from_dict({"spark": {"master": f"local[{cores}]"}}, base=folder / str(number))
         (folder / str(number)).mkdir(parents=True)
-        land(other, _slices(number, BATCH))
+        land(other, _Series(number, BATCH))
         run(spark, other)
     return spark
 
 
-def _slices(seed: int, count: int) -> Iterator[bytes]:
-    series = range(1000 * (seed + 1), 1000 * (seed + 1) + count // SLICES + 1)
-    return islice((data for one in series for data in ct_series(SLICES, rows=8, columns=8, seed=one)), count)
+@dataclass(frozen=True)
+class _Series:
+    """One after the other, of `slices` instances, each a study of its own, of patients from all over a hospital if it is
+    given; or one series more of each study of the seed `studies`."""
+
+    seed: int
+    count: int
+    studies: int | None = None
+    patients: Hospital | None = None
+    slices: int = SLICES
+
+    def __iter__(self) -> Iterator[bytes]:
+        number = self.count // self.slices + 1
+        first = _number(self.seed if self.studies is None else self.studies)
+        series = (
+            ct_series(
+                self.slices, rows=8, columns=8, seed=_number(self.seed) + n, study=first + n,
+                patient=_patient(self.patients, n / number),
+            )
+            for n in range(number)
+        )  # fmt: skip
+        return islice(chain.from_iterable(series), self.count)
 
 
-def _batches(spark: SparkSession, settings: Settings) -> None:
+def _patient(hospital: Hospital | None, at: float) -> dict[str, str]:
+    """What is known of a patient, so that nothing contradicts it."""
+    if hospital is None:
+        return {}
+    one = {name: hospital.patient_values[name][int(at * hospital.patients)].as_py() for name in PATIENT}
+    return {name: f"{value:%Y%m%d}" if isinstance(value, date) else value for name, value in one.items()}
+
+
+def _number(seed: int) -> int:
+    return 1000 * (seed + 1)
+
+
+def _batches(spark: SparkSession, settings: Settings, hospital: Hospital) -> None:
     opened: Counter[str] = Counter()
     read = LocalStorage.read
 
@@ -102,21 +140,44 @@ def _batches(spark: SparkSession, settings: Settings) -> None:
             opened[path] += len(data)
         return data
 
+    batches = {
+        "first batch": _Series(10, FIRST),
+        "new patients": _Series(11, BATCH),
+        "new patients too": _Series(12, BATCH),
+        "series more": _Series(13, BATCH, studies=11),
+        "known patients": _Series(14, BATCH, patients=hospital, slices=25),
+        "the same again": _Series(14, BATCH, patients=hospital, slices=25),
+    }
     LocalStorage.read = counted  # type: ignore[method-assign]
     try:
-        for what, seed, count in (("first batch", 10, FIRST), ("new", 11, BATCH), ("the same again", 11, BATCH)):
-            land(settings, _slices(seed, count))
+        for what, batch in batches.items():
+            land(settings, batch)
             opened.clear()
+            before = _files(settings)
             timing, report = timed(lambda: run(spark, settings))
             steps = ", ".join(f"{name} {s:.2f}" for name, s in report.seconds.items() if s >= 0.01)  # type: ignore[attr-defined]
-            us, cpu, driver = (s / count * 1e6 for s in (timing.wall_s, timing.cpu_s, timing.driver_s))
+            us, cpu, driver = (s / batch.count * 1e6 for s in (timing.wall_s, timing.cpu_s, timing.driver_s))
             print(
-                f"{what:14}  {count:>6}  {us:>6.0f} us each, {cpu:>5.0f} of CPU, {driver:>5.0f} of it the driver's; "
-                f"read {len(opened)} files, {sum(opened.values()) / 1e6:.1f} MB; {steps}",
+                f"{what:16}  {batch.count:>6}  {us:>6.0f} us each, {cpu:>5.0f} of CPU, {driver:>5.0f} of it the "
+                f"driver's; read {len(opened)} files, {sum(opened.values()) / 1e6:.1f} MB; {steps}; merged "
+                f"{_merged(before, _files(settings))}",
                 flush=True,
             )
     finally:
         LocalStorage.read = read  # type: ignore[method-assign]
+
+
+def _files(settings: Settings) -> dict[str, set[str]]:
+    names = ("instances", "patients", "studies", "series", "bundles")
+    return {name: set(DeltaTable(f"{settings.catalog_root}/{name}").file_uris()) for name in names}
+
+
+def _merged(before: dict[str, set[str]], after: dict[str, set[str]]) -> str:
+    return ", ".join(
+        f"{name} -{len(files - after[name])} +{len(after[name] - files)} of {len(files)}"
+        for name, files in before.items()
+        if files != after[name]
+    )
 
 
 if __name__ == "__main__":
