@@ -96,8 +96,8 @@ def _warm(settings: Settings, folder: Path, cores: int) -> SparkSession:
 
 @dataclass(frozen=True)
 class _Series:
-    """One after the other, of `slices` instances, each a study of its own, of patients from all over a hospital if it is
-    given; or one series more of each study of the seed `studies`."""
+    """Series of `slices` instances: each a study of its own, of patients from all over a hospital if one is given, or
+    one series more for each study of the seed `studies`."""
 
     seed: int
     count: int
