@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import zlib
 from urllib.parse import parse_qsl
 
 from pydicom.uid import DeflatedExplicitVRLittleEndian
@@ -11,17 +10,17 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from sphere.catalog.service import StoredInstance
-from sphere.scp.retrieve.outbound import range_of, syntax_of
+from sphere.scp.retrieve.outbound import syntax_of
 from sphere.scp.retrieve.read_ahead import Range
 from sphere.scp.web.accept import accepted, choose
 from sphere.scp.web.archive import Archive, etag, not_modified
+from sphere.scp.web.inflated import MAX_INFLATED, inflated, is_there
 from sphere.scp.web.multipart import Parts
 from sphere.scp.web.operations import PREFIX, Operation, parameter
 from sphere.scp.web.problem import WebError
 from sphere.scp.web.streamed import Body, Streamed
 
 OCTETS = "application/octet-stream"
-MAX_INFLATED = 1 << 30  # bytes inflated to reach a value
 INSTANCE = PREFIX + "/studies/{study}/series/{series}/instances/{instance}"
 _PARAMETERS = (
     parameter("offset", {"type": "integer"}, "Where the value begins in the stored file."),
@@ -47,7 +46,7 @@ def answer(archive: Archive, request: Request) -> Response:
     choose(ranges, (OCTETS,))
     single = next((one.type != "multipart/related" for one in ranges if one.quality), True)
     [instance] = archive.instances(request)[:1]
-    offset, length, inflated = _place(request, instance)
+    offset, length, deflated = _place(request, instance)
     tag = etag([instance], offset, length, single)
     if known := not_modified(request, tag):
         return known
@@ -57,6 +56,8 @@ def answer(archive: Archive, request: Request) -> Response:
         start, end = _range(text, length)
         status = 206
         headers["Content-Range"] = f"bytes {start}-{end - 1}/{length}"
+    if deflated and not is_there(archive, instance, offset + end):
+        raise WebError("there is no such value", http=404)
     parts = Parts(OCTETS)
     head, tail = (b"", b"") if single else (parts.head(), parts.end)
     headers["Content-Length"] = str(len(head) + end - start + len(tail))
@@ -64,8 +65,8 @@ def answer(archive: Archive, request: Request) -> Response:
 
     def body() -> Body:
         yield head
-        if inflated:
-            yield _inflated(archive, instance, offset + start, end - start)
+        if deflated:
+            yield from inflated(archive, instance, offset + start, end - start)
         else:
             yield from archive.pieces(Range(instance.bundle, instance.offset + offset + start, end - start))
         yield tail
@@ -76,14 +77,14 @@ def answer(archive: Archive, request: Request) -> Response:
 def _place(request: Request, instance: StoredInstance) -> tuple[int, int, bool]:
     """(offset, length, whether in the inflated data set) that the URL names, inside the stored file."""
     given = dict(parse_qsl(request.url.query, keep_blank_values=True))
-    inflated = "inflated_offset" in given
-    offset, length = _number(given, "inflated_offset" if inflated else "offset"), _number(given, "length")
-    if inflated:
+    deflated = "inflated_offset" in given
+    offset, length = _number(given, "inflated_offset" if deflated else "offset"), _number(given, "length")
+    if deflated:
         if syntax_of(instance) != DeflatedExplicitVRLittleEndian or offset + length > MAX_INFLATED:
             raise WebError("there is no such value", http=404)
     elif offset < instance.dataset_offset or offset + length > instance.length:
         raise WebError("there is no such value", http=404)
-    return offset, length, inflated
+    return offset, length, deflated
 
 
 def _number(given: dict[str, str], name: str) -> int:
@@ -105,18 +106,3 @@ def _range(text: str, length: int) -> tuple[int, int]:
     if start >= end:
         raise WebError(f"the range is beyond the {length} bytes that there are", http=416)
     return start, end
-
-
-def _inflated(archive: Archive, instance: StoredInstance, offset: int, length: int) -> bytes:
-    """Bytes of the inflated data set (PS3.5 A.5); raises WebError where it has not so many."""
-    inflater, passed, found = zlib.decompressobj(-zlib.MAX_WBITS), 0, bytearray()
-    for piece in archive.pieces(range_of(instance)):
-        data = bytes(piece)
-        while data and len(found) < length:
-            plain = inflater.decompress(data, 1 << 20)
-            data = inflater.unconsumed_tail
-            found += plain[max(0, offset - passed) :]
-            passed += len(plain)
-    if len(found) < length:
-        raise WebError("there is no such value", http=404)
-    return bytes(found[:length])

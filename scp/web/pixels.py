@@ -6,7 +6,7 @@ import functools
 import re
 import struct
 import threading
-from base64 import b64encode
+from base64 import b64decode, b64encode
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,9 +23,10 @@ from pydicom.filebase import DicomBytesIO
 from pydicom.filewriter import write_dataset
 
 from sphere.catalog.service import StoredInstance
-from sphere.scp.retrieve.outbound import syntax_of
+from sphere.scp.retrieve.outbound import DEFLATED, syntax_of
 from sphere.scp.retrieve.transcode import DECODERS, NATIVE, TARGETS, NotConverted
 from sphere.scp.web.archive import Archive
+from sphere.scp.web.inflated import MAX_INFLATED, inflated
 from sphere.scp.web.problem import WebError
 from sphere.scp.web.retrieve import meta_of
 
@@ -35,6 +36,7 @@ MAX_FRAME: Final = 1 << 28  # bytes of one frame, decoded
 MAX_FRAMES: Final = 1 << 20
 MAX_TABLE: Final = 1 << 18  # bytes of a lookup table; one of 65,536 entries of 16 bits has half of them
 END_OF_IMAGE: Final = b"\xff\xd9"  # EOI of JPEG, EOC of JPEG 2000: no other marker of theirs ends a codestream
+IN_PLACE: Final = (*TARGETS, DEFLATED)  # transfer syntaxes whose frames are bytes of the (inflated) data set
 BIG_ENDIAN: Final = "1.2.840.10008.1.2.2"
 KNOWN: Final = 64  # instances whose frames are remembered
 _IMAGE: Final = {  # the media types of encapsulated frames (PS3.18 Table 8.7.3-5)
@@ -64,7 +66,7 @@ _TABLES: Final = frozenset(
 )
 _TAGS: Final = {keyword: f"{tag_for_keyword(keyword):08X}" for keyword in (*_DESCRIPTION, *_SHOWN)}
 _WANTED: Final = frozenset(_TAGS.values())
-_PLACE = re.compile(r"\?offset=(\d+)&length=(\d+)")
+_PLACE = re.compile(r"\?(inflated_)?offset=(\d+)&length=(\d+)")
 
 
 def media_type(syntax: str) -> str:
@@ -81,6 +83,7 @@ class Pixels:
     """The pixel data of an instance: bytes [offset, offset + length) of the member, and its frames.
 
     `bits`: of one frame, where it is not encapsulated. `read_header` gives `header`, which frames as they lie need not.
+    `deflated`: the bytes are those of the inflated data set.
     """
 
     instance: StoredInstance
@@ -90,6 +93,7 @@ class Pixels:
     length: int
     frames: int
     fragments: Fragments = ()
+    deflated: bool = False
 
     @functools.cached_property
     def header(self) -> Dataset:
@@ -121,17 +125,17 @@ class PixelReader:
 
     def _found(self, instance: StoredInstance) -> Pixels:
         elements = self._elements(instance)
-        element = next((elements[tag] for tag in ("7FE00010", "7FE00008", "7FE00009") if tag in elements), None)
-        if element is None:
-            raise WebError("the instance has no pixel data", http=404)
+        element = _pixel_data(elements)
         frames = _number(elements, "NumberOfFrames") or 1
         if not 0 < frames <= MAX_FRAMES:
             raise WebError("the instance does not say how many frames it has", http=404)
         made = functools.partial(Pixels, instance, functools.partial(self._header, instance), _bits(elements))
         place = _PLACE.fullmatch(element.get("BulkDataURI", ""))
-        if place is None:  # inflated, or short enough to be in the header: read by way of the converter
+        if place is None:  # short enough to be in the header: read by way of the converter
             return made(0, 0, frames)
-        offset, length = int(place[1]), int(place[2])
+        offset, length = int(place[2]), int(place[3])
+        if place[1]:
+            return made(offset, length, frames, deflated=True)
         fragments = () if syntax_of(instance) in NATIVE else self._fragments(instance, offset, frames)
         return made(offset, length, frames, fragments)
 
@@ -145,9 +149,17 @@ class PixelReader:
     def _table(self, instance: StoredInstance, uri: str) -> bytes:
         """A lookup table that metadata refer to; nothing where it cannot be read from its place."""
         place = _PLACE.fullmatch(uri)
-        if place is None or syntax_of(instance) == BIG_ENDIAN or int(place[2]) > MAX_TABLE:
+        if place is None or syntax_of(instance) == BIG_ENDIAN or int(place[3]) > MAX_TABLE:
             return b""
-        return self._archive.read(instance, int(place[1]), int(place[2]))
+        return self._value(instance, int(place[2]), int(place[3]), deflated=bool(place[1]))
+
+    def _value(self, instance: StoredInstance, offset: int, length: int, *, deflated: bool) -> bytes:
+        """Bytes of the member, or of its inflated data set; fewer where there are not so many."""
+        if not deflated:
+            return self._archive.read(instance, offset, length)
+        if offset + length > MAX_INFLATED:
+            return b""
+        return b"".join(inflated(self._archive, instance, offset, length))
 
     def _fragments(self, instance: StoredInstance, start: int, frames: int) -> Fragments:
         """The fragments of each frame (PS3.5 A.4): by the Basic Offset Table, else one for each, or all for one."""
@@ -194,17 +206,17 @@ class PixelReader:
         if pixels.fragments:
             parts = pixels.fragments[frame - 1]
             return b"".join(self._archive.read(pixels.instance, offset, length) for offset, length in parts)
-        if syntax_of(pixels.instance) not in TARGETS or not pixels.length:
+        if not pixels.length or syntax_of(pixels.instance) not in IN_PLACE:
             return self._converted_whole(pixels, frame)
         bits = pixels.bits
         _check_size(bits)
-        if bits % 8 == 0:
-            begin = bits // 8 * (frame - 1)
-            if begin + bits // 8 > pixels.length:
-                raise WebError(f"the pixel data ends before frame {frame}", http=404)
-            return self._archive.read(pixels.instance, pixels.offset + begin, bits // 8)
-        first, last = bits * (frame - 1), bits * frame
-        data = self._archive.read(pixels.instance, pixels.offset + first // 8, (last + 7) // 8 - first // 8)
+        first, end = bits * (frame - 1), (bits * frame + 7) // 8
+        size = end - first // 8
+        data = b""
+        if end <= pixels.length:
+            data = self._value(pixels.instance, pixels.offset + first // 8, size, deflated=pixels.deflated)
+        if len(data) < size:
+            raise WebError(f"the pixel data ends before frame {frame}", http=404)
         return _cut_bits(data, first % 8, bits)
 
     def plain(self, pixels: Pixels, frame: int) -> Dataset:
@@ -231,23 +243,31 @@ class PixelReader:
         return _read(converted)
 
     def _converted_whole(self, pixels: Pixels, frame: int) -> bytes:
-        """A frame of an instance that is deflated, big endian, or very small."""
+        """A frame of an instance that is big endian, or whose pixel data is so short that it is in the header."""
         instance = pixels.instance
-        if syntax_of(instance) in TARGETS:
-            data = self._archive.read(instance, 0, instance.length)
-            plain: Dataset = dcmread(BytesIO(data), force=True)
+        if syntax_of(instance) in IN_PLACE:
+            values = b64decode(_pixel_data(self._elements(instance)).get("InlineBinary", ""))
         else:
             try:
                 plain = _read(self._archive.converted(instance, EXPLICIT))
             except NotConverted as error:
                 raise WebError(f"the frame cannot be had: {error}", http=406) from None
-        values = bytes(
-            plain.get("PixelData") or plain.get("FloatPixelData") or plain.get("DoubleFloatPixelData") or b""
-        )
+            values = bytes(
+                plain.get("PixelData") or plain.get("FloatPixelData") or plain.get("DoubleFloatPixelData") or b""
+            )
         first = pixels.bits * (frame - 1)
         if first + pixels.bits > 8 * len(values):
             raise WebError(f"the pixel data ends before frame {frame}", http=404)
         return _cut_bits(values[first // 8 : (first + pixels.bits + 7) // 8], first % 8, pixels.bits)
+
+
+def _pixel_data(elements: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The element of an instance's pixels in DICOM JSON; raises WebError (404) where it has none."""
+    for tag in ("7FE00010", "7FE00008", "7FE00009"):
+        if tag in elements:
+            element: Mapping[str, Any] = elements[tag]
+            return element
+    raise WebError("the instance has no pixel data", http=404)
 
 
 def _number(elements: Mapping[str, Any], keyword: str) -> int:
