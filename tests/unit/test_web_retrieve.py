@@ -407,17 +407,17 @@ def test_a_large_instance_takes_no_more_memory_than_a_small_one(web: Web, tmp_pa
         assert received > size
         assert most - before < 64 << 20
     hasty = settings.model_copy(update={"web": settings.web.model_copy(update={"idle_s": 1})})
-    with serving_web(hasty) as other:  # not the one above: on a busy machine a client that does read may wait as long
-        with socket.create_connection(("127.0.0.1", other.port)) as idle:  # asks, and reads nothing
-            path = f"/dicom-web/studies/{found.StudyInstanceUID}"
-            idle.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
-            idle.settimeout(30)
-            assert idle.recv(1, socket.MSG_PEEK), "the answer has begun"
-            deadline = time.monotonic() + 30
-            while _is_served(other.port, idle) and time.monotonic() < deadline:
-                time.sleep(0.1)
-            assert not _is_served(other.port, idle), "a reader that stands still is broken off"
-            assert len(until_closed(idle)) < size, "and never gets the rest"
+    # not by the server above: on a busy machine a client that does read may wait as long
+    with serving_web(hasty) as other, socket.create_connection(("127.0.0.1", other.port)) as idle:
+        path = f"/dicom-web/studies/{found.StudyInstanceUID}"
+        idle.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())  # and reads nothing
+        idle.settimeout(30)
+        assert idle.recv(1, socket.MSG_PEEK), "the answer has begun"
+        deadline = time.monotonic() + 30
+        while _is_served(other.port, idle) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not _is_served(other.port, idle), "a reader that stands still is broken off"
+        assert len(until_closed(idle)) < size, "and never gets the rest"
 
 
 def _is_served(port: int, client: socket.socket) -> bool:
