@@ -31,7 +31,7 @@ ENCODINGS: Final = {"zstd": ".zst", "gzip": ".gz"}
 suffixes. Browsers take zstd of at most 8 MiB of window (RFC 9659): level 19 has that."""
 _ZSTD_LEVEL: Final = 19
 _PAGES: Final = "package/dist/"
-_STAMP: Final = "installed.txt"
+STAMP: Final = "installed.txt"  # says which build is installed
 # The runtime of models that would have to be fetched from elsewhere, and what hands the pages to a service worker
 _LEFT_OUT: Final = ("ort/", "sw.js", "init-service-worker.js", "google.js", "app-config.js", "_headers", "_redirects")
 _COMPRESSED: Final = frozenset((".js", ".css", ".wasm", ".html", ".json", ".jsonc", ".svg"))
@@ -84,7 +84,7 @@ def pinned() -> dict[str, Any]:
 
 def install(target: Path) -> Installed:
     """Have the pinned viewer in `target`; raises ExternalMissing when it cannot be had."""
-    pins, stamp = pinned(), target / _STAMP
+    pins, stamp = pinned(), target / STAMP
     found = stamp.read_text(encoding="utf-8") if stamp.is_file() else ""
     if found == _stamp(pins, minified=True):
         return Installed(new=False)
@@ -103,7 +103,7 @@ def install(target: Path) -> Installed:
         if program is not None:
             plain = _minified(program, pages)
         _compress(pages)
-        (pages / _STAMP).write_text(_stamp(pins, minified=not plain), encoding="utf-8")
+        (pages / STAMP).write_text(_stamp(pins, minified=not plain), encoding="utf-8")
         if target.exists():
             target.rename(work / "before")
         pages.rename(target)

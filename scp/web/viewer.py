@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,11 +24,13 @@ from sphere.conf import viewer
 from sphere.conf.settings import Web
 
 SETTINGS: Final = Path(__file__).with_name("viewer_config.js")
+WORKER: Final = Path(__file__).with_name("viewer_worker.js")
 INDEX: Final = "index.html"
 PIECE: Final = 1 << 20  # bytes that are read of a file at a time: each read is a turn of a thread
 FOREVER: Final = "public, max-age=31536000, immutable"
 _HASHED: Final = re.compile(r"(.*\.bundle\.)?[0-9a-f]{16}\.(js|wasm|woff2)")  # such a name has one meaning for ever
 _TAKES: Final = r"(^|,)\s*{}\s*(,|$|;\s*q=(?!0(\.0*)?\s*(,|$)))"  # a coding in Accept-Encoding (RFC 9110 12.5.3)
+_NAMED: Final = re.compile(rf'"{viewer.PREFIX}([^"/]+\.js)"')
 _INLINE: Final = re.compile(r"<script>(.*?)</script>", re.DOTALL)
 TYPES: Final = {
     ".html": "text/html; charset=utf-8", ".js": "text/javascript; charset=utf-8", ".css": "text/css; charset=utf-8",
@@ -55,6 +58,9 @@ def routes(settings: Web) -> list[Route]:
         path = str(request.path_params["path"])
         if path == "app-config.js":
             response = Response(SETTINGS.read_bytes(), media_type=TYPES[".js"])
+        elif path == "service-worker.js":
+            response = Response(_worker(files), media_type=TYPES[".js"])
+            response.headers["Content-Security-Policy"] = "default-src 'none'; connect-src 'self'"
         else:
             response = _file(files, path if Path(path).suffix else INDEX, request)
         response.headers["Cache-Control"] = FOREVER if _HASHED.fullmatch(path) else "no-cache"
@@ -95,7 +101,22 @@ def _file(files: StaticFiles, path: str, request: Request) -> Response:
 
 def _scripts(files: StaticFiles) -> list[str]:
     """The scripts in the page itself."""
-    return _INLINE.findall(Path(files.lookup_path(INDEX)[0]).read_text(encoding="utf-8"))
+    return _INLINE.findall(_page(files))
+
+
+def _page(files: StaticFiles) -> str:
+    return Path(files.lookup_path(INDEX)[0]).read_text(encoding="utf-8")
+
+
+def _worker(files: StaticFiles) -> str:
+    """The service worker: it keeps the scripts that the page names, under a name of this build."""
+    page = _page(files)
+    names = list(dict.fromkeys(name for name in _NAMED.findall(page) if _HASHED.fullmatch(name)))
+    full, stat = files.lookup_path(viewer.STAMP)
+    stamp = Path(full).read_text(encoding="utf-8") if stat else ""
+    build = hashlib.sha256(f"{len(stamp)}:{stamp}{page}".encode()).hexdigest()[:16]
+    text = WORKER.read_text(encoding="utf-8").replace("CACHE_NAME", json.dumps(f"viewer-{build}"))
+    return text.replace("FILE_NAMES", json.dumps([viewer.PREFIX + name for name in names]))
 
 
 def policy(inline: Iterable[str] = ()) -> str:

@@ -6,7 +6,9 @@ import base64
 import gzip
 import hashlib
 import io
+import json
 import platform
+import re
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -241,6 +243,24 @@ def test_compressed_and_kept(far: TestClient) -> None:
         assert far.get(f"/viewer/{name}").headers["cache-control"] == "no-cache", name
 
 
+def test_the_service_worker_is_of_one_build(tmp_path: Path, far: TestClient) -> None:
+    """It names the scripts that the page names, whose names say what is in them, and nothing else."""
+    worker = far.get("/viewer/service-worker.js")
+    assert worker.headers["content-type"] == "text/javascript; charset=utf-8"
+    assert worker.headers["cache-control"] == "no-cache"
+    assert worker.headers["content-security-policy"] == "default-src 'none'; connect-src 'self'"
+    [files] = re.findall("const FILES = (.*);", worker.text)
+    assert json.loads(files) == [f"/viewer/{name}" for name in ("12.bundle.b4688cdbdd856b75.js", APP)]
+    [build] = re.findall('const CACHE = "(viewer-[0-9a-f]{16})";', worker.text)
+    assert far.get("/viewer/service-worker.js").text == worker.text
+    for changed in (viewer.STAMP, "index.html"):
+        with (tmp_path / "viewer" / changed).open("a") as file:
+            file.write(" ")
+        [other] = re.findall('const CACHE = "(.*)";', far.get("/viewer/service-worker.js").text)
+        assert other != build
+        build = other
+
+
 @pytest.mark.parametrize(
     "path",
     ["none.js", "..%2f..%2fsphere.toml", "%2fetc%2fhosts.txt", "%00.js", pytest.param("a" * 300 + ".js", id="long")],
@@ -259,7 +279,7 @@ def test_only_its_files_are_open(far: TestClient) -> None:
 def test_none_is_installed(tmp_path: Path) -> None:
     settings = archive(tmp_path, web={"viewer_dir": str(tmp_path / "none")})
     with services_of(settings) as services:
-        response = TestClient(make_app(settings, services), base_url="http://localhost", client=("127.0.0.1", 1)).get(
-            "/viewer/viewer"
-        )
-    assert response.status_code == 404 and "make viewer" in response.json()["detail"]
+        client = TestClient(make_app(settings, services), base_url="http://localhost", client=("127.0.0.1", 1))
+        for path in ("/viewer/viewer", "/viewer/service-worker.js"):
+            response = client.get(path)
+            assert response.status_code == 404 and "make viewer" in response.json()["detail"]

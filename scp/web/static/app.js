@@ -1,5 +1,6 @@
 // Views by address, keys, and dark or light.
 
+import { readAhead } from "./ahead.js";
 import { h, show } from "./dom.js";
 import * as state from "./state.js";
 import { instance, series, study } from "./study.js";
@@ -86,7 +87,7 @@ document.querySelector("nav").append(...VIEWS.map(([name, title]) => h("a", { hr
 document.getElementById("theme").addEventListener("click", turn);
 document.getElementById("keys").addEventListener("click", KEYS["?"]);
 addEventListener("hashchange", route);
-route();
+route().then(readAhead);
 state.live((role) => {
   for (const link of document.querySelectorAll("nav a")) {
     link.hidden = OF_WRITERS.includes(link.hash.slice(2)) && !["writer", "admin"].includes(role);
