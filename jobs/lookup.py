@@ -14,6 +14,9 @@ from deltalake import DeltaTable
 from sphere.catalog.schema import TABLES
 from sphere.ingest.storage.base import Storage
 
+TOGETHER = 4
+"""Row groups of a file that are in memory at once."""
+
 
 def files(table: DeltaTable) -> dict[str, int]:
     """The table's files, by their paths as its log has them, with their sizes in bytes."""
@@ -24,8 +27,8 @@ def files(table: DeltaTable) -> dict[str, int]:
 def find(
     storage: Storage, name: str, paths: Iterable[str], columns: Sequence[str], *, key: str, values: pa.Array
 ) -> Iterator[pa.Table]:
-    """`columns` of the rows of these files of the table `name` whose column `key` has one of `values`, in pieces of a
-    row group; null where a file lacks a column."""
+    """`columns` of the rows of these files of the table `name` whose column `key` has one of `values`, in pieces of
+    TOGETHER row groups at most; null where a file lacks a column."""
     schema = pa.schema([TABLES[name].schema.field(column) for column in columns])
     for path in paths if len(values) else ():
         with open_parquet(storage, f"{name}/{unquote(path)}") as file:
@@ -33,11 +36,16 @@ def find(
 
 
 def _matching(file: pq.ParquetFile, columns: Sequence[str], key: str, values: pa.Array) -> Iterator[pa.Table]:
-    present = [column for column in dict.fromkeys((key, *columns)) if column in file.schema_arrow.names]
+    """Row groups that have one of the values, some at a time: Arrow reads their columns with several threads."""
+    known = set(file.schema_arrow.names)
+    present = [column for column in dict.fromkeys((key, *columns)) if column in known]
+    held: list[int] = []
     for group in range(file.num_row_groups):
         if pc.any(pc.is_in(file.read_row_group(group, columns=[key])[key], value_set=values)).as_py():
-            rows = file.read_row_group(group, columns=present)
-            yield rows.filter(pc.is_in(rows[key], value_set=values))
+            held.append(group)
+    for start in range(0, len(held), TOGETHER):
+        rows = file.read_row_groups(held[start : start + TOGETHER], columns=present)
+        yield rows.filter(pc.is_in(rows[key], value_set=values))
 
 
 def shaped(rows: pa.Table, schema: pa.Schema) -> pa.Table:
