@@ -97,12 +97,12 @@ class KnownInstances:
 
     def add(self, record: MemberRecord) -> None:
         """An instance was stored."""
-        self._add([_version_of(record)])
+        self._add([record])
 
     def _key(self, uid: str) -> bytes:
         return hashlib.blake2b(uid.encode(), digest_size=16, key=self._salt).digest()
 
-    def _add(self, versions: Iterable[KnownVersion], *, first: bool = False) -> None:
+    def _add(self, versions: Iterable[KnownVersion | MemberRecord], *, first: bool = False) -> None:
         """Remember versions, in front of the others where `first`."""
         with self._adding:
             for version in versions:
@@ -113,7 +113,7 @@ class KnownInstances:
             while len(self._versions) > KEPT:
                 self._versions.popitem(last=False)
 
-    def _pack(self, version: KnownVersion) -> bytes:
+    def _pack(self, version: KnownVersion | MemberRecord) -> bytes:
         number = self._numbers.get(version.bundle)
         if number is None:
             number = self._numbers[version.bundle] = len(self._bundles)
@@ -165,7 +165,7 @@ class KnownInstances:
         if self._tail is None:
             self._tail = JournalTail(self._storage, self._state_dir, {}, self._older())
         while records := self._tail.take(TAIL):
-            self._add(map(_version_of, records))
+            self._add(records)
 
     def _older(self) -> set[str]:
         """All bundles but the newest ones with about KEPT members."""
@@ -195,8 +195,3 @@ class KnownInstances:
 def _forget(remembered: OrderedDict[Any, Any]) -> None:
     while len(remembered) > SENDERS:
         remembered.popitem(last=False)
-
-
-def _version_of(record: MemberRecord) -> KnownVersion:
-    where = record.bundle, record.offset, record.length, record.dataset_offset
-    return KnownVersion(record.SOPInstanceUID, record.sha256, *where)

@@ -6,6 +6,7 @@ set. Nothing here raises on any bytes.
 
 from __future__ import annotations
 
+import functools
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,18 +30,18 @@ def file_meta(*, sop_class_uid: str, sop_instance_uid: str, transfer_syntax_uid:
 
     `source_aet` is the calling AE title, left out where empty. Characters outside ASCII become "?".
     """
-    elements = [
-        _VERSION,
-        _short(_MEDIA_STORAGE_SOP_CLASS, b"UI", sop_class_uid, b"\0"),
-        _short(_MEDIA_STORAGE_SOP_INSTANCE, b"UI", sop_instance_uid, b"\0"),
-        _short(_TRANSFER_SYNTAX, b"UI", transfer_syntax_uid, b"\0"),
-        _IMPLEMENTATION,
-    ]
-    if source_aet:
-        elements.append(_short(0x0016, b"AE", source_aet, b" "))
-    body = b"".join(elements)
-    group_length = struct.pack("<HH2sHI", 2, _GROUP_LENGTH, b"UL", 4, len(body))
-    return bytes(PREAMBLE_LENGTH) + PREFIX + group_length + body
+    before, after = _around(sop_class_uid, transfer_syntax_uid, source_aet)
+    instance = _short(_MEDIA_STORAGE_SOP_INSTANCE, b"UI", sop_instance_uid, b"\0")
+    length = len(before) + len(instance) + len(after)
+    return b"".join((_BEGIN, length.to_bytes(4, "little"), before, instance, after))
+
+
+@functools.lru_cache(64)
+def _around(sop_class_uid: str, transfer_syntax_uid: str, source_aet: str) -> tuple[bytes, bytes]:
+    """What goes before and after the instance's UID in group 0002, which is the same for all that one sender sends."""
+    before = _VERSION + _short(_MEDIA_STORAGE_SOP_CLASS, b"UI", sop_class_uid, b"\0")
+    after = _short(_TRANSFER_SYNTAX, b"UI", transfer_syntax_uid, b"\0") + _IMPLEMENTATION
+    return before, after + (_short(0x0016, b"AE", source_aet, b" ") if source_aet else b"")
 
 
 def _short(element: int, vr: bytes, text: str, pad: bytes) -> bytes:
@@ -53,6 +54,7 @@ def _long(element: int, vr: bytes, value: bytes) -> bytes:
     return struct.pack("<HH2sHI", 2, element, vr, 0, len(value)) + value
 
 
+_BEGIN: Final = bytes(PREAMBLE_LENGTH) + PREFIX + struct.pack("<HH2sH", 2, _GROUP_LENGTH, b"UL", 4)
 _VERSION: Final = _long(0x0001, b"OB", b"\x00\x01")
 _IMPLEMENTATION: Final = _short(0x0012, b"UI", IMPLEMENTATION_CLASS_UID, b"\0") + _short(
     0x0013, b"SH", IMPLEMENTATION_VERSION_NAME, b" "

@@ -133,9 +133,12 @@ class StoreService:
 def identify_request(request: StoreRequest) -> Identity:
     """The UIDs that the data set itself gives; raises OSError."""
     identifier = _of_this_thread()
+    syntax, wanted = request.TransferSyntaxUID, identifier.wants
+    if wanted and (known := identifier.again(_first(request.dataset, wanted), transfer_syntax_uid=syntax)):
+        return known
     for length in PREFIXES:
         prefix = _first(request.dataset, length)
-        found = identifier.identify(prefix, transfer_syntax_uid=request.TransferSyntaxUID, size=request.size)
+        found = identifier.identify(prefix, transfer_syntax_uid=syntax, size=request.size)
         if found.complete or len(prefix) >= request.size:
             break
     return found

@@ -53,12 +53,24 @@ class Identifier:
         self._pattern: _Pattern | None = None
         self._unlike = 0
 
+    @property
+    def wants(self) -> int:
+        """Bytes from the begin that `again` looks at; 0 where nothing is remembered."""
+        return self._pattern.end if self._pattern is not None else 0
+
+    def again(self, prefix: bytes, *, transfer_syntax_uid: str) -> Identity | None:
+        """What `identify` says, if the instance is laid out like the last one; None where it has to be asked."""
+        pattern = self._pattern
+        if pattern is None or len(prefix) < pattern.end or not pattern.fits(prefix, transfer_syntax_uid):
+            return None
+        self._unlike -= 1
+        return pattern.read(prefix)
+
     def identify(self, prefix: bytes, *, transfer_syntax_uid: str, size: int) -> Identity:
         """Exactly what `sphere.ingest.header.identify` says."""
-        pattern = self._pattern
-        if pattern is not None and len(prefix) >= pattern.end and pattern.fits(prefix, transfer_syntax_uid):
-            self._unlike -= 1
-            return pattern.read(prefix)
+        known = self.again(prefix, transfer_syntax_uid=transfer_syntax_uid)
+        if known is not None:
+            return known
         found = identify(prefix, transfer_syntax_uid=transfer_syntax_uid, size=size)
         if found.SeriesInstanceUID and self._unlike < _PATIENCE:
             self._unlike += 1

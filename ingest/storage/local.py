@@ -10,10 +10,8 @@ import errno
 import os
 import secrets
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
-from typing import NoReturn
 
 from sphere.conf.errors import StorageError
 from sphere.ingest.storage.ahead import ZerosAhead
@@ -42,7 +40,7 @@ class LocalAppender(Appender):
     def write(self, buffers: Sequence[Buffer]) -> None:
         views = [view for view in map(_bytes_view, buffers) if view.nbytes]
         size = sum(view.nbytes for view in views)
-        with _told(f"writing {self._path}"):
+        with _Told(f"writing {self._path}"):
             if self._size + size <= self._zeros.end and self._direct.takes(self._size, size):
                 views = self._past_cache(views, size)
             if views:
@@ -72,11 +70,11 @@ class LocalAppender(Appender):
         return _after(views, written)
 
     def prepare(self) -> None:
-        with _told(f"writing zeros to {self._path}"):
+        with _Told(f"writing zeros to {self._path}"):
             self._zeros.add(self._size)
 
     def sync(self) -> None:
-        with _told(f"syncing {self._path}"):
+        with _Told(f"syncing {self._path}"):
             os.fdatasync(self._fd)
 
     def publish(self) -> None:
@@ -86,7 +84,7 @@ class LocalAppender(Appender):
         if self._fd < 0:
             return
         try:
-            with _told(f"cutting {self._path}"):
+            with _Told(f"cutting {self._path}"):
                 self._zeros.cut(self._fd, self._size)
             self.sync()
         finally:
@@ -118,7 +116,7 @@ class LocalStorage(Storage):
 
     def create(self, path: str, attempt: int = 0) -> LocalAppender:
         full = self._path(path)
-        with _told(f"creating {full}"):
+        with _Told(f"creating {full}"):
             _make_folders(full.parent)
             fd = os.open(full, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, _MODE)
             try:
@@ -131,18 +129,18 @@ class LocalStorage(Storage):
 
     def append(self, path: str) -> LocalAppender:
         full = self._path(path)
-        with _told(f"opening {full} to append"):
+        with _Told(f"opening {full} to append"):
             fd = os.open(full, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
             return LocalAppender(fd, str(full), os.fstat(fd).st_size)
 
     def open(self, path: str) -> FileIO:
         full = self._path(path)
-        with _told(f"opening {full}"):
+        with _Told(f"opening {full}"):
             return FileIO(full)
 
     def read(self, path: str, offset: int = 0, length: int | None = None) -> bytes:
         full = self._path(path)
-        with _told(f"reading {full}"):
+        with _Told(f"reading {full}"):
             fd = os.open(full, os.O_RDONLY | os.O_CLOEXEC)
             try:
                 if length is None:
@@ -154,7 +152,7 @@ class LocalStorage(Storage):
     def write(self, path: str, data: bytes) -> None:
         full = self._path(path)
         temporary = full.with_name(f".{full.name}.{secrets.token_hex(8)}{TEMPORARY}")
-        with _told(f"writing {full}"):
+        with _Told(f"writing {full}"):
             _make_folders(full.parent)
             try:
                 _write_new(temporary, data)
@@ -166,7 +164,7 @@ class LocalStorage(Storage):
 
     def rename(self, path: str, to: str) -> None:
         full, other = self._path(path), self._path(to)
-        with _told(f"renaming {full}"):
+        with _Told(f"renaming {full}"):
             try:
                 _rename(full, other)
             except FileExistsError:
@@ -175,7 +173,7 @@ class LocalStorage(Storage):
 
     def size(self, path: str) -> int:
         full = self._path(path)
-        with _told(f"looking at {full}"):
+        with _Told(f"looking at {full}"):
             return full.stat().st_size
 
     def exists(self, path: str) -> bool:
@@ -183,12 +181,12 @@ class LocalStorage(Storage):
 
     def walk(self, prefix: str = "", *, enter: Callable[[Entry], bool] | None = None) -> Iterator[Entry]:
         prefix = checked_prefix(prefix)
-        with _told(f"listing {self.root / prefix}"):
+        with _Told(f"listing {self.root / prefix}"):
             yield from _walk(self.root / prefix, f"{prefix}/" if prefix else "", enter)
 
     def truncate(self, path: str, size: int) -> None:
         full = self._path(path)
-        with _told(f"cutting {full}"):
+        with _Told(f"cutting {full}"):
             fd = os.open(full, os.O_WRONLY | os.O_CLOEXEC)
             try:
                 if size > os.fstat(fd).st_size:
@@ -203,7 +201,7 @@ class LocalStorage(Storage):
 
     def delete(self, path: str) -> None:
         full = self._path(path)
-        with _told(f"deleting {full}"):
+        with _Told(f"deleting {full}"):
             try:
                 full.unlink()
             except (FileNotFoundError, NotADirectoryError):
@@ -211,16 +209,20 @@ class LocalStorage(Storage):
             _sync_folder(full.parent)
 
 
-@contextmanager
-def _told(doing: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        _raise(error, doing)
+class _Told:
+    """The one place where errors of the system become ours. No generator: three are made for every instance."""
 
+    __slots__ = ("_doing",)
 
-def _raise(error: OSError, doing: str) -> NoReturn:
-    raise storage_error(error, doing) from error
+    def __init__(self, doing: str) -> None:
+        self._doing = doing
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OSError):
+            raise storage_error(error, self._doing) from error
 
 
 def _bytes_view(buffer: Buffer) -> memoryview:

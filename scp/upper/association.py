@@ -300,10 +300,13 @@ class Association:
         head = heads.get(response.status) if response.dataset and not response.elements else None
         if head is None:
             more = {**response.elements, "CommandDataSetType": 0x0000} if response.dataset else response.elements
-            command = dimse.encoded_response(message.command, response.status, **more)
+            ready = b"" if response.status or more else message.success
+            command = ready or dimse.encoded_response(message.command, response.status, **more)
             head = b"".join(protocol.p_data(context, command, b"", max_pdu=max_pdu))
             if response.dataset and not response.elements:
                 heads[response.status] = head
+        if not response.dataset:
+            return head
         return head + b"".join(protocol.p_data(context, b"", response.dataset, max_pdu=max_pdu))
 
     def _abort(self, violation: Violation) -> None:

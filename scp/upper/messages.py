@@ -11,7 +11,7 @@ from pathlib import Path
 from pydicom.uid import UID
 
 from sphere.scp.upper import protocol
-from sphere.scp.upper.command import NO_DATA_SET, Command, CommandError, decode
+from sphere.scp.upper.command import C_STORE_RQ, NO_DATA_SET, Command, CommandError, decode, encoded_response
 from sphere.scp.upper.connection import Connection
 from sphere.scp.upper.dataset import MAX_FRAGMENTS, ArrivingDataSet
 from sphere.scp.upper.protocol import PDV_HEADER, Aborted, Released, Violation
@@ -31,11 +31,15 @@ class Context:
 
 @dataclass(slots=True)
 class Message:
-    """A whole DIMSE message; `dataset` is None where the command set says that none follows."""
+    """A whole DIMSE message; `dataset` is None where the command set says that none follows.
+
+    `success` is the command set of the response 0000H to a C-STORE-RQ, made while its data set was still to come.
+    """
 
     context: Context
     command: Command
     dataset: ArrivingDataSet | None = None
+    success: bytes = b""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,6 +154,8 @@ class Inbox:
         if command["CommandDataSetType"] == NO_DATA_SET:
             return self._complete()
         self._message.dataset = ArrivingDataSet(self._limits.folder)
+        if command["CommandField"] == C_STORE_RQ and "MessageID" in command:
+            self._message.success = encoded_response(command, 0x0000)
         self._give_up = math.inf
         return None
 
