@@ -210,11 +210,12 @@ class BundleWriter:
         return [bundle for bundle in (self._bundle, self._resting) if bundle is not None]
 
     def _due(self) -> tuple[OpenBundle | None, bool]:
-        """The bundle whose members are to be shown now, and whether it is published: where nothing comes any more."""
+        """The bundle whose members are to be shown now, and whether it is published: where nothing comes any more, or
+        where that costs nothing."""
         bundle, now = self._bundle, self._clock()
         if bundle is None or not bundle.publish_due(now, idle_s=PUBLISH_IDLE_S, load_s=PUBLISH_LOAD_S):
             return None, False
-        if now - bundle.written_at < PUBLISH_IDLE_S:
+        if now - bundle.written_at < PUBLISH_IDLE_S and not self._storage.synced_is_shown:
             return bundle, False
         return (bundle, True) if self._publish_here(bundle) else (None, False)
 

@@ -101,6 +101,7 @@ class Storage(Readable):
     """Files that can be written as well."""
 
     visible_at_once: bool = False  # whether every process reads what was written without waiting for `publish`
+    synced_is_shown: bool = False  # whether every process reads what was synced: `publish` has nothing else to do
     attempts: int = 1  # files that the same bytes are worth, one after another, where writing them fails
 
     @abstractmethod

@@ -104,7 +104,7 @@ class LocalAppender(Appender):
 class LocalStorage(Storage):
     """Files below a folder, which is made when it is first written to."""
 
-    visible_at_once = True
+    visible_at_once = synced_is_shown = True
     in_files = True
 
     def __init__(self, root: Path) -> None:

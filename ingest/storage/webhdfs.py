@@ -77,6 +77,8 @@ class WebHdfsAppender(Appender):
 class WebHdfsStorage(Storage):
     """Files below a folder of HDFS; `user` is sent as user.name, empty: the login name."""
 
+    synced_is_shown = True
+
     def __init__(self, url: str, *, user: str = "") -> None:
         parts = urlsplit(url)
         self.url = url

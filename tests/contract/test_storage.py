@@ -69,6 +69,13 @@ class StorageContract(Backend):
             storage.create("now").write([b"x"])
             assert other.read("now") == b"x"
 
+    def test_synced_is_shown_is_true_to_its_name(self, storage: Storage, other: Storage) -> None:
+        if storage.synced_is_shown:
+            appender = storage.create("now")
+            appender.write([b"x"])
+            appender.sync()
+            assert other.read("now") == b"x"
+
     def test_append_goes_on_at_the_end(self, storage: Storage) -> None:
         storage.create("log").close()
         for word in (b"a", b"bc", b"def"):

@@ -105,11 +105,11 @@ class Failing(Storage):
         self._inner = inner
         self._fail = fail
         self.url = inner.url
-        self.visible_at_once = inner.visible_at_once
+        self.visible_at_once, self.synced_is_shown = inner.visible_at_once, inner.synced_is_shown
         self.attempts = attempts
 
     def __getattribute__(self, name: str) -> Any:
-        if name.startswith("_") or name in ("url", "visible_at_once", "attempts"):
+        if name.startswith("_") or name in ("url", "visible_at_once", "synced_is_shown", "attempts"):
             return object.__getattribute__(self, name)
         fail, inner = self._fail, self._inner
 

@@ -32,9 +32,10 @@ def bare(name: str) -> tuple[bytes, str]:
 
 
 def same(identifier: Identifier, data: bytes, syntax: str, size: int = 8192) -> Identity:
-    found = identifier.identify(data, transfer_syntax_uid=syntax, size=size)
-    assert found == identify(data, transfer_syntax_uid=syntax, size=size)
-    return found
+    expected = identify(data, transfer_syntax_uid=syntax, size=size)
+    assert identifier.again(data[: identifier.wants], transfer_syntax_uid=syntax) in (None, expected)
+    assert identifier.identify(data, transfer_syntax_uid=syntax, size=size) == expected
+    return expected
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -68,6 +69,8 @@ def test_what_is_alike_is_not_followed_again(monkeypatch: pytest.MonkeyPatch) ->
     found = same(identifier, data, syntax)
     monkeypatch.delattr(alike, "identify")
     assert identifier.identify(data, transfer_syntax_uid=syntax, size=8192) == found
+    assert identifier.again(data[: identifier.wants], transfer_syntax_uid=syntax) == found
+    assert identifier.wants < len(data)
 
 
 def test_the_same_bytes_in_another_transfer_syntax() -> None:

@@ -34,9 +34,11 @@ def storage(archive: Settings) -> Storage:
 class Slow:
     """A writer whose storage shows nothing before it is published, under load whenever `busy` was called."""
 
-    def __init__(self, storage: Storage, archive: Settings, fail: Callable[[str, str], None]) -> None:
+    def __init__(
+        self, storage: Storage, archive: Settings, fail: Callable[[str, str], None], *, synced_is_shown: bool = False
+    ) -> None:
         failing = Failing(storage, fail)
-        failing.visible_at_once = False
+        failing.visible_at_once, failing.synced_is_shown = False, synced_is_shown
         self.clock = Clock()
         self.writer = BundleWriter(failing, archive, clock=self.clock)
         self.writer._stop.set()  # the keeper: what is due is done when a test says so
@@ -91,6 +93,17 @@ def test_members_are_stored_while_a_bundle_is_published(storage: Storage, archiv
     assert slow.store().bundle != first.bundle
     go.set()
     keeper.join()
+    slow.close(storage)
+
+
+def test_where_a_sync_shows_them_members_stay_in_one_bundle(storage: Storage, archive: Settings) -> None:
+    slow = Slow(storage, archive, lambda call, path: None, synced_is_shown=True)
+    for _ in range(4):
+        slow.busy()
+        assert len(all_records(storage)) < len(slow.records)
+        slow.writer.tick()
+        assert all_records(storage) == slow.records
+    assert len({record.bundle for record in slow.records}) == 1
     slow.close(storage)
 
 

@@ -179,7 +179,7 @@ class _FailingAfter(Failing):
     """As Failing, but the call was done."""
 
     def __getattribute__(self, name: str) -> Any:
-        if name.startswith("_") or name in ("url", "visible_at_once", "attempts"):
+        if name.startswith("_") or name in ("url", "visible_at_once", "synced_is_shown", "attempts"):
             return object.__getattribute__(self, name)
         function: Callable[..., Any] = getattr(self._inner, name)
 
