@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import httpx
@@ -26,6 +27,21 @@ def test_http_is_a_child_like_the_others(tmp_path: Path) -> None:
         serving.wait(lambda state: sum(one.restarts for one in state.children) == 1)
         serving.wait(ready)
         assert 'sphere_restarts{child="web"} 1.0' in httpx.get(f"{root}/metrics").text
+        assert serving.stop() == 0
+
+
+def test_it_says_which_part_does_not_serve(tmp_path: Path) -> None:
+    with running_supervisor(tmp_path, workers=2, web=True) as serving:
+        state = serving.wait(ready)
+        url = f"http://127.0.0.1:{state.web_port}/readyz"
+        child = next(child for child in state.children if child.name == "receiver-2")
+        os.kill(child.pid, signal.SIGKILL)
+        deadline = time.monotonic() + 10
+        while (answer := httpx.get(url)).status_code == 200:
+            assert time.monotonic() < deadline
+        assert (answer.status_code, answer.json()) == (503, {"status": "not ready", "not_ready": ["receiver-2"]})
+        serving.wait(ready)
+        assert httpx.get(url).status_code == 200
         assert serving.stop() == 0
 
 
