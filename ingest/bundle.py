@@ -25,6 +25,7 @@ __all__ = ["BundleWriter", "FileRange", "NewMember"]
 
 PUBLISH_IDLE_S = 0.2  # seconds without a write after which an open bundle is published
 PUBLISH_LOAD_S = 0.75  # seconds from the first unpublished write after which it is published under load
+PREPARE_S = 0.5  # seconds after which an open bundle that need not be published is looked at, if nothing is due before
 QUIET_S = 1.0  # seconds without a write after which a bundle may be sealed before its time
 GIVE_UP_S = 8.0  # seconds after which members whose bundles fail are refused: service goes on within 10 s, or says so
 REPAIR_S = 5.0  # seconds between attempts to repair a bundle that a write failed on
@@ -76,6 +77,7 @@ class BundleWriter:
         self._groups: GroupCommit[_Job] = GroupCommit(self._commit)
         self._ticking = threading.Lock()
         self._stop = threading.Event()
+        self._due_now = threading.Event()  # the keeper need not wait for its next look
         self._thread = threading.Thread(target=self._run, name="bundle-keeper", daemon=True)
         self._thread.start()
 
@@ -93,6 +95,7 @@ class BundleWriter:
     def close(self) -> None:
         """Seal the bundle; `store` raises StorageError from now on. What cannot be sealed now is left to recovery."""
         self._stop.set()
+        self._due_now.set()
         self._thread.join()
         self._groups.submit(_Job(action=self._close))
         with self._ticking:
@@ -112,8 +115,12 @@ class BundleWriter:
             self._settle()
 
     def _run(self) -> None:
-        pause = 0.5 if self._storage.visible_at_once else PUBLISH_IDLE_S / 4
-        while not self._stop.wait(pause):
+        pause = PREPARE_S if self._storage.visible_at_once else PUBLISH_IDLE_S / 4
+        while not self._stop.is_set():
+            self._due_now.wait(pause)
+            self._due_now.clear()
+            if self._stop.is_set():
+                break
             if self._bundle is not None or self._resting is not None or self._leaving:
                 try:
                     self.tick()
@@ -165,6 +172,8 @@ class BundleWriter:
             return
         if bundle.good >= self._seal_size:
             self._leave(bundle)
+        elif bundle.unprepared:
+            self._due_now.set()
 
     def _next(self, attempt: int) -> OpenBundle:
         resting = None if attempt else self._take_resting()

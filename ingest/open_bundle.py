@@ -79,6 +79,11 @@ class OpenBundle:
         """Whether it holds members that are not published."""
         return self._published != self.good
 
+    @property
+    def unprepared(self) -> bool:
+        """Whether it is time for `prepare`."""
+        return self._appender.unprepared
+
     def prepare(self) -> None:
         """Do what the next `put` would have to wait for; raises StorageError."""
         self._appender.prepare()

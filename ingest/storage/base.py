@@ -46,6 +46,11 @@ class Appender(ABC):
         `tell` until it is closed: by zeros, which recovery cuts.
         """
 
+    @property
+    def unprepared(self) -> bool:
+        """Whether it is time for `prepare`, as writes come fast."""
+        return False
+
     @abstractmethod
     def publish(self) -> None:
         """Return when everything written is durable and readable by every process of every host."""

@@ -73,6 +73,10 @@ class LocalAppender(Appender):
         with _Told(f"writing zeros to {self._path}"):
             self._zeros.add(self._size)
 
+    @property
+    def unprepared(self) -> bool:
+        return self._zeros.short(self._size)
+
     def sync(self) -> None:
         with _Told(f"syncing {self._path}"):
             os.fdatasync(self._fd)

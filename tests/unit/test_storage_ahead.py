@@ -12,6 +12,7 @@ import pytest
 
 from sphere.conf.errors import StorageError
 from sphere.conf.settings import Settings, from_dict
+from sphere.ingest import bundle
 from sphere.ingest.bundle import BundleWriter
 from sphere.ingest.recovery import recover
 from sphere.ingest.storage import ahead
@@ -173,6 +174,40 @@ def test_zeros_are_added_while_bytes_are_written(tmp_path: Path) -> None:
         assert storage.read(f"file{number}") == expected
 
 
+def test_a_burst_gets_more_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "O_DIRECT", os.O_CLOEXEC, raising=False)
+    storage = LocalStorage(tmp_path)
+    appender, ahead_of_it = storage.create("file"), []
+    for _ in range(4):
+        due = 0
+        while not appender.unprepared:
+            appender.write([SMALL])
+            due += 1
+        assert due >= ahead.FEW
+        appender.prepare()
+        ahead_of_it.append(storage.size("file") - appender.tell())
+        assert not appender.unprepared
+    assert all(zeros >= 8 * LEAST << number for number, zeros in enumerate(ahead_of_it)), ahead_of_it
+    for _ in range(ahead.FEW):  # no burst of small ones
+        appender.write([SMALL * 9])
+    assert not appender.unprepared
+    appender.close()
+
+
+def test_where_there_is_no_room_nobody_hurries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "O_DIRECT", os.O_CLOEXEC, raising=False)
+    monkeypatch.setattr(ahead, "FREE", 1 << 60)
+    appender = LocalStorage(tmp_path).create("file")
+    hurries = []
+    for _ in range(3):
+        for _ in range(ahead.FEW):
+            appender.write([SMALL])
+        hurries.append(appender.unprepared)
+        appender.prepare()
+    assert hurries == [True, False, False]
+    appender.close()
+
+
 @pytest.fixture
 def archive(tmp_path: Path) -> Settings:
     return from_dict({"storage": {"root": "file:storage"}}, base=tmp_path)
@@ -192,6 +227,27 @@ def test_a_bundle_gets_them_and_is_sealed_without(
     writer.close()
     assert all_records(storage) == records
     assert_sound(storage)
+
+
+def test_a_burst_does_not_wait_for_the_keeper(
+    archive: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "O_DIRECT", os.O_CLOEXEC, raising=False)
+    monkeypatch.setattr(bundle, "PREPARE_S", 3600)
+    prepared, prepare = threading.Event(), LocalAppender.prepare
+
+    def told(self: LocalAppender) -> None:
+        prepare(self)
+        prepared.set()
+
+    monkeypatch.setattr(LocalAppender, "prepare", told)
+    storage = LocalStorage(tmp_path / "storage")
+    writer = BundleWriter(storage, archive)
+    records = [writer.store(new_member(number, dataset=SMALL)) for number in range(ahead.FEW)]
+    assert prepared.wait(60)
+    assert storage.size(records[0].bundle) >= records[-1].offset + 4 * LEAST
+    writer.close()
+    assert all_records(storage) == records
 
 
 def test_a_failed_preparation_leaves_the_bundle(
