@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PINS := setup.cfg pyproject.toml constraints.txt conf/jars.toml
 EXIT ?=
 PORT ?= 0
-LANES := -n 2 --dist loadgroup --no-loadscope-reorder  # two workers; who runs what: tests/support/lanes.py
+LANES := -n 3 --dist loadgroup --no-loadscope-reorder  # workers, which wait much; who runs what: tests/support/lanes.py
 export PYTHONDONTWRITEBYTECODE ?= 1
 
 .PHONY: bench-growth bench-files bench-matching help demo viewer test lint unit bench bench-landing bench-policy bench-retrieve bench-query bench-web fuzz hdfs setup clean
@@ -68,19 +68,24 @@ hdfs: $(VENV)/.ready-test ## a real HDFS (one NameNode, two DataNodes) on loopba
 
 setup: $(VENV)/.ready-test ## the virtual environment with everything in it
 
+define environment
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed; make PYTHON=python3.11 names one")'
+@$(PYTHON) -m sphere.conf.java
+@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "install it with: apt-get install python3-venv"; exit 1; }
+endef
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
 $(VENV)/.ready: $(PINS)
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed; make PYTHON=python3.11 names one")'
-	@$(PYTHON) -m sphere.conf.java
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "install it with: apt-get install python3-venv"; exit 1; }
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	$(environment)
+	$(PIP) -e .
 	$(BIN)/python -m sphere.conf.jars spark
 	@touch $@
 
-$(VENV)/.ready-test: $(VENV)/.ready
-	$(BIN)/python -m sphere.conf.jars hdfs & jars=$$!; \
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'; pip=$$?; \
-	wait $$jars && exit $$pip
-	@touch $@
+$(VENV)/.ready-test: $(PINS)
+	$(environment)
+	$(PIP) pyspark 'tomli; python_version < "3.11"'  # what fetching JARs needs
+	$(BIN)/python -m sphere.conf.jars spark hdfs & jars=$$!; $(PIP) -e '.[test]'; pip=$$?; wait $$jars && exit $$pip
+	@touch $(VENV)/.ready $@
 
 clean: ## remove the virtual environment and what demos left
 	rm -rf $(VENV) .demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -26,6 +27,8 @@ from sphere.conf.java import java
 
 Group = Literal["spark", "hdfs"]
 PINS = Path(__file__).with_name("jars.toml")
+FETCHERS = 4
+"""Ivys at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +76,18 @@ def paths(group: Group) -> list[Path]:
 
 
 def _fetch(wanted: list[Jar], target: Path) -> None:
-    """Resolve with Ivy into a temporary folder, check every digest, then move into place."""
+    """Resolve with Ivy into temporary folders, check every digest, then move into place.
+
+    Ivy fetches one file after the other and waits for the network most of the time: several share the work.
+    """
+    with ThreadPoolExecutor(FETCHERS) as pool:
+        for fetched in [pool.submit(_fetch_some, wanted[first::FETCHERS], target) for first in range(FETCHERS)]:
+            fetched.result()
+
+
+def _fetch_some(wanted: list[Jar], target: Path) -> None:
+    if not wanted:
+        return
     with tempfile.TemporaryDirectory(dir=target) as work:
         _run_ivy(wanted, Path(work))
         for jar in wanted:
