@@ -56,11 +56,14 @@ class AttachedBase:
                     yield cursor, self._rows
                     cursor.execute("USE memory")
                     cursor.execute(f"DETACH {MADE}")
-                for limit in (KEPT_MEMORY, self._memory_limit):  # what is beyond a limit goes at once
-                    db.execute(f"SET memory_limit = '{limit}'")
             except BaseException:
                 self._forget()
                 raise
+            try:
+                for limit in (KEPT_MEMORY, self._memory_limit):  # what is beyond a limit goes at once
+                    db.execute(f"SET memory_limit = '{limit}'")
+            except duckdb.Error:  # more than that cannot be let go of one by one
+                self._forget()
 
     def forget(self) -> None:
         """Let go of it."""

@@ -14,7 +14,7 @@ import pytest
 from deltalake import DeltaTable
 
 from sphere.catalog import index as index_module
-from sphere.catalog import index_build, overlay
+from sphere.catalog import index_base, index_build, overlay
 from sphere.catalog.index import IndexCache
 from sphere.catalog.index_folder import IndexFolder
 from sphere.catalog.index_note import note_of, parts_of
@@ -124,8 +124,12 @@ def test_the_same_answers_as_one_made_from_nothing(tmp_path: Path, monkeypatch: 
         assert everything(again) == seen
 
 
-def test_who_keeps_the_base_goes_on_from_the_one_that_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("memory", ["400MB", "1KB"])  # all that was read, and less than DuckDB can let go of
+def test_who_keeps_the_base_goes_on_from_the_one_that_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: str
+) -> None:
     """Refreshes, another base below them, and one that was damaged: as by who keeps none."""
+    monkeypatch.setattr(index_base, "KEPT_MEMORY", memory)
     settings = archive(tmp_path)
     rows = [row(number, number // 4, number // 8) for number in range(40)]
     write_catalog(settings, rows, files=5)
