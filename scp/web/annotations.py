@@ -27,7 +27,7 @@ from sphere.catalog.service import StoredInstance
 from sphere.conf.errors import BadRequest, NotThere
 from sphere.conf.uids import UID
 from sphere.scp.web.archive import as_seen
-from sphere.scp.web.incoming import pieces
+from sphere.scp.web.incoming import pieces, take_in
 from sphere.scp.web.operations import PREFIX as DICOM_WEB
 from sphere.scp.web.operations import Operation, parameter
 from sphere.scp.web.problem import WebError
@@ -274,8 +274,7 @@ async def _change(service: Service, request: Request) -> Response:
 async def _taken(service: Service, request: Request, upload: Upload) -> Version:
     """The version that a body becomes, durable; nothing of it is left where it is not right."""
     try:
-        async for piece in pieces(request, service.idle_s):
-            await to_thread.run_sync(upload.feed, piece)
+        await take_in(pieces(request, service.idle_s), upload.feed)
         version = await to_thread.run_sync(upload.commit)
     finally:
         await to_thread.run_sync(upload.discard)

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Final
 
+from anyio import to_thread
 from starlette.requests import Request
 
 from sphere.ingest.members import FileRange
@@ -45,6 +46,37 @@ async def pieces(request: Request, idle_s: float) -> AsyncIterator[bytes]:
             waiting, size = [], 0
         if last:
             return
+
+
+async def take_in(body: AsyncIterator[bytes], feed: Callable[[bytes], None]) -> None:
+    """Feed a body piece by piece in threads, one at a time; the next piece comes meanwhile.
+
+    Raises what both raise, and ends only when nothing is being fed any more. Where a piece is refused, no further one
+    is waited for.
+    """
+    feeding: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    feeding.set_result(None)  # nothing was fed yet
+    coming = asyncio.ensure_future(_next(body))
+    try:
+        while True:
+            await asyncio.wait((coming, feeding), return_when=asyncio.FIRST_COMPLETED)
+            if feeding.done():
+                feeding.result()
+            piece = await coming
+            await feeding
+            if piece is None:
+                return
+            feeding = asyncio.ensure_future(to_thread.run_sync(feed, piece))
+            coming = asyncio.ensure_future(_next(body))
+    finally:
+        coming.cancel()
+        await asyncio.gather(coming, feeding, return_exceptions=True)
+
+
+async def _next(body: AsyncIterator[bytes]) -> bytes | None:
+    async for piece in body:
+        return piece
+    return None
 
 
 class ArrivingBody:

@@ -21,7 +21,7 @@ from sphere.conf.uids import UID
 from sphere.scp.store import PROCESSING_FAILURE, StoreAnswer, StoreRequest, identify_request
 from sphere.scp.upper.dataset import Budget
 from sphere.scp.web.accept import accepted, choose, parse
-from sphere.scp.web.incoming import ArrivingBody, ArrivingFile, pieces
+from sphere.scp.web.incoming import ArrivingBody, ArrivingFile, pieces, take_in
 from sphere.scp.web.metadata_in import Described, Unusable, read_json, read_xml
 from sphere.scp.web.multipart_in import Data, Event, Head, MultipartReader
 from sphere.scp.web.native_xml import native_model
@@ -97,8 +97,7 @@ async def answer(landing: Landing, request: Request) -> Response:
     taking = _taking(landing, request, study)
     try:
         try:
-            async for piece in pieces(request, landing.idle_s):
-                await to_thread.run_sync(taking.feed, piece)
+            await take_in(pieces(request, landing.idle_s), taking.feed)
             await to_thread.run_sync(taking.close)
         except WebError as error:
             request.state.found = stored = await to_thread.run_sync(taking.stored)
@@ -183,8 +182,8 @@ class Taking(ABC):
         origin = f"web:{self._who}@{self._address}"
         request = StoreRequest(
             AffectedSOPClassUID="", AffectedSOPInstanceUID="", TransferSyntaxUID=file.TransferSyntaxUID,
-            dataset=file.stored, size=file.dataset.size, calling_ae="", address=self._address, via="web",
-            problem=file.dataset.content.error, preamble=file.preamble, origin=origin,
+            dataset=file.stored, size=file.dataset.size, sha256=file.dataset.content.sha256, calling_ae="",
+            address=self._address, via="web", problem=file.dataset.content.error, preamble=file.preamble, origin=origin,
             sender=self._sender,
         )  # fmt: skip
         if not file.is_part10 or not file.TransferSyntaxUID:

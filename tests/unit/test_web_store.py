@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import io
 import json
 import os
@@ -25,8 +26,10 @@ from hypothesis import strategies as st
 from pydicom.dataset import Dataset
 
 from sphere.conf.settings import from_dict
+from sphere.ingest import members
 from sphere.ingest.header import identify
 from sphere.ingest.journal import Landed
+from sphere.ingest.part10 import read_file_meta
 from sphere.ingest.storage import open_storage
 from sphere.scp.web.multipart_in import Data, End, Head, MultipartReader
 from sphere.scp.web.problem import WebError
@@ -93,6 +96,21 @@ def test_what_was_stored_comes_back_byte_for_byte(web: Web) -> None:
         assert got.content == data
     urls = [one["00081190"]["Value"][0] for one in response.json()["00081199"]["Value"]]
     assert urls[0] == f"{web.url}{where(sent[0])}"
+
+
+def test_digests_are_made_as_the_bytes_come(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what waits in memory and of what waits in a file, once; they are those of the data sets."""
+    monkeypatch.setattr(members, "_digest", lambda *_: pytest.fail("computed again"))
+    [small] = new()
+    large = changed(new()[0], Rows=1200, Columns=1200, PixelData=bytes(range(256)) * 11250)
+    assert len(large) > web.settings.storage.memory_mib << 20
+    assert reasons(post(web, files(small, large))) == []
+    found = Landed(open_storage(web.settings.storage.root), web.settings.archive.state_dir)
+    records = [one for state in found.bundles() for one in found.records(state.bundle, unpublished=True)[0]]
+    digests = {one.SOPInstanceUID: one.sha256 for one in records}
+    for data in (small, large):
+        dataset = data[read_file_meta(data).dataset_offset :]
+        assert digests[identify(data, size=len(data)).SOPInstanceUID] == hashlib.sha256(dataset).hexdigest()
 
 
 def test_each_instance_has_its_answer(web: Web, tmp_path: Path) -> None:
