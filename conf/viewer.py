@@ -37,7 +37,7 @@ _LEFT_OUT: Final = ("ort/", "sw.js", "init-service-worker.js", "google.js", "app
 _COMPRESSED: Final = frozenset((".js", ".css", ".wasm", ".html", ".json", ".jsonc", ".svg"))
 _SCRIPTS: Final = r"[\w-]+\.bundle\.\w+\.js"
 _TITLE: Final = "<title>"
-_LAYOUT: Final = 2  # raised when what is made of the package changes
+_LAYOUT: Final = 3  # raised when what is made of the package changes
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +67,8 @@ REWRITES: Final = (
     Rewrite(r"manifest\.json", '"/assets', f'"{PREFIX}assets'),
     # A context costs 0.3 s where WebGL is drawn in software, and a copy of a volume each; phones get one as it comes
     Rewrite(_SCRIPTS, "webGlContextCount: 7,", "webGlContextCount: 1,"),
+    # A study whose series name no Modality has an empty ModalitiesInStudy, without Value (PS3.18 F.2.5)
+    Rewrite(_SCRIPTS, "i < ModalitiesInStudy.Value.length", "i < (ModalitiesInStudy.Value || []).length"),
     Rewrite(r"app\.bundle\.css", "url(/", f"url({PREFIX}"),
 )  # fmt: skip
 
