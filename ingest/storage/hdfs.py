@@ -40,7 +40,7 @@ RELEASE_S = 3.0  # seconds for the lease of one that failed
 SLOWEST = 4 << 20  # bytes per second: a longer write has more time
 READER_S = 5.0  # seconds for which the block locations of a file are used again for ranges of it
 _READERS = 64
-_JOIN = 1 << 20  # bytes up to which buffers are joined before they cross into the client
+_JOIN = 1 << 18  # bytes up to which buffers are joined on their way into the client; 1 MiB is fresh memory each time
 _PERMISSION = 0o640
 log = logging.getLogger(__name__)
 # Connection attempts with 0.5 s doubling to 3 s between them: 15 s in all, where the client's default is 3 minutes.
