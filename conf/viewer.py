@@ -69,6 +69,8 @@ REWRITES: Final = (
     Rewrite(_SCRIPTS, "webGlContextCount: 7,", "webGlContextCount: 1,"),
     # A study whose series name no Modality has an empty ModalitiesInStudy, without Value (PS3.18 F.2.5)
     Rewrite(_SCRIPTS, "i < ModalitiesInStudy.Value.length", "i < (ModalitiesInStudy.Value || []).length"),
+    # An item of a report need not have a name (PS3.3 C.17.3); at one without, the whole page ended
+    Rewrite(_SCRIPTS, "} = ConceptNameCodeSequence;", "} = ConceptNameCodeSequence || {};"),
     Rewrite(r"app\.bundle\.css", "url(/", f"url({PREFIX}"),
 )  # fmt: skip
 

@@ -30,7 +30,8 @@ DIST = {
     '<script>window.PUBLIC_URL="/"</script><title>OHIF</title>'
     '<script defer src="/app.bundle.0f6159c501addfe9.js"></script>',
     "app.bundle.0f6159c501addfe9.js": "__webpack_require__.p = \"/\"; load('/dicom-microscopy-viewer/x.js');\n"
-    "set({ webGlContextCount: 7, }); for (; i < ModalitiesInStudy.Value.length;) {}",
+    "set({ webGlContextCount: 7, }); for (; i < ModalitiesInStudy.Value.length;) {}"
+    "const { CodeValue } = ConceptNameCodeSequence;",
     "12.bundle.b4688cdbdd856b75.js": "nothing of its place",
     "app.bundle.css": "src: url(/a34f9d1faa5f3315.woff2)",
     "a34f9d1faa5f3315.woff2": "font",
@@ -100,7 +101,7 @@ def test_it_is_made_for_its_place(tmp_path: Path, package: Package) -> None:
     app = (target / APP).read_text()
     assert app == (
         "__webpack_require__.p=\"/viewer/\";load('/viewer/dicom-microscopy-viewer/x.js');\nset({webGlContextCount:1,});"
-        "for(;i<(ModalitiesInStudy.Value||[]).length;){}"
+        "for(;i<(ModalitiesInStudy.Value||[]).length;){}const{CodeValue}=ConceptNameCodeSequence||{};"
     )
     assert gzip.decompress((target / f"{APP}.gz").read_bytes()).decode() == app
     assert zstd((target / f"{APP}.zst").read_bytes()).decode() == app
