@@ -37,7 +37,7 @@ _LEFT_OUT: Final = ("ort/", "sw.js", "init-service-worker.js", "google.js", "app
 _COMPRESSED: Final = frozenset((".js", ".css", ".wasm", ".html", ".json", ".jsonc", ".svg"))
 _SCRIPTS: Final = r"[\w-]+\.bundle\.\w+\.js"
 _TITLE: Final = "<title>"
-_LAYOUT: Final = 3  # raised when what is made of the package changes
+_LAYOUT: Final = 4  # raised when what is made of the package changes
 
 
 @dataclass(frozen=True, slots=True)
