@@ -47,6 +47,8 @@ NAMES = {  # Specific Character Set (PS3.3 C.12.1.1.2), and a name that it can w
     "ISO_IR 166": "สมชาย^ใจดี",
     "ISO_IR 13": "ﾔﾏﾀﾞ^ﾀﾛｳ",
     "ISO_IR 192": "Wang^XiaoDong=王^小東",
+    "ISO 2022 IR 100": "Äneas^Rüdiger",
+    "ISO 2022 IR 6\\ISO 2022 IR 87": "Suzuki^Hanako=鈴木^花子",
     "GB18030": "Wang^XiaoDong=王^小东",
     "GBK": "Li^Ming=李^明",
     "\\ISO 2022 IR 87": "Yamada^Tarou=山田^太郎=やまだ^たろう",

@@ -129,12 +129,13 @@ def pydicom_dataset(path: Path) -> Dataset:
 
 
 def typed_differences(values: Mapping[str, Any], dataset: Dataset, columns: tuple[Column, ...]) -> Iterator[str]:
-    """Columns whose value is not what pydicom reads at the first level of the data set."""
+    """Columns whose value is not what pydicom reads at the first level, or in a shared functional group else."""
+    shared = _shared(dataset)
     for column in columns:
-        if column.tag not in dataset and column.keyword in values:
-            continue  # from the shared functional groups
+        moved = column.tag not in dataset and column.keyword in values
+        holder = shared.get(column.tag, dataset) if moved else dataset
         try:
-            expected = dataset.get(column.keyword)
+            expected = holder.get(column.keyword)
         except (ValueError, TypeError, OverflowError):
             expected = None
         wanted = list(expected) if isinstance(expected, (list, MultiValue)) else [expected]
@@ -145,6 +146,16 @@ def typed_differences(values: Mapping[str, Any], dataset: Dataset, columns: tupl
             continue
         if len(found) != len(wanted) or not all(map(same, found, wanted)):
             yield f"{column.keyword}: {given!r} where pydicom has {expected!r}"
+
+
+def _shared(dataset: Dataset) -> dict[int, Dataset]:
+    """The item of a shared functional group that has an attribute, by its tag; of groups with one item only."""
+    found: dict[int, Dataset] = {}
+    for item in dataset.get("SharedFunctionalGroupsSequence") or ():
+        for group in item:
+            if group.VR == "SQ" and len(group.value) == 1:
+                found |= dict.fromkeys(map(int, group.value[0].keys()), group.value[0])
+    return found
 
 
 def _plain(column: Column, value: Any) -> Any:

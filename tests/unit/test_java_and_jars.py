@@ -11,7 +11,7 @@ import pytest
 
 from sphere.conf import jars
 from sphere.conf.errors import ExternalMissing
-from sphere.conf.java import java, java_version
+from sphere.conf.java import PACKAGE, install, java, java_version
 
 pytestmark = pytest.mark.unit
 
@@ -42,6 +42,36 @@ def test_an_unsupported_java_is_named_with_the_package_to_install(
     monkeypatch.setenv("JAVA_HOME", str(tmp_path))
     with pytest.raises(ExternalMissing, match=r"is Java 8; Java 17 or 21 is needed: .*openjdk-17-jre-headless"):
         java()
+
+
+def fake_apt(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> Path:
+    """The only programs there are, for root: a shell's, and an apt-get that notes its arguments and runs `script`."""
+    folder.mkdir()
+    calls = folder / "calls"
+    apt = folder / "apt-get"
+    apt.write_text(f'#!/bin/sh\necho "$*" >> {calls}\n{script}\n')
+    apt.chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder))
+    monkeypatch.delenv("JAVA_HOME", raising=False)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    return calls
+
+
+def test_root_gets_java_by_apt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ready = fake_java(tmp_path / "package", "17.0.15")
+    link = f'[ "$1" = update ] || /bin/ln -s {ready} {tmp_path}/programs/java'
+    calls = fake_apt(tmp_path / "programs", monkeypatch, link)
+    install()
+    assert java() == tmp_path / "programs/java"
+    assert calls.read_text().splitlines() == ["update -q", f"install -q -y --no-install-recommends {PACKAGE}"]
+    install()
+    assert len(calls.read_text().splitlines()) == 2, "what is there is not installed again"
+
+
+def test_an_apt_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_apt(tmp_path / "programs", monkeypatch, "exit 100")
+    with pytest.raises(ExternalMissing, match="apt-get update failed with status 100; install it with"):
+        install()
 
 
 def test_a_missing_java_is_said_in_one_line(tmp_path: Path) -> None:
