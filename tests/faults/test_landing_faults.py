@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from sphere.scp.store import OUT_OF_RESOURCES
-from tests.support.faulty_receiver import FAULT
+from tests.support.faulty_receiver import FAULT, HALVES
 from tests.support.ledger import PIECE, Ledger, Senders, audit, begin, store
 from tests.support.raw_peer import ABORTED, RawPeer, associate_rq, p_data, pdu, pdv, store_rq
 from tests.support.receiver import Receiver, running_receiver
@@ -36,6 +36,7 @@ def test_a_disk_that_fails_for_a_while(tmp_path: Path, fault: str) -> None:
             ledger.wait_for_success(time.monotonic())
         assert set(ledger.refused) == {OUT_OF_RESOURCES}
         assert ledger.broken == 0
+    assert (tmp_path / HALVES).exists() == fault.startswith("write")
     result = audit(ledger, receiver.settings)
     assert result.unacknowledged == 0
 

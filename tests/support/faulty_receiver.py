@@ -1,6 +1,7 @@
 """A receiver whose disk fails when told to; takes the place of tests.support.receiver as the body of a process.
 
-The file ``fault`` in the archive's folder holds the call that fails (write or fsync) and the name of the error.
+The file ``fault`` in the archive's folder holds the call that fails (write or fsync) and the name of the error. Half of
+what a failing write is given arrives; the file ``halves`` is there once that was so past the page cache.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from typing import Any
 
 from tests.support import receiver
 
-FAULT = "fault"
+FAULT, HALVES = "fault", "halves"
+BLOCK = 512  # bytes, of which writes past the page cache are made
 
 
 def main() -> None:
     """As tests.support.receiver, with failing system calls."""
-    plan = Path(sys.argv[2]) / FAULT
+    plan, halves = Path(sys.argv[2]) / FAULT, Path(sys.argv[2]) / HALVES
     writev, pwrite, fdatasync, fsync = os.writev, os.pwrite, os.fdatasync, os.fsync
 
     def failing(call: str) -> OSError | None:
@@ -38,6 +40,9 @@ def main() -> None:
 
     def faulty_pwrite(fd: int, data: Any, offset: int) -> int:
         if error := failing("write"):
+            half = len(data) // 2 // BLOCK * BLOCK
+            if half and pwrite(fd, data[:half], offset) and data[0]:  # members begin with a name, zeros ahead do not
+                halves.touch()
             raise error
         return pwrite(fd, data, offset)
 
