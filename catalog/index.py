@@ -16,10 +16,10 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
+from dataclasses import replace
 from pathlib import Path
 
 import duckdb
-import pyarrow as pa
 
 from sphere.catalog import overlay, rows
 from sphere.catalog.arrivals import HeadersOfMembers
@@ -55,6 +55,11 @@ REFRESH_WAIT_S = 0.1
 has as recent arrivals what was catalogued meanwhile."""
 SETTLE_S = 5.0
 """Seconds between looks at the tables other than `bundles`: a change that no batch completes is taken up after two."""
+
+ROWS_LOOK_S = 0.1
+"""Seconds between looks whether somebody wrote to the mapped rows: one `stat` for each of some twenty files."""
+MEND_S = 60.0
+"""Seconds after which rows that could not be made are tried again."""
 
 OPEN_ATTEMPTS = 5
 RESOLVED_S = 60.0
@@ -97,6 +102,8 @@ class IndexCache:
         self._past_lock = threading.Lock()
         self._resolved: dict[AsOf, tuple[Path, float]] = {}
         self._builder = ThreadPoolExecutor(1, thread_name_prefix="index")
+        self._mender = ThreadPoolExecutor(1, thread_name_prefix="index-rows")
+        self._rows_looked = self._mend_at = 0.0
         self._refresh: Future[Index] | None = None
         self._wait_until = 0.0
         self._settled = False
@@ -108,6 +115,7 @@ class IndexCache:
         Raises CatalogError when the tables cannot be read and no index is at hand.
         """
         with self._lock:
+            self._look_at_rows()
             index = self._index
             if index is not None and not self._is_stale(index):
                 return index
@@ -146,8 +154,10 @@ class IndexCache:
         known, until = self._resolved.get(as_of, (None, 0.0))
         with self._past_lock:
             if known is not None and known in self._past and time.monotonic() < until:
-                self._past[known] = self._past.pop(known)
-                return self._past[known]
+                open_one = self._past.pop(known)
+                if open_one.rows is None or not open_one.rows.have_changed():
+                    self._past[known] = open_one
+                    return open_one
         path = self._maker.make(as_of)
         found = iter([path])
         with self._past_lock:
@@ -158,6 +168,9 @@ class IndexCache:
                 lambda: next(found, None) or self._maker.make(as_of), past=True
             )
             self._past[path] = index
+            if index.rows is None:
+                with self._lock:
+                    self._mend(index.paths[0])
             while len(self._past) > PAST:
                 del self._past[next(iter(self._past))]
             return index
@@ -175,15 +188,65 @@ class IndexCache:
                 self._past.pop(index.path, None)
                 self._index = None if self._index is index else self._index
 
+    def suspect_rows(self, index: Index) -> bool:
+        """Something else than DuckDB failed: let go of the rows beside the index where they are damaged, which is said.
+
+        Reads all of them.
+        """
+        if index.rows is None or index.rows.are_whole():
+            return False
+        with self._lock:
+            self._drop_rows(index)
+        return True
+
     def close(self) -> None:
         """Let go of the index; a build under way ends first, or is ended where it has a process of its own."""
         self._maker.close()
         self._builder.shutdown()
+        self._mender.shutdown()
+        self._mend_at = float("inf")
         self._index = None
         self._past.clear()
         self.tombstones.close()
         if self._settled:
             unsettle()
+
+    def _look_at_rows(self) -> None:
+        """Let go of rows that somebody wrote to or took away, and have them made anew."""
+        index, now = self._index, time.monotonic()
+        if index is None or now < self._rows_looked + ROWS_LOOK_S:
+            return
+        self._rows_looked = now
+        if index.rows is None:
+            self._mend(index.paths[0])
+        elif index.rows.have_changed():
+            self._drop_rows(index)
+
+    def _drop_rows(self, index: Index) -> None:
+        """Until they are opened anew DuckDB answers."""
+        log.warning("the rows beside index %s have changed", index.paths[0].name)
+        self._past.pop(index.path, None)
+        if self._index is not None and self._index.rows is index.rows:
+            self._index = replace(self._index, rows=None)
+        self._suspected = True
+
+    def _mend(self, base: Path) -> None:
+        """Have the rows beside a base made anew in the background; what fails is tried again after MEND_S."""
+        if time.monotonic() >= self._mend_at:
+            self._mend_at = float("inf")
+            self._mender.submit(self._mended, base)
+
+    def _mended(self, base: Path) -> None:
+        try:
+            self._maker.mend_rows(base)
+            with self._lock:
+                self._suspected = True
+            with self._past_lock:
+                self._past.clear()
+        except CatalogError as error:
+            log.warning("lookups stay slower: %s", error)
+        finally:
+            self._mend_at = time.monotonic() + MEND_S
 
     def _is_stale(self, index: Index) -> bool:
         """Extraction commits `bundles` last: its next version means a complete batch."""
@@ -205,12 +268,16 @@ class IndexCache:
         return any(moved) and settled
 
     def _load(self) -> Index:
+        with self._lock:
+            self._suspected = False  # what is suspected from here on is looked at again
         try:
             index = self._opened(self._newest)
             index.catch_up()
             with self._lock:
                 first, self._index = self._index is None, index
                 self._looked, self._unsettled = time.monotonic(), ()
+                if index.rows is None:
+                    self._mend(index.paths[0])
             if first and isinstance(self._maker, IndexMaker):
                 settle()
                 self._settled = True
@@ -219,7 +286,7 @@ class IndexCache:
             return index
         finally:
             with self._lock:
-                self._refresh, self._suspected = None, False
+                self._refresh = None
 
     def _opened(self, find: Callable[[], Path], *, past: bool = False) -> Index:
         """The index that `find` gives, found again where it turns out damaged."""
@@ -293,8 +360,4 @@ class IndexCache:
     def _rows_of(self, base: Path) -> rows.RowStore | None:
         """The rows beside a base, which most often is that of the index before."""
         before = self._index.rows if self._index else None
-        try:
-            return before if before and before.is_of(base) else rows.RowStore(base)
-        except (OSError, ValueError, KeyError, pa.ArrowException) as error:
-            log.warning("index %s has no rows beside it, lookups are slower: %s", base.name, type(error).__name__)
-            return None
+        return before if before and before.is_of(base) else rows.open_beside(base)

@@ -13,10 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import duckdb
-import pyarrow as pa
 
 from sphere.catalog.index_note import attach
-from sphere.catalog.rows import RowStore
+from sphere.catalog.rows import RowStore, open_beside
 from sphere.catalog.tables import CatalogTables
 
 log = logging.getLogger(__name__)
@@ -85,8 +84,6 @@ class AttachedBase:
             self._db.execute(f"SET temp_directory = '{quoted}'")
             attach(self._db, base, "base")
             self._base = wanted
-            try:
-                self._rows = RowStore(base)
-            except (OSError, ValueError, KeyError, pa.ArrowException) as error:
-                log.warning("index %s has no rows beside it: %s", base.name, type(error).__name__)
+        if self._rows is None or self._rows.have_changed():
+            self._rows = open_beside(base)
         return self._db

@@ -99,6 +99,24 @@ class IndexFolder:
         except (duckdb.Error, OSError) as error:
             raise CatalogError(f"index {made[-1].name} cannot be read: {type(error).__name__}") from None
 
+    def mend_rows(self, base: Path) -> None:
+        """Make the rows beside a base anew, where they are not what was written. Raises CatalogError."""
+        with self._alone():
+            if not base.exists() or rows.are_beside(base):
+                return
+            began, making = time.monotonic(), rows.folder_of(base.with_suffix(f".{os.getpid()}.building"))
+            try:
+                with closing(self._tables.connect(None, memory_limit=BUILD_MEMORY, threads=THREADS)) as db:
+                    quoted = str(self.path / "spill").replace("'", "''")
+                    db.execute(f"SET temp_directory = '{quoted}'")
+                    attach(db, base, "base")
+                    rows.build(db, making, base="base")
+                _put(making, rows.folder_of(base))
+            except (duckdb.Error, pa.ArrowException, OSError) as error:
+                shutil.rmtree(making, ignore_errors=True)
+                raise CatalogError(f"the rows beside index {base.name} cannot be made: {error}") from None
+            log.info("rows beside index %s made anew in %.2f s", base.name, time.monotonic() - began)
+
     def close(self) -> None:
         """Let go of what is kept."""
         self._attached.forget()
@@ -162,8 +180,7 @@ class IndexFolder:
                     self._grant.attach(db)
                 build_base(db, snapshots, grant=self._grant)
                 rows.build(db, rows.folder_of(making))
-            shutil.rmtree(rows.folder_of(path), ignore_errors=True)
-            rows.folder_of(making).rename(rows.folder_of(path))
+            _put(rows.folder_of(making), rows.folder_of(path))
 
     def _refresh(self, path: Path, snapshots: Snapshots, *, base: Path, since: Path | None) -> None:
         """Make a refresh of `base` that goes on from another one; raises RebuildNeeded and CatalogError."""
@@ -214,6 +231,14 @@ class IndexFolder:
         """One process of the host builds, the others wait for its result."""
         self.path.mkdir(parents=True, exist_ok=True)
         return alone(self.path / "build.lock")
+
+
+def _put(folder: Path, place: Path) -> None:
+    """Rename a folder to `place`, whatever is there. Raises OSError."""
+    shutil.rmtree(place, ignore_errors=True)
+    if place.is_symlink() or place.is_file():
+        place.unlink()
+    folder.rename(place)
 
 
 def _modified(path: Path) -> int:

@@ -71,6 +71,12 @@ class IndexMaker:
             raise CatalogError("no index was made: nobody waits for it any more")
         return self._apart.make(as_of)
 
+    def mend_rows(self, base: Path) -> None:
+        """As of IndexProcess: a process of its own gives back the memory that it takes."""
+        if self._closed:
+            raise CatalogError("no rows were made: nobody waits for them any more")
+        self._apart.mend_rows(base)
+
     def close(self) -> None:
         """Let go of the maker, and of what is asked of it."""
         with self._lock:

@@ -41,6 +41,13 @@ class IndexProcess:
 
     def make(self, as_of: AsOf | None = None) -> Path:
         """As of IndexFolder; raises CatalogError also where the process ended without an answer."""
+        return self._asked(as_of, None)
+
+    def mend_rows(self, base: Path) -> None:
+        """As of IndexFolder; raises CatalogError as `make` does."""
+        self._asked(None, base)
+
+    def _asked(self, as_of: AsOf | None, mend: Path | None) -> Path:
         level = logging.getLogger("sphere").getEffectiveLevel()
         process = subprocess.Popen([sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert process.stdin is not None and process.stdout is not None
@@ -48,7 +55,7 @@ class IndexProcess:
         self._running.add(process)
         try:
             with suppress(BrokenPipeError), process:
-                process.stdin.write(pickle.dumps((level, self._settings)) + pickle.dumps((self._grant, as_of)))
+                process.stdin.write(pickle.dumps((level, self._settings)) + pickle.dumps((self._grant, as_of, mend)))
                 process.stdin.flush()
                 said = process.stdout.read()
         finally:
@@ -85,12 +92,15 @@ def main() -> None:
 
 
 def _make(settings: Settings) -> None:
-    grant, as_of = pickle.load(sys.stdin.buffer)
+    grant, as_of, mend = pickle.load(sys.stdin.buffer)
     threading.Thread(target=_end_with_parent, daemon=True, name="parent").start()
     from sphere.catalog.index_folder import IndexFolder
 
+    folder = IndexFolder(settings, grant)
     try:
-        answer = {"path": str(IndexFolder(settings, grant).make(as_of))}
+        if mend is not None:
+            folder.mend_rows(mend)
+        answer = {"path": str(mend or folder.make(as_of))}
     except CatalogError as error:
         answer = {"error": str(error)}
     sys.stdout.buffer.write(orjson.dumps(answer))

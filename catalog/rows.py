@@ -1,14 +1,15 @@
 """The rows of an index's base as columns that are mapped into memory, and sorted keys to find some of them by.
 
 A lookup in DuckDB costs a millisecond, most of it planning; here it is a binary search and a few reads. The files are
-derived from the base, lie beside it, and go with it: where they are missing, queries are put to DuckDB. Rows are in
-the order of the base's tables, which is that of answers. Nothing here decides what matches: what is found by a key are
-candidates (see sphere.catalog.direct).
+derived from the base, lie beside it, and go with it: where they are missing or damaged (sphere.catalog.rows_note),
+queries are put to DuckDB until they are made anew. Rows are in the order of the base's tables, which is that of
+answers. Nothing here decides what matches: what is found by a key are candidates (see sphere.catalog.direct).
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import shutil
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
@@ -22,10 +23,12 @@ from typing import Any, Final, Literal, cast
 import duckdb
 import numpy as np
 import numpy.typing as npt
-import orjson
 import pyarrow as pa
 
+from sphere.catalog.rows_note import NotedFiles, write_note
 from sphere.catalog.schema import TABLES, level_of
+
+log = logging.getLogger(__name__)
 
 SUFFIX: Final = ".rows"
 SHIFT = 20
@@ -60,8 +63,23 @@ def folder_of(base: Path) -> Path:
     return base.with_suffix(SUFFIX)
 
 
-def build(db: duckdb.DuckDBPyConnection, folder: Path) -> None:
-    """Write the rows of the base that `db` holds; an earlier attempt is replaced. Raises duckdb.Error and OSError."""
+def are_beside(base: Path) -> bool:
+    """Whether the rows beside a base are what was written, by every byte."""
+    return open_beside(base) is not None
+
+
+def open_beside(base: Path) -> RowStore | None:
+    """The rows beside a base; None, and a line in the log, where they cannot be relied on."""
+    try:
+        return RowStore(base)
+    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+        log.warning("index %s has no rows beside it, lookups are slower: %s", base.name, type(error).__name__)
+        return None
+
+
+def build(db: duckdb.DuckDBPyConnection, folder: Path, *, base: str = "") -> None:
+    """Write the rows of the base that `db` holds, or has attached under the name `base`; an earlier attempt is
+    replaced. Raises duckdb.Error and OSError."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     parts: list[Callable[[duckdb.DuckDBPyConnection], None]] = [  # the large ones of columns not beside each other
@@ -71,14 +89,15 @@ def build(db: duckdb.DuckDBPyConnection, folder: Path) -> None:
         *(partial(write, folder=folder) for write in (_write_series_of, _write_names, _write_files_of, _write_dates)),
     ]
     with ThreadPoolExecutor(2, thread_name_prefix="index-rows") as pool:
-        for part in [pool.submit(_with_cursor, db, part) for part in parts]:
+        for part in [pool.submit(_with_cursor, db, part, base) for part in parts]:
             part.result()
-    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
-    (folder / "made.json").write_bytes(orjson.dumps(sizes))
+    write_note(folder)
 
 
-def _with_cursor(db: duckdb.DuckDBPyConnection, part: Callable[[duckdb.DuckDBPyConnection], None]) -> None:
+def _with_cursor(db: duckdb.DuckDBPyConnection, part: Callable[[duckdb.DuckDBPyConnection], None], base: str) -> None:
     with db.cursor() as cursor:
+        if base:
+            cursor.execute(f"USE {base}")
         part(cursor)
 
 
@@ -256,23 +275,18 @@ class _Key:
         return found
 
 
-def _mark(folder: Path) -> tuple[int, int]:
-    """What tells a folder of rows from another one of that name."""
-    found = (folder / "made.json").stat()
-    return found.st_ino, found.st_mtime_ns
-
-
 class RowStore:
     """The rows of one base, open for reading; safe to share between threads."""
 
     def __init__(self, base: Path) -> None:
-        """Raises OSError and ValueError where they are not there, or not whole."""
+        """Reads every byte once. Raises OSError, ValueError and pa.ArrowException where they are not there, or not
+        what was written."""
         folder = folder_of(base)
-        for name, size in orjson.loads((folder / "made.json").read_bytes()).items():
-            if (folder / name).stat().st_size != size:
-                raise ValueError(f"{name} is not whole")
-        self._folder, self._made = folder, _mark(folder)
-        self.tables = {name: _Columns(folder / f"{name}.arrow") for name in ("patients", "studies", "series")}
+        self._folder, self._files_noted = folder, NotedFiles(folder)
+        self.tables = {
+            name: _Columns(self._files_noted.path(folder / f"{name}.arrow"))
+            for name in ("patients", "studies", "series")
+        }
         self._keys = {
             key: _Key(*(self._load(f"{'.'.join(key)}.{what}").data for what in ("hashes", "rows"))) for key in KEYS
         }
@@ -280,16 +294,25 @@ class RowStore:
         self._series_first = self._load("studies.series")
         self._files_first, self._files = self._load("studies.files"), self._load("files")
         self._days, self._days_rows = self._load("days"), self._load("days.rows")
-        self._names = pa.ipc.open_file(pa.memory_map(str(folder / "names.arrow"))).read_all().column("name")
+        names = pa.memory_map(str(self._files_noted.path(folder / "names.arrow")))
+        self._names = pa.ipc.open_file(names).read_all().column("name")
         self._names_first, self._names_rows = self._load("names.first"), self._load("names.rows")
         self.has_series = len(self._series_study) == len(self.tables["series"])
 
     def is_of(self, base: Path) -> bool:
-        """Whether these are the rows that now are beside `base`; raises OSError."""
-        return folder_of(base) == self._folder and _mark(self._folder) == self._made
+        """Whether these are the rows that now are beside `base`."""
+        return folder_of(base) == self._folder and not self.have_changed()
+
+    def have_changed(self) -> bool:
+        """Whether somebody wrote to the files or took them away since: what is mapped is not to be asked then."""
+        return self._files_noted.have_changed()
+
+    def are_whole(self) -> bool:
+        """Whether the files still are what was written, by every byte."""
+        return self._files_noted.are_whole()
 
     def _load(self, name: str) -> npt.NDArray[Any]:
-        path = self._folder / f"{name}.npy"
+        path = self._files_noted.path(self._folder / f"{name}.npy")
         return cast("npt.NDArray[Any]", np.load(path, mmap_mode="r"))
 
     def by_key(self, table: str, column: str, texts: Sequence[str]) -> Rows:

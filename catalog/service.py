@@ -14,6 +14,7 @@ from typing import Any, TypeVar, cast
 
 import duckdb
 import orjson
+import pyarrow as pa
 
 from sphere.catalog.answer import Match, constants_of
 from sphere.catalog.asof import AsOf
@@ -37,6 +38,9 @@ PAGE = 256
 """Answers fetched at once: what a slow reader costs."""
 STUDIES_LISTED = 1000
 """Studies up to which a question about instances names them, and opens only their files."""
+
+_OF_DAMAGE = (LookupError, ValueError, TypeError, ArithmeticError, MemoryError, pa.ArrowException)
+"""What numbers that were not written lead to, as a defect of ours may: which it was, their checksums tell."""
 
 GRANTS = 8
 """Restricted services that are kept open: each has an index and recent arrivals of its own."""
@@ -177,21 +181,29 @@ class QueryService:
         """Answers of `ask`; where the index turns out damaged before the first, once more with a new one."""
         for last in (False, True):
             index = self._indexes.current() if as_of is None else self._indexes.at(as_of)
+            begun = False
             try:
                 index.catch_up()  # before anything is asked: some of `ask` read at once
                 answers = ask(index)
                 first = next(answers, None)
+                if first is not None:
+                    begun = True
+                    yield first
+                    yield from answers
+                return
             except duckdb.Error as error:
                 if not is_damage(error):
                     raise
                 self._indexes.suspect(index)
+                if begun:
+                    raise
                 if last:
                     raise CatalogError(f"the catalog cannot be read: {error}") from None
-                continue
-            if first is not None:
-                yield first
-                yield from answers
-            return
+            except _OF_DAMAGE as error:
+                if not self._indexes.suspect_rows(index):
+                    raise
+                if begun or last:
+                    raise CatalogError(f"rows beside the index are damaged ({type(error).__name__})") from None
 
     def _find(self, query: Query, index: Index, ae_title: str, cancelled: Cancelled) -> Iterator[Match]:
         constants = constants_of(query, ae_title)

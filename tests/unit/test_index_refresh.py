@@ -104,6 +104,7 @@ def test_the_same_answers_as_one_made_from_nothing(tmp_path: Path, monkeypatch: 
         everything(service)
         [base] = files(settings)
         if found == "without rows":
+            monkeypatch.setattr(IndexFolder, "mend_rows", lambda self, base: None)
             shutil.rmtree(folder_of(base))
         for turn in range(3):
             new = [
