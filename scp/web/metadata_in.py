@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 import struct
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
-from xml.etree.ElementTree import Element, ParseError
 
-import orjson
-from defusedxml.common import DefusedXmlException
-from defusedxml.ElementTree import fromstring
 from pydicom.datadict import dictionary_VR
 from pydicom.dataset import Dataset
 from pydicom.filebase import DicomBytesIO
@@ -70,11 +67,17 @@ _OTHER: Final = frozenset(("OB", "OW", "UN"))  # that stand for one another in p
 Header = dict[str, Any]
 
 
+class Broken(Header):
+    """An object of metadata with something in it that no data set can have; `reason` says what."""
+
+    reason: str = ""
+
+
 def read_json(text: bytes) -> Iterator[Header]:
     """The data sets of DICOM JSON; raises WebError (400) where it is none."""
     try:
-        found = orjson.loads(text)
-    except orjson.JSONDecodeError:
+        found = json.loads(text.decode(), object_pairs_hook=_object, parse_constant=_no_constant)
+    except (ValueError, RecursionError):
         raise WebError("the metadata is not JSON") from None
     for one in found if isinstance(found, list) else [found]:
         if not isinstance(one, dict):
@@ -82,69 +85,21 @@ def read_json(text: bytes) -> Iterator[Header]:
         yield one
 
 
-def read_xml(text: bytes) -> Iterator[Header]:
-    """The data sets of the Native DICOM Model; raises WebError (400), for entities and DTDs as well."""
-    try:
-        root = fromstring(text, forbid_dtd=True)
-    except DefusedXmlException:
-        raise WebError("the metadata has a DTD or entities, which are not read") from None
-    except (ParseError, ValueError, LookupError):
-        raise WebError("the metadata is not XML") from None
-    models = [root] if _name(root) == "NativeDicomModel" else [one for one in root if _name(one) == "NativeDicomModel"]
-    if not models:
-        raise WebError("the metadata is no NativeDicomModel (PS3.19 A.1)")
-    for model in models:
-        yield _of_model(model, 0)
+def _object(pairs: list[tuple[str, Any]]) -> Header:
+    """An object, its names in it once (RFC 8259 4 leaves open which of several counts)."""
+    found = dict(pairs)
+    return found if len(found) == len(pairs) else broken(found, "a tag or a name is in the metadata twice")
 
 
-def _name(element: Element) -> str:
-    return element.tag.rpartition("}")[2]
+def _no_constant(name: str) -> Any:
+    raise ValueError(name)
 
 
-def _of_model(model: Element, depth: int) -> Header:
-    if depth > MAX_DEPTH:
-        raise WebError("sequences are too deep in one another")
-    header: Header = {}
-    for attribute in model:
-        if _name(attribute) == "DicomAttribute":
-            header[attribute.get("tag", "")] = _of_attribute(attribute, depth)
-    return header
-
-
-def _of_attribute(attribute: Element, depth: int) -> Header:
-    element: Header = {"vr": attribute.get("vr", "")}
-    values: list[Any] = []
-    for child in attribute:
-        name = _name(child)
-        if name == "Value":
-            values.append(_number(child.text, element["vr"]))
-        elif name == "Item":
-            values.append(_of_model(child, depth + 1))
-        elif name == "PersonName":
-            values.append({_name(group): _of_name(group) for group in child})
-        elif name == "InlineBinary":
-            element["InlineBinary"] = (child.text or "").strip()
-        elif name == "BulkData":
-            element["BulkDataURI"] = child.get("uri", "")
-    if values:
-        element["Value"] = values
-    return element
-
-
-def _number(text: str | None, vr: str) -> Any:
-    if text is None:
-        return None
-    if vr in ("US", "SS", "UL", "SL", "UV", "SV", "IS"):
-        return int(text) if re.fullmatch(r"\s*[+-]?\d{1,20}\s*", text, re.ASCII) else text
-    if vr in ("FL", "FD", "DS"):
-        return float(text) if re.fullmatch(r"\s*[+-]?[\d.]{1,30}([eE][+-]?\d{1,3})?\s*", text, re.ASCII) else text
-    return text
-
-
-def _of_name(group: Element) -> str:
-    parts = {_name(part): part.text or "" for part in group}
-    names = ("FamilyName", "GivenName", "MiddleName", "NamePrefix", "NameSuffix")
-    return "^".join(parts.get(name, "") for name in names).rstrip("^")
+def broken(header: Header, reason: str) -> Broken:
+    """The same object, to be refused for a reason."""
+    found = Broken(header)
+    found.reason = reason
+    return found
 
 
 class Unusable(ValueError):
@@ -167,10 +122,13 @@ class Described:
 
     def write(self, header: Header, file: ArrivingFile) -> None:
         """One instance as a file; raises Unusable, with a reason, where the metadata does not make one."""
+        if isinstance(header, Broken):
+            raise Unusable(header.reason)
         header = {tag: element for tag, element in header.items() if tag[:4] not in ("0000", "0002")}
         _check(header, 0)
+        header = {tag.upper(): element for tag, element in header.items()}
         pixels = header.pop(_PIXEL_DATA, None)
-        trailing = {tag: header.pop(tag) for tag in list(header) if tag.upper() > _PIXEL_DATA}
+        trailing = {tag: header.pop(tag) for tag in list(header) if tag > _PIXEL_DATA}
         syntax, parts = self._pixels(pixels, header)
         header.pop(_AVAILABLE, None)
         uids = {tag: str((header.get(tag, {}).get("Value") or [""])[0]) for tag in ("00080016", "00080018")}
@@ -236,9 +194,15 @@ def _check(header: Mapping[str, Any], depth: int) -> None:
     """Tags, VRs and nesting; raises Unusable."""
     if depth > MAX_DEPTH:
         raise Unusable("sequences are too deep in one another")
+    if len({tag.upper() for tag in header}) < len(header):
+        raise Unusable("a tag is in the metadata twice")
     for tag, element in header.items():
         if not _TAG.fullmatch(tag) or not isinstance(element, Mapping):
             raise Unusable(f"{tag[:20]!r} is not a tag with an element")
+        if isinstance(element, Broken):
+            raise Unusable(f"{tag}: {element.reason}")
+        if tag[3] in "13579BDFbdf" and "0000" < tag[4:] < "0010":
+            raise Unusable(f"{tag}: is private, and nothing says whose")
         vr = element.get("vr")
         if vr not in _VRS:
             raise Unusable(f"{tag}: its VR is none of PS3.5")
@@ -252,6 +216,8 @@ def _check(header: Mapping[str, Any], depth: int) -> None:
             for item in values:
                 if not isinstance(item, Mapping):
                     raise Unusable(f"{tag}: an item is no object")
+                if isinstance(item, Broken):
+                    raise Unusable(f"{tag}: in an item {item.reason}")
                 _check(item, depth + 1)
 
 

@@ -23,11 +23,26 @@ def native_model(header: Mapping[str, Mapping[str, Any]]) -> bytes:
 
 def _attributes(header: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     for tag, element in header.items():
-        keyword = keyword_for_tag(int(tag, 16))
-        named = f' keyword="{keyword}"' if keyword else ""
+        if creator := _creator(header, tag):
+            named, tag = f" privateCreator={quoteattr(_clean(creator))}", f"{tag[:4]}00{tag[6:]}"
+        else:
+            keyword = keyword_for_tag(int(tag, 16))
+            named = f' keyword="{keyword}"' if keyword else ""
         yield f'<DicomAttribute tag="{tag}" vr="{element.get("vr", "UN")}"{named}>'
         yield from _content(element)
         yield "</DicomAttribute>"
+
+
+def _creator(header: Mapping[str, Mapping[str, Any]], tag: str) -> str:
+    """Who reserved the block of a private element (PS3.5 7.8.1), "" of other elements.
+
+    Such an element has its creator for the number of its block (PS3.19 Table A.1.5-2); where nobody reserved the block,
+    the number is all that there is, and stays.
+    """
+    if tag[3] not in "13579BDF" or tag[4:6] == "00":
+        return ""
+    values = header.get(f"{tag[:4]}00{tag[4:6]}", {}).get("Value") or [""]
+    return values[0].strip() if isinstance(values[0], str) else ""
 
 
 def _content(element: Mapping[str, Any]) -> Iterator[str]:
@@ -48,10 +63,14 @@ def _content(element: Mapping[str, Any]) -> Iterator[str]:
 def _names(groups: Mapping[str, str]) -> Iterator[str]:
     for group in ("Alphabetic", "Ideographic", "Phonetic"):
         if text := groups.get(group):
-            parts = zip(_NAME_PARTS, text.split("^"), strict=False)
+            parts = zip(_NAME_PARTS, text.split("^", 4), strict=False)
             inner = "".join(f"<{name}>{_text(part)}</{name}>" for name, part in parts if part)
             yield f"<{group}>{inner}</{group}>"
 
 
 def _text(value: Any) -> str:
-    return "" if value is None else escape(_NOT_XML.sub("\ufffd", str(value)))
+    return "" if value is None else escape(_clean(str(value)), {"\r": "&#13;"})  # a bare one is read as a line feed
+
+
+def _clean(text: str) -> str:
+    return _NOT_XML.sub("\ufffd", text)

@@ -22,9 +22,10 @@ from sphere.scp.store import PROCESSING_FAILURE, StoreAnswer, StoreRequest, iden
 from sphere.scp.upper.dataset import Budget
 from sphere.scp.web.accept import accepted, choose, parse
 from sphere.scp.web.incoming import ArrivingBody, ArrivingFile, pieces, take_in
-from sphere.scp.web.metadata_in import Described, Unusable, read_json, read_xml
+from sphere.scp.web.metadata_in import Described, Unusable, read_json
 from sphere.scp.web.multipart_in import Data, Event, Head, MultipartReader
 from sphere.scp.web.native_xml import native_model
+from sphere.scp.web.native_xml_in import read_xml
 from sphere.scp.web.operations import PREFIX, Operation, service_root, uids
 from sphere.scp.web.problem import WebError
 from sphere.scp.web.search import JSON, XML

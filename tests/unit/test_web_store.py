@@ -10,6 +10,7 @@ import os
 import re
 import socket
 import struct
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from itertools import count
@@ -32,6 +33,7 @@ from sphere.ingest.journal import Landed
 from sphere.ingest.part10 import read_file_meta
 from sphere.ingest.storage import open_storage
 from sphere.scp.web.multipart_in import Data, End, Head, MultipartReader
+from sphere.scp.web.native_xml import native_model
 from sphere.scp.web.problem import WebError
 from tests.support.landing import archive, changed, slices
 from tests.support.samples import make_instance
@@ -42,6 +44,7 @@ pytestmark = pytest.mark.unit
 FILES = Path(pydicom.__file__).parent / "data" / "test_files"
 DICOM, JSON, XML = "application/dicom", "application/dicom+json", "application/dicom+xml"
 NAME = "http://dicom.nema.org/PS3.19/models/NativeDICOM"
+AS_IT_IS = "application/dicom; transfer-syntax=*"
 _SEEDS = count(1000)
 
 
@@ -85,17 +88,36 @@ def reasons(response: httpx.Response) -> list[int]:
     return [one["00081197"]["Value"][0] for one in response.json().get("00081198", {}).get("Value", [])]
 
 
-def test_what_was_stored_comes_back_byte_for_byte(web: Web) -> None:
-    names = ("CT_small.dcm", "JPEG-lossy.dcm", "image_dfl.dcm", "rtplan.dcm", "examples_ybr_color.dcm")
-    sent = [(FILES / name).read_bytes() for name in names]
-    response = post(web, files(*sent))
-    assert (response.status_code, reasons(response)) == (200, [])
-    assert len(response.json()["00081199"]["Value"]) == len(sent)
-    for data in sent:
-        got = web.get(where(data), headers={"accept": "application/dicom; transfer-syntax=*"})
-        assert got.content == data
-    urls = [one["00081190"]["Value"][0] for one in response.json()["00081199"]["Value"]]
-    assert urls[0] == f"{web.url}{where(sent[0])}"
+def packaged() -> list[dict[str, bytes]]:
+    """pydicom's files that name an instance, by name; those of one SOP Instance UID in sets of their own."""
+    found: list[dict[str, bytes]] = []
+    seen: Counter[str] = Counter()
+    for path in sorted(FILES.glob("*.dcm")):
+        data = path.read_bytes()
+        one = identify(data, size=len(data))
+        if all((one.StudyInstanceUID, one.SeriesInstanceUID, one.SOPInstanceUID, one.SOPClassUID)):
+            number = seen[one.SOPInstanceUID]
+            seen[one.SOPInstanceUID] += 1
+            found += [{}] * (number == len(found))
+            found[number] = {**found[number], path.name: data}
+    return found
+
+
+@pytest.mark.parametrize("durability", ["storage", "spool"])
+def test_what_was_stored_comes_back_byte_for_byte(tmp_path: Path, durability: str) -> None:
+    """Every packaged file that is a Part 10 file; what is none is refused, and no more of it is there."""
+    stored = 0
+    for number, sent in enumerate(packaged()):
+        whole = {name: data for name, data in sent.items() if data[128:132] == b"DICM"}
+        with serving_web(archive(tmp_path / str(number), ingest={"durability": durability})) as web:
+            response = post(web, files(*sent.values()))
+            urls = [one["00081190"]["Value"][0] for one in response.json()["00081199"]["Value"]]
+            assert sorted(urls) == sorted(f"{web.url}{where(data)}" for data in whole.values())
+            assert reasons(response) == [0xC000] * (len(sent) - len(whole))
+            for name, data in whole.items():
+                assert web.get(where(data), headers={"accept": AS_IT_IS}).content == data, name
+        stored += len(whole)
+    assert stored > 40
 
 
 def test_digests_are_made_as_the_bytes_come(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,6 +238,65 @@ def test_metadata_in_xml(web: Web) -> None:
     got = pydicom.dcmread(io.BytesIO(web.get(where(data), headers={"accept": DICOM}).content))
     sent = pydicom.dcmread(io.BytesIO(data))
     assert (got.PixelData, str(got.PatientName)) == (sent.PixelData, str(sent.PatientName))
+
+
+@pytest.mark.parametrize("form", [JSON, XML])
+@pytest.mark.parametrize("name", ["CT_small.dcm", "rtplan.dcm", "liver_1frame.dcm", "test-SR.dcm"])
+def test_metadata_of_real_files_keep_every_element(web: Web, name: str, form: str) -> None:
+    """Sequences, items in items and private blocks of files, stored as new instances and read back."""
+    dataset = pydicom.dcmread(FILES / name)
+    dataset.SOPInstanceUID = pydicom.uid.generate_uid()
+    header = dataset.to_json_dict(bulk_data_threshold=1 << 30)
+    has = [e for e in dataset.iterall() if e.VR == "SQ"], [e for e in dataset if e.tag.is_private and e.tag.elem > 0xFF]
+    assert len(has[name == "CT_small.dcm"]) > 1
+    sent = json.dumps([header]).encode() if form == JSON else native_model(header)
+    response = post(web, body((f"Content-Type: {form}", sent)), form)
+    assert response.status_code == 200, response.text
+    got = pydicom.dcmread(io.BytesIO(web.get(where(_saved(dataset)), headers={"accept": AS_IT_IS}).content))
+    assert got.to_json_dict(bulk_data_threshold=1 << 30) == header
+
+
+def test_private_blocks_of_one_group_in_xml(web: Web) -> None:
+    """Each has its values (PS3.19 Table A.1.5-2); what is there twice is refused, and not left out."""
+    [data] = new()
+    header, pixels = described(data)
+    block = '<DicomAttribute tag="00090001" vr="LO" privateCreator="{}"><Value number="1">{}</Value></DicomAttribute>'
+
+    def stored(*more: str) -> httpx.Response:
+        elements = "".join((*(_xml(tag, element) for tag, element in header.items()), *more))
+        content = body(
+            (f"Content-Type: {XML}", f'<NativeDicomModel xmlns="{NAME}">{elements}</NativeDicomModel>'.encode()),
+            ("Content-Type: application/octet-stream\r\nContent-Location: pixels", pixels),
+        )
+        return post(web, content, XML)
+
+    before = landed(web)
+    for more in (block.format("ACME", "a") * 2, _xml("00100010", header["00100010"])):
+        refused = stored(more)
+        assert (refused.status_code, reasons(refused)) == (409, [0xC000]), more
+        assert "twice" in refused.json()["00081198"]["Value"][0]["00000902"]["Value"][0]
+    assert landed(web) == before
+    assert stored(block.format("ACME", "a"), block.format("OTHER", "o")).status_code == 200
+    got = pydicom.dcmread(io.BytesIO(web.get(where(data), headers={"accept": AS_IT_IS}).content))
+    assert [got.private_block(9, name)[1].value for name in ("ACME", "OTHER")] == ["a", "o"]
+
+
+def test_what_json_has_twice_is_refused(web: Web) -> None:
+    [data] = new()
+    header, pixels = described(data)
+    text = json.dumps([header])
+    other = '"00100020":{"vr":"LO","Value":["OTHER"]},'
+    lower = '"0010004f":{"vr":"LO"},"0010004F":{"vr":"LO"},'
+    before = landed(web)
+    for changes in (other, lower, other.replace("0020", "\\u0030020")):
+        content = body(
+            (f"Content-Type: {JSON}", text.replace("{", "{" + changes, 1).encode()),
+            ("Content-Type: application/octet-stream\r\nContent-Location: pixels", pixels),
+        )
+        response = post(web, content, JSON)
+        assert (response.status_code, reasons(response)) == (409, [0xC000]), changes
+        assert "twice" in response.json()["00081198"]["Value"][0]["00000902"]["Value"][0]
+    assert landed(web) == before
 
 
 def _xml(tag: str, element: dict[str, Any]) -> str:
