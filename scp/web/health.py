@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from sphere.conf import serving
 from sphere.conf.settings import Settings
 from sphere.scp.web.operations import Operation
+from sphere.scp.web.probe import probes
 from sphere.scp.web.wire import sent_by
 
 TEXT_FORMAT = "text/plain; version=0.0.4; charset=utf-8"
@@ -75,6 +76,7 @@ class Measured:
 def offered(settings: Settings, metrics: Metrics) -> list[Operation]:
     """The three of them."""
     state_dir = settings.archive.state_dir
+    needed, spared = probes(settings)
 
     def healthz(request: Request) -> Response:
         return JSONResponse({"status": "ok"})
@@ -82,7 +84,10 @@ def offered(settings: Settings, metrics: Metrics) -> list[Operation]:
     def readyz(request: Request) -> Response:
         state = serving.read(state_dir)
         missing = ["supervisor"] if state is None else state.not_ready
-        body = {"status": "not ready" if missing else "ready", "not_ready": missing}
+        missing = missing + [probe.name for probe in needed if probe.away()]
+        body: dict[str, object] = {"status": "not ready" if missing else "ready", "not_ready": missing}
+        if away := [probe.name for probe in spared if probe.away(wait=False)]:
+            body["away"] = away
         return JSONResponse(body, 503 if missing else 200)
 
     def expose(request: Request) -> Response:

@@ -7,7 +7,9 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 
 from sphere.ingest.spool import backlog
@@ -51,19 +53,34 @@ def test_a_datanode_is_killed(forgetful_hdfs_cluster: HdfsCluster, tmp_path: Pat
 def test_the_namenode_is_killed_and_comes_back(expendable_hdfs_cluster: HdfsCluster, tmp_path: Path) -> None:
     ledger = Ledger()
     root = f"{expendable_hdfs_cluster.hdfs_url}/faults/namenode"
-    with running_supervisor(tmp_path, root=root, workers=1) as serving:
+    away = {"status": "not ready", "not_ready": ["storage"]}
+    with running_supervisor(tmp_path, root=root, workers=1, web=True) as serving:
         with Senders(ledger, serving.port, count=3, pause_s=0.01):
             ledger.wait_for_count(50)
+            assert _readyz(serving) == (200, {"status": "ready", "not_ready": []})
             expendable_hdfs_cluster.kill_namenode()
-            time.sleep(1)
+            _wait_for_readyz(serving, (503, away))
             expendable_hdfs_cluster.start_namenode()
             back = time.monotonic()
             ledger.wait_for_success(back)
             print(f"\nresumed {time.monotonic() - back:.1f} s after the NameNode was back")
             ledger.wait_for_count(50)
+        _wait_for_readyz(serving, (200, {"status": "ready", "not_ready": []}))
         assert set(ledger.refused) <= {OUT_OF_RESOURCES}
         assert serving.stop() == 0
     audit(ledger, serving.settings)
+
+
+def _readyz(serving: Serving) -> tuple[int, dict[str, Any]]:
+    answer = httpx.get(f"http://127.0.0.1:{serving.state().web_port}/readyz", timeout=30)
+    return answer.status_code, answer.json()
+
+
+def _wait_for_readyz(serving: Serving, wanted: tuple[int, dict[str, Any]]) -> None:
+    deadline = time.monotonic() + 40
+    while (said := _readyz(serving)) != wanted:
+        assert time.monotonic() < deadline, said
+        time.sleep(0.2)
 
 
 KILLS = 4  # of the shipper while it drains
@@ -75,7 +92,7 @@ def test_the_spool_outlasts_hdfs(expendable_hdfs_cluster: HdfsCluster, tmp_path:
     ledger = Ledger()
     root = f"{expendable_hdfs_cluster.hdfs_url}/faults/spool"
     spooled = {"durability": "spool", "spool_seal_s": 1}
-    with running_supervisor(tmp_path, root=root, workers=2, ingest=spooled) as serving:
+    with running_supervisor(tmp_path, root=root, workers=2, web=True, ingest=spooled) as serving:
         with Senders(ledger, serving.port, count=3, pause_s=0.01):
             ledger.wait_for_count(100)
             expendable_hdfs_cluster.kill_namenode()
@@ -83,6 +100,7 @@ def test_the_spool_outlasts_hdfs(expendable_hdfs_cluster: HdfsCluster, tmp_path:
             ledger.wait_for_count(300)
             serving.wait(lambda state: state.spool is not None and bool(state.spool.error))
             assert time.monotonic() - max(ledger.acknowledged.values()) < 1  # nobody was kept waiting
+            _wait_for_readyz(serving, (200, {"status": "ready", "not_ready": [], "away": ["storage"]}))
         for _ in range(3):  # bundles of several receivers, all of them unfinished
             for child in serving.state().children:
                 if child.name.startswith("receiver"):
