@@ -103,6 +103,11 @@ class Layer:
             raise
         idle.append(cursor)
 
+    @property
+    def folder(self) -> Path:
+        """Where what a query must put aside goes."""
+        return self.index.path.parent
+
     def dropped(self, level: Level) -> frozenset[str]:
         """The identifying values (the first of `plan.ORDER`) of rows that do not count."""
         if self.name == "overlay":

@@ -164,11 +164,16 @@ class Plan:
         columns = ", ".join([*self.order, *header, *self.expressions])
         conditions = " AND ".join([*where, self.compiled.where])
         text = f"SELECT {columns} FROM {self.source} WHERE {conditions}"
-        as_stored = in_order and " " not in self.source.partition(" ")[2] and not self._by_key
-        return text if as_stored and self.query.level != "IMAGE" else f"{text} ORDER BY {', '.join(self.order)}"
+        return f"{text} ORDER BY {', '.join(self.order)}" if self.sorts(in_order=in_order) else text
+
+    def sorts(self, *, in_order: bool) -> bool:
+        """Whether `select` gives a statement that sorts."""
+        as_stored = in_order and " " not in self.source.partition(" ")[2] and not self.by_key
+        return not as_stored or self.query.level == "IMAGE"
 
     @property
-    def _by_key(self) -> bool:
+    def by_key(self) -> bool:
+        """Whether a key with an index leaves few rows."""
         return any(isinstance(key.test, Exact) and key.keyword in KEYWORDS_INDEXED for key in self.query.keys)
 
     def count(self, *, where: tuple[str, ...] = ()) -> str:

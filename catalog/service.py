@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from heapq import merge
 from operator import itemgetter
@@ -23,6 +23,7 @@ from sphere.catalog.direct import Lookup, files_of, look_up, part_of
 from sphere.catalog.grant import Grant
 from sphere.catalog.headers import attributes_of, read_headers
 from sphere.catalog.index import IndexCache, is_damage
+from sphere.catalog.kept_rows import PAGE, kept, streamed, turn
 from sphere.catalog.known import KnownVersion
 from sphere.catalog.layers import Index, Layer
 from sphere.catalog.match import Exact
@@ -34,8 +35,6 @@ from sphere.conf.settings import Settings
 
 __all__ = ["Match", "QueryService", "StoredInstance"]
 
-PAGE = 256
-"""Answers fetched at once: what a slow reader costs."""
 STUDIES_LISTED = 1000
 """Studies up to which a question about instances names them, and opens only their files."""
 
@@ -191,6 +190,8 @@ class QueryService:
                     yield first
                     yield from answers
                 return
+            except duckdb.OutOfMemoryException:
+                raise CatalogError("the query takes more memory than there is for it now: ask for less") from None
             except duckdb.Error as error:
                 if not is_damage(error):
                     raise
@@ -315,15 +316,20 @@ def _matches(plan: Plan, layer: Layer, cancelled: Cancelled) -> Iterator[Found |
         for row in sorted(part, key=itemgetter(slice(width))):
             yield row[:width], dict(zip(tags, row[width:], strict=True)), {}, True
         return
-    with layer.cursor() as cursor:
+    with layer.cursor() as cursor, ExitStack() as stack:
         scope = _scope(plan, layer, cursor, plan.of_instances)
         if scope is None:
             yield None
             return
-        cursor.execute(*scope.ask(plan, plan.select(where=scope.where, in_order=layer.name == "base")))
+        in_order = layer.name == "base"
+        over: Callable[[], object] = never
+        sorts = plan.sorts(in_order=in_order)
+        if sorts and in_order and not scope.where and not plan.by_key:
+            over = stack.enter_context(turn(cancelled))
+        cursor.execute(*scope.ask(plan, plan.select(where=scope.where, in_order=in_order)))
         yield None
         dropped, width = layer.dropped(plan.query.level), len(plan.order)
-        while not cancelled() and (rows := cursor.fetchmany(PAGE)):
+        for rows in kept(cursor, layer.folder, cancelled, over) if sorts else streamed(cursor, cancelled):
             full = len(rows) == PAGE
             if dropped:
                 rows = [row for row in rows if row[0] not in dropped]
@@ -402,5 +408,5 @@ def _places(plan: Plan, layer: Layer, more: tuple[str, ...]) -> Iterator[Row | N
         cursor.execute(*scope.ask(plan, sql))
         yield None
         dropped = layer.dropped("IMAGE")
-        while rows := cursor.fetchmany(PAGE):
+        for rows in kept(cursor, layer.folder):
             yield from (row for row in rows if row[0] not in dropped)

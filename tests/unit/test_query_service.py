@@ -12,10 +12,11 @@ import pytest
 from pydicom.dataset import Dataset
 
 from sphere.catalog.answer import Match
+from sphere.catalog.kept_rows import PAGE
 from sphere.catalog.plan import make_plan
 from sphere.catalog.query import Key, Model, Query, parse_identifier
 from sphere.catalog.schema import TABLES, Level
-from sphere.catalog.service import PAGE, QueryService
+from sphere.catalog.service import QueryService
 from tests.support.catalog import Row, archive, instance, write_catalog
 
 pytestmark = pytest.mark.unit
