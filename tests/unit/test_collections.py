@@ -5,20 +5,25 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import chain, product
 from pathlib import Path
 from typing import Any, get_args
 
 import orjson
+import pyarrow as pa
 import pytest
 from click.testing import CliRunner
+from deltalake import DeltaTable, QueryBuilder
 from starlette.testclient import TestClient
 
+from sphere.catalog.asof import snapshots_as_of
 from sphere.catalog.cohorts import Cohorts
 from sphere.catalog.grant import Grant
 from sphere.catalog.queries import Queries, open_queries
 from sphere.catalog.query import Query
 from sphere.catalog.schema import Level
 from sphere.catalog.service import QueryService
+from sphere.catalog.tables import CatalogTables
 from sphere.cli import main
 from sphere.conf.errors import CatalogError, SettingsError
 from sphere.conf.settings import Settings
@@ -33,6 +38,7 @@ from tests.support.landing import archive, changed, land, new_member, slices, ta
 pytestmark = pytest.mark.unit
 
 COLLECTIONS = ("A", "B", "C")
+XML = {"accept": 'multipart/related; type="application/dicom+xml"'}
 ASKED: dict[Level, tuple[str, ...]] = {
     "PATIENT": ("PatientName", "PatientComments", "NumberOfPatientRelatedStudies", "NumberOfPatientRelatedSeries",
                 "NumberOfPatientRelatedInstances"),
@@ -193,6 +199,7 @@ def doors(rows: list[Row]) -> Iterator[str]:
             f"{path}/thumbnail",
             f"{path}/rendered",
             f"{path}?accept=application/zip",
+            f"{path}?accept=application/zip&dicomdir=true",
         )
     for row in rows[::2]:
         series = f"/studies/{row['StudyInstanceUID']}/series/{row['SeriesInstanceUID']}"
@@ -202,6 +209,11 @@ def doors(rows: list[Row]) -> Iterator[str]:
         yield f"{path}/bulkdata?offset={row['pixel_offset']}&length=8"
         uids = {"studyUID": "StudyInstanceUID", "seriesUID": "SeriesInstanceUID", "objectUID": "SOPInstanceUID"}
         yield "/../wado?requestType=WADO&" + "&".join(f"{name}={row[key]}" for name, key in uids.items())
+
+
+def in_xml(path: str) -> bool:
+    """Whether it is answered in XML as well."""
+    return "metadata" in path or path.partition("?")[0].endswith(("/studies", "/series", "/instances"))
 
 
 def told(client: TestClient, path: str, headers: dict[str, str]) -> Any:
@@ -230,20 +242,87 @@ def test_every_door_shows_the_part_alone(mixed: tuple[Settings, Settings], tmp_p
     with services_of(settings) as services, services_of(part) as alone:
         far = TestClient(make_app(settings, services), client=("10.0.0.5", 1), base_url="http://localhost")
         near = TestClient(make_app(part, alone), client=("127.0.0.1", 1), base_url="http://localhost")
-        for path in doors(rows):
+        for path, form in chain(product(doors(rows), [{}]), product(filter(in_xml, doors(rows)), [XML])):
             near.get("/dicom-web" + path)  # what others asked for before is not shown to who may not see it
-            seen, wanted = told(far, path, shown), told(near, path, {})
-            assert seen == wanted, path
+            seen, wanted = told(far, path, {**shown, **form}), told(near, path, form)
+            assert seen == wanted, (path, form)
             statuses.add((seen[0], path.count("/")))
+            assert not form or seen[0] != 200 or XML["accept"] in seen[1], path
         assert {status for status, _ in statuses} == {200, 204, 404}
         assert not any(status == 403 for status, _ in statuses)
         tag = next(told(near, path, {})[2]["etag"] for path in doors(rows) if told(near, path, {})[2]["etag"])
         hidden = next(row for row in rows if not is_granted(row, grant))
         url = f"/dicom-web/studies/{hidden['StudyInstanceUID']}/series/{hidden['SeriesInstanceUID']}/metadata"
         assert far.get(url, headers={**shown, "if-none-match": f"{tag}, *"}).status_code in (404, 304)
-        assert far.get("/metrics", headers=shown).status_code == 403
-        assert far.post("/dicom-web/studies", headers=shown).status_code == 403
         assert far.get("/dicom-web/capabilities", headers=shown).status_code == 200
+
+
+OFFERED_IN_PART = frozenset(
+    ("/dicom-web", "/dicom-web/", "/dicom-web/capabilities", "/openapi.json", "/healthz", "/readyz")
+)
+"""Paths outside DICOMweb's searches and retrievals that a researcher may ask."""
+
+
+def test_what_a_researcher_is_not_offered(tmp_path: Path) -> None:
+    """Of all that the service describes: methods that change something, and what tells of the whole archive."""
+    settings = archive(tmp_path, web={"delete": True})
+    [data] = slices(1)
+    land(settings, [new_member(data)])
+    secret = Tokens(open_storage(settings.storage.root)).create("anna", "researcher", None, collections=["A"])
+    shown = {"authorization": f"Bearer {secret}"}
+    one = new_member(data)
+    uids = {"study": one.StudyInstanceUID, "series": one.SeriesInstanceUID, "instance": one.SOPInstanceUID,
+            "frames": "1", "frame": "1", "annotation": "0" * 32}  # fmt: skip
+    refused: dict[str, int] = {}
+    with services_of(settings) as services:
+        far = TestClient(make_app(settings, services), client=("10.0.0.5", 1), base_url="http://localhost")
+        for path, methods in far.get("/openapi.json").json()["paths"].items():
+            for method in methods:
+                response = far.request(method.upper(), path.format_map(uids), headers=shown)
+                refused[f"{method.upper()} {path}"] = response.status_code
+        assert far.get(f"/dicom-web/studies?StudyInstanceUID={one.StudyInstanceUID}").status_code == 401
+        assert list(services.finder.lookup_instances(study=[one.StudyInstanceUID])), "nothing was deleted"
+    assert len(refused) > 40
+    for name, status in refused.items():
+        method, path = name.split(" ")
+        if method not in ("GET", "OPTIONS") or path.startswith(("/status", "/metrics")):
+            assert status == 403, name
+        elif path.startswith(("/dicom-web/", "/wado", "/annotations")) and path not in OFFERED_IN_PART:
+            assert status in (204, 400, 403, 404), name  # nothing is granted of what there is
+        else:
+            assert path in OFFERED_IN_PART, name
+
+
+@pytest.mark.parametrize("mixed", [(2, "replace")], ids=["replace"], indirect=True)
+def test_earlier_versions_show_the_part_alone(mixed: tuple[Settings, Settings], tmp_path: Path) -> None:
+    """As `asOf` names them: what an archive says that catalogued nothing but what was granted of that version."""
+    settings, everything = mixed
+    storage, grant = open_storage(settings.storage.root), Grant(collections=frozenset("C"), series=frozenset(["9.0.1"]))
+    Cohorts(storage).create("earlier", "series", ["9.0.1"], "test")
+    secret = Tokens(storage).create("ben", "researcher", None, collections=["C"], cohorts=["earlier"])
+    tables = CatalogTables(settings)
+    versions, shown = sorted(tables.commits("bundles")), {"authorization": f"Bearer {secret}"}
+    assert len(versions) > 1
+    with services_of(settings) as services:
+        far = TestClient(make_app(settings, services), client=("10.0.0.5", 1), base_url="http://localhost")
+        for as_of in (*versions, "now"):
+            version = versions[-1] if as_of == "now" else int(as_of)
+            snapshot = snapshots_as_of(tables, ["instances"], version)["instances"]
+            assert snapshot is not None
+            table = DeltaTable(f"{settings.catalog_root}/instances", version=snapshot.version)
+            rows = pa.table(QueryBuilder().register("rows", table).execute("SELECT * FROM rows")).to_pylist()
+            granted = [row for row in rows if is_granted(row, grant)]
+            assert 0 < len(granted) < len(rows)
+            part = rerooted(settings, tmp_path, str(as_of))
+            write_catalog(part, granted, bundles=table_positions(everything))
+            with services_of(part) as alone:
+                near = TestClient(make_app(part, alone), client=("127.0.0.1", 1), base_url="http://localhost")
+                for path in ("/studies", "/series", "/instances", "/studies/9.0/series", "/instances?Modality=CT"):
+                    url = f"{path}{'&' if '?' in path else '?'}limit=5000&count=true&includefield=all"
+                    for form in ({}, XML) if as_of != "now" else ({},):  # of which an index is made for each request
+                        seen, wanted = told(far, f"{url}&asOf={as_of}", {**shown, **form}), told(near, url, form)
+                        assert seen == wanted, (url, as_of)
+                        assert seen[0] == 200 or path == "/studies/9.0/series", url
 
 
 def test_cohorts_are_kept_by_name(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import select
 import socket
 import zipfile
 from collections.abc import Iterator
@@ -17,7 +18,9 @@ import pydicom
 import pytest
 
 from sphere.ingest.header import identify
+from sphere.scp.web import incoming, stow
 from tests.support.landing import archive, land, new_member
+from tests.support.memory import peak
 from tests.support.web import Web, serving_web, until_closed
 
 pytestmark = pytest.mark.unit
@@ -101,6 +104,7 @@ def test_bodies(web: Web, path: str, headers: dict[str, str], body: bytes, statu
     before, process = stored(root), psutil.Process()
     assert before  # of the instance that is there
     memory = process.memory_info().rss
+    peak(process.pid, forget=True)
     answer = web.client.post(f"http://127.0.0.1:{web.port}{path}", headers=headers, content=body)
     assert answer.status_code in statuses, answer.text
     if answer.status_code == 409:  # STOW-RS: nothing stored, and why for each instance (PS3.18 Table 10.5.3-1)
@@ -108,7 +112,7 @@ def test_bodies(web: Web, path: str, headers: dict[str, str], body: bytes, statu
     else:
         assert answer.headers["content-type"] == "application/problem+json"
         assert answer.json()["status"] == answer.status_code and answer.json()["detail"]
-    assert process.memory_info().rss - memory < SIZE // 2
+    assert peak(process.pid) - memory < SIZE // 2 + len(body), "and at no time more"
     assert stored(root) == before
 
 
@@ -158,8 +162,46 @@ def test_slow_bodies(web: Web, path: str, head: str) -> None:
     assert stored(root) == before
 
 
+@pytest.mark.parametrize("path", [STOW, NOTES + "1.2"])
+def test_bodies_that_drip(web: Web, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Something comes before each `idle_s` is over, and all of it never."""
+    monkeypatch.setattr(incoming, "PATIENT_S", 1.5)
+    root = web.settings.archive.state_dir.parent
+    before = stored(root)
+    kind = related(DICOM)["content-type"] if path == STOW else "text/plain"
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\nContent-Length: 100000\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", web.port)) as client:
+        client.sendall(head.encode() + b"--B\r\nContent-Type: application/dicom\r\n\r\n")
+        dripped = 0
+        while not select.select([client], [], [], 0.2)[0]:
+            client.sendall(b"x")
+            dripped += 1
+            assert dripped < 100, "nobody ends it"
+        answer = until_closed(client)
+    assert answer.startswith(b"HTTP/1.1 408 ") and b"the body comes too slowly" in answer
+    assert stored(root) == before
+
+
+def test_limits_of_parts_and_of_metadata(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stow, "MAX_PARTS", 3)
+    monkeypatch.setattr(stow, "MAX_METADATA", 1 << 20)
+    root = web.settings.archive.state_dir.parent
+    before = stored(root)
+    many = f"--B\r\nContent-Type: {DICOM}\r\n\r\nx\r\n".encode() * 4 + b"--B--\r\n"
+    long = part(JSON, b"[" + b" " * (1 << 20) + b"]")
+    for kind, body, says in ((DICOM, many, "3 parts"), (JSON, long, "1 MiB"), (XML, part(XML, long), "1 MiB")):
+        answer = web.client.post(f"http://127.0.0.1:{web.port}{STOW}", headers=related(kind), content=body)
+        assert (answer.status_code, answer.headers["content-type"]) == (413, "application/problem+json")
+        assert says in answer.json()["detail"]
+    assert stored(root) == before
+
+
 @pytest.mark.parametrize("path", [STOW, NOTES + "1.2", "/wado", INSTANCE + "/metadata"])
 def test_floods_of_headers(web: Web, path: str) -> None:
+    process = psutil.Process()
+    memory = process.memory_info().rss
+    peak(process.pid, forget=True)
+    answers = 0
     for flood in (b"X: y\r\n" * 500, b"X: " + b"y" * 100_000 + b"\r\n", b"Cookie: a=b\r\n" * 20_000):
         with socket.create_connection(("127.0.0.1", web.port)) as client:
             try:
@@ -168,3 +210,7 @@ def test_floods_of_headers(web: Web, path: str) -> None:
             except (BrokenPipeError, ConnectionResetError):  # closed while we were still sending
                 continue
         assert answer.startswith(b"HTTP/1.1 431 ") and b"application/problem+json" in answer
+        answers += 1
+    assert answers, "the first is short enough to be sent whole"
+    assert peak(process.pid) - memory < SIZE // 4
+    assert web.client.get(f"http://127.0.0.1:{web.port}/healthz").status_code == 200
