@@ -240,9 +240,21 @@ def test_a_body_that_breaks_off_leaves_nothing(web: Web) -> None:
 
 
 def test_read_only_and_roles(web: Web, tmp_path: Path) -> None:
-    with serving_web(archive(tmp_path, web={"read_only": True})) as other:
-        answer = post(other)
-    assert answer.status_code == 403
+    settings = archive(tmp_path)
+    with serving_web(settings) as other:
+        made = post(other).json()["id"]
+    read_only = settings.model_copy(update={"web": settings.web.model_copy(update={"read_only": True})})
+    with serving_web(read_only) as other:
+        kept = files(settings)
+        for method, path in (
+            ("POST", "?level=study&uid=1.2&allow_unknown=true"),
+            ("PUT", f"/{made}"),
+            ("DELETE", f"/{made}"),
+        ):
+            answer = other.client.request(method, url(other, path), content=b"other bytes")
+            assert (answer.status_code, "read_only" in answer.json()["detail"]) == (403, True), method
+        assert other.client.get(url(other, f"/{made}/file")).content == b"bytes"
+        assert files(settings) == kept
     operations = web.client.get(f"http://127.0.0.1:{web.port}/openapi.json").json()["paths"]
     assert set(operations["/annotations/{annotation}"]) == {"get", "put", "delete"}
     assert set(ABOUT) <= {one["name"] for one in operations["/annotations"]["post"]["parameters"]}

@@ -188,8 +188,12 @@ def test_limits_of_parts_and_of_metadata(web: Web, monkeypatch: pytest.MonkeyPat
     root = web.settings.archive.state_dir.parent
     before = stored(root)
     many = f"--B\r\nContent-Type: {DICOM}\r\n\r\nx\r\n".encode() * 4 + b"--B--\r\n"
-    long = part(JSON, b"[" + b" " * (1 << 20) + b"]")
-    for kind, body, says in ((DICOM, many, "3 parts"), (JSON, long, "1 MiB"), (XML, part(XML, long), "1 MiB")):
+    long = b"[" + b" " * (1 << 20) + b"]"
+    for kind, body, says in (
+        (DICOM, many, "3 parts"),
+        (JSON, part(JSON, long), "1 MiB"),
+        (XML, part(XML, long), "1 MiB"),
+    ):
         answer = web.client.post(f"http://127.0.0.1:{web.port}{STOW}", headers=related(kind), content=body)
         assert (answer.status_code, answer.headers["content-type"]) == (413, "application/problem+json")
         assert says in answer.json()["detail"]

@@ -119,6 +119,39 @@ def test_no_door_of_any_process_shows_it(settings: Settings, web: Web) -> None:
             assert one.client.get(f"http://127.0.0.1:{one.port}/annotations", params={"uid": STUDY}).json() == []
 
 
+def test_a_tag_changes_with_what_is_there(settings: Settings, web: Web) -> None:
+    """A 304 would hide what came, and show what is gone (RFC 9110 8.8.3)."""
+    paths = {
+        path: {"accept": "*/*"}
+        for path in (f"/studies/{STUDY}", at(), f"/studies/{STUDY}/metadata", f"{at()}/metadata")
+    }
+    paths |= {f"/studies/{STUDY}?accept=application/zip{more}": {} for more in ("", "&dicomdir=true")}
+    paths[f"/studies/{STUDY}/metadata?"] = {"accept": 'multipart/related; type="application/dicom+xml"'}
+
+    def tags() -> dict[str, str]:
+        return {path: web.get(path, headers=accept).headers["etag"] for path, accept in paths.items()}
+
+    def again(known: dict[str, str]) -> set[int]:
+        return {
+            web.get(path, headers={**accept, "if-none-match": known[path]}).status_code
+            for path, accept in paths.items()
+        }
+
+    seen = [tags()]
+    assert again(seen[0]) == {304}
+    assert store(web, slices(4, seed=41)[3]).status_code == 200
+    for change in (None, UIDS[0], UIDS[2]):
+        if change:
+            assert delete(web, at(change)).status_code == 204
+        assert again(seen[-1]) == {200}, "something else is there now"
+        seen.append(tags())
+        assert again(seen[-1]) == {304}
+        for path in paths:
+            assert len({one[path] for one in seen}) == len(seen), path
+    assert open_tombstones(settings).restore([UIDS[0], UIDS[2]], by="test") == 2
+    assert again(seen[1]) == {304}, "and the same again for the same"
+
+
 def test_undone_it_is_shown_again(settings: Settings, web: Web) -> None:
     assert delete(web, at()).status_code == 204
     assert counts(web) == []

@@ -149,6 +149,20 @@ def test_every_resource_has_a_tag_and_can_be_asked_for_again(moving: Moving, res
     assert moving.web.get(path, headers={"accept": "*/*", "if-none-match": '"other"'}).status_code == 200
 
 
+def test_bulk_data_have_a_tag_too(moving: Moving) -> None:
+    [header] = moving.web.get(f"{moving.path}/metadata").json()
+    uri = header["7FE00010"]["BulkDataURI"]
+    client, tags = moving.web.client, set()
+    for accept in ("application/octet-stream", 'multipart/related; type="application/octet-stream"'):
+        first = client.get(uri, headers={"accept": accept})
+        tags.add(first.headers["etag"])
+        again = client.get(uri, headers={"accept": accept, "if-none-match": first.headers["etag"]})
+        assert (first.status_code, again.status_code, again.content) == (200, 304, b"")
+        assert again.headers["etag"] == first.headers["etag"]
+    shorter = client.get(uri.replace("length=", "length=1&other="), headers={"accept": "application/octet-stream"})
+    assert len(tags | {shorter.headers["etag"]}) == 3 and len(shorter.content) == 1
+
+
 def test_a_tag_is_of_what_was_asked_for(moving: Moving) -> None:
     asked = ("rendered", "rendered?window=40,400,linear", "frames/2/rendered", "thumbnail")
     tags = {moving.get(resource).headers["etag"] for resource in asked}

@@ -9,6 +9,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from pydicom.datadict import keyword_for_tag
 
 from sphere.catalog import index as index_module
 from sphere.catalog.query import Query
@@ -148,6 +149,27 @@ def test_pages_and_counts(web: Web) -> None:
     assert web.get("/instances?offset=1000").status_code == 204
     response = web.get("/studies?limit=0&count=true")
     assert (response.status_code, response.headers["x-total-count"]) == (204, str(len(found(web, "/studies"))))
+
+
+@pytest.mark.parametrize(
+    ("path", "level", "wanted"),
+    [
+        ("/studies?StudyInstanceUID=9.1&", "StudyInstanceUID", {"StudyInstanceUID": "9.1"}),
+        ("/studies?PatientID=P1&", "StudyInstanceUID", {"PatientID": "P1"}),
+        ("/studies?PatientID=nobody&", "StudyInstanceUID", {"PatientID": "nobody"}),
+        ("/series?Modality=CT&", "SeriesInstanceUID", {"Modality": "CT"}),
+        ("/studies/9.1/series?Modality=SR&", "SeriesInstanceUID", {"StudyInstanceUID": "9.1", "Modality": "SR"}),
+        ("/instances?PatientID=P1&", "SOPInstanceUID", {"PatientID": "P1"}),
+        ("/studies/9.1/instances?", "SOPInstanceUID", {"StudyInstanceUID": "9.1"}),
+    ],
+)
+def test_counts_with_keys(web: Web, path: str, level: str, wanted: dict[str, str]) -> None:
+    """Of all that match, whatever the page; the number is that of the rows."""
+    rows = [row for row in ROWS if all(row.get(name) == value for name, value in wanted.items())]
+    total = len({row[level] for row in rows})
+    for page in ("limit=1", "limit=1&offset=1", "limit=0", "limit=5000"):
+        assert web.get(f"{path}count=true&{page}").headers["x-total-count"] == str(total), page
+    assert total < len({row[level] for row in ROWS})
 
 
 def test_pages_of_one_version(tmp_path: Path) -> None:
@@ -301,6 +323,33 @@ def test_every_attribute_is_a_key_by_keyword_and_by_tag(level: Level) -> None:
     assert asked > {"STUDY": 20, "SERIES": 50, "IMAGE": 700}[level]
 
 
+COMPUTED = frozenset(
+    [
+        "RetrieveURL",
+        "InstanceAvailability",
+        "ModalitiesInStudy",
+        "SOPClassesInStudy",
+        "NumberOfPatientRelatedStudies",
+        "NumberOfPatientRelatedSeries",
+        "NumberOfPatientRelatedInstances",
+        "NumberOfStudyRelatedSeries",
+        "NumberOfStudyRelatedInstances",
+        "NumberOfSeriesRelatedInstances",
+    ]
+)
+
+
+def test_includefield_all_is_every_column(web: Web) -> None:
+    """At instances: what has a column, empty or not, what is computed (PS3.4 C.3.4), and nothing else."""
+    for one in web.get("/instances?includefield=all").json():
+        assert {keyword_for_tag(tag) for tag in one} == BY_KEYWORD.keys() | COMPUTED
+    row = ROWS[0]
+    [one] = web.get(f"/instances?SOPInstanceUID={row['SOPInstanceUID']}&includefield=all").json()
+    for keyword, value in row.items():
+        if keyword in BY_KEYWORD and value is not None and BY_KEYWORD[keyword].vr in ("UI", "CS", "LO", "IS"):
+            assert one[f"{BY_KEYWORD[keyword].tag:08X}"]["Value"] == (value if isinstance(value, list) else [value])
+
+
 def test_includefield_all_is_of_every_level(web: Web) -> None:
     study, *_ = web.get("/studies?StudyInstanceUID=9.1&includefield=all").json()
     assert study["00081030"]["Value"] == ["CHEST 100%"] and "00080060" not in study
@@ -310,7 +359,17 @@ def test_includefield_all_is_of_every_level(web: Web) -> None:
     assert {"00080060", "00081030", "00100020"} <= one.keys(), "and of those above it"
 
 
-@pytest.mark.parametrize("path", ["/studies", "/series", "/instances", "/studies/9.1/series", "/studies/9.1/instances"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/studies",
+        "/series",
+        "/instances",
+        "/studies/9.1/series",
+        "/studies/9.1/instances",
+        f"/studies/9.1/series/{ROWS[0]['SeriesInstanceUID']}/instances",
+    ],
+)
 def test_xml_says_what_json_says(web: Web, path: str) -> None:
     objects = web.get(path).json()
     response = web.get(path, headers={"accept": XML})
