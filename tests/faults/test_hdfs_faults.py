@@ -16,6 +16,7 @@ from sphere.ingest.spool import backlog
 from sphere.scp.store import OUT_OF_RESOURCES
 from tests.support.hdfs import HdfsCluster, hdfs_for_test
 from tests.support.ledger import RESUME_S, Ledger, Senders, audit
+from tests.support.ports import free_port
 from tests.support.serving import Serving, ready, running_supervisor, send_signal
 
 pytestmark = [pytest.mark.faults, pytest.mark.hdfs]
@@ -119,6 +120,28 @@ def test_the_spool_outlasts_hdfs(expendable_hdfs_cluster: HdfsCluster, tmp_path:
     assert ledger.refused == {}
     assert backlog(serving.settings).bundles == 0
     audit(ledger, serving.settings)
+
+
+def test_an_outage_longer_than_the_shipper_waits(tmp_path: Path) -> None:
+    """It ends itself again and again (after 2 s here) while nothing answers; what waits drains by itself, each once."""
+    ledger, port = Ledger(), free_port()
+    spooled = {"durability": "spool", "spool_seal_s": 1}
+    root = f"hdfs://127.0.0.1:{port}/faults/outage"
+    module = "tests.support.short_serve"
+    with running_supervisor(tmp_path, root=root, workers=1, ingest=spooled, module=module) as serving:
+        for restarts in (0, 2):
+            serving.wait(lambda state: state.children[1].restarts >= restarts)  # noqa: B023
+            with Senders(ledger, serving.port, count=2):
+                ledger.wait_for_count(50)
+        assert backlog(serving.settings).bundles >= 2
+        with hdfs_for_test(tmp_path / "hdfs", rpc_port=port):
+            state = serving.wait(lambda state: ready(state) and state.spool is not None and not state.spool.bundles)
+            assert state.children[1].last_end == "status 1"
+            assert state.children[0].restarts == 0
+            assert serving.stop() == 0
+            assert backlog(serving.settings).bundles == 0
+            assert ledger.refused == {}
+            audit(ledger, serving.settings)
 
 
 def _kill_shipper(serving: Serving) -> None:

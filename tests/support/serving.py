@@ -9,10 +9,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import psutil  # type: ignore[import-untyped]
 
 from sphere.conf import serving
 from sphere.conf.serving import ChildState, ServeState
@@ -21,6 +23,7 @@ from tests.support.ports import free_port
 from tests.support.receiver import ROOT, STOP_S
 
 START_S = 60.0  # seconds for a first start
+FOREVER = 'while :; do "$@"; sleep 0.5; done'  # as a unit of systemd with Restart=always and RestartSec=0.5
 
 
 @dataclass
@@ -30,6 +33,7 @@ class Serving:
     process: subprocess.Popen[str]
     settings: Settings
     log_path: Path
+    forever: bool = False  # `process` starts it again and again
 
     @property
     def port(self) -> int:
@@ -46,14 +50,20 @@ class Serving:
         deadline = time.monotonic() + within_s
         while True:
             state = serving.read(self.settings.archive.state_dir)
-            if state is not None and state.pid == self.process.pid and until(state):
+            if state is not None and self.forever | (state.pid == self.process.pid) and until(state):
                 return state
             assert time.monotonic() < deadline, (state, self.log_path.read_text()[-3000:])
             assert self.process.poll() is None, self.log_path.read_text()[-3000:]
             time.sleep(0.02)
 
     def stop(self) -> int:
-        """SIGTERM, and the exit status."""
+        """SIGTERM, and the exit status; of one that is started again and again the end of that, and -9."""
+        if self.forever:
+            self.process.kill()
+            last = psutil.Process(self.state().pid)
+            last.terminate()
+            last.wait(STOP_S)
+            return self.process.wait()
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(STOP_S)
 
@@ -81,8 +91,13 @@ def running_supervisor(
     peers: Sequence[Mapping[str, Any]] = (),
     forwards: Sequence[Mapping[str, Any]] = (),
     forwarding: Mapping[str, Any] | None = None,
+    forever: bool = False,
+    module: str = "sphere.cli",
 ) -> Iterator[Serving]:
-    """`sphere serve` on an archive in `base`, every part ready; killed at the end where the test has not stopped it."""
+    """`sphere serve` on an archive in `base`, every part ready; killed at the end where the test has not stopped it.
+
+    With `forever` it is started again by itself, whatever ends it; `module` is its body.
+    """
     base.mkdir(parents=True, exist_ok=True)
     port = port or free_port()
     config = base / "sphere.toml"
@@ -103,13 +118,17 @@ def running_supervisor(
         "forwarding": dict(forwarding or {}),
     }
     with (base / "serve.log").open("a") as log:
-        command = [sys.executable, "-m", "sphere.cli", "--config", str(config), "serve"]
-        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, text=True)
-    running = Serving(process, from_dict(tables, base=base), base / "serve.log")
+        command = [sys.executable, "-m", module, "--config", str(config), "serve"]
+        command = ["sh", "-c", FOREVER, "sh", *command] if forever else command
+        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, text=True, start_new_session=forever)
+    running = Serving(process, from_dict(tables, base=base), base / "serve.log", forever)
     try:
         running.wait(ready)
         yield running
     finally:
+        if forever:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
         if process.poll() is None:
             process.kill()
         process.wait()
