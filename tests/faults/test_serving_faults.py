@@ -158,23 +158,29 @@ def test_other_children_are_replaced_while_receivers_go_on(tmp_path: Path, numbe
 
 
 @pytest.mark.spark
-def test_an_extraction_is_killed_and_the_next_one_stopped(tmp_path: Path) -> None:
-    """kill -9 in a step: the next child goes on with it. SIGTERM in one: it ends there, and all is clean."""
+def test_an_extraction_is_killed_and_a_later_one_stopped(tmp_path: Path) -> None:
+    """kill -9 in a step: the next child does it all. SIGTERM in one: it ends there, and is clean."""
     with running_supervisor(tmp_path, workers=1, extract_every_s=0.1) as serving:
         archive = Archive(serving.settings)
-        assert all(one.record is not None for one in archive.import_files([Path(get_testdata_file("CT_small.dcm"))]))
+        _import(archive, "CT_small.dcm")
         killed = _family_of_running_extraction(serving)
-        send_signal(serving.state().children[1], signal.SIGKILL)
-        serving.wait(lambda state: state.children[1].restarts == 1 and ready(state))
         began_at = _job(serving).began_at
+        send_signal(serving.state().children[1], signal.SIGKILL)
+        serving.wait(lambda _: _job(serving).began_at > began_at and bool(_job(serving).ended_at), within_s=120)
+        assert serving.state().children[1].restarts == 1
+        assert [len(list(archive.find(level))) for level in ("STUDY", "IMAGE")] == [1, 1]
+        began_at = _job(serving).began_at
+        _import(archive, "MR_small.dcm")
         family = _family_of_running_extraction(serving, after=began_at)
         assert serving.stop() == 0
         assert "extraction stopped before its end" in serving.log_path.read_text()
         assert "child killed" not in serving.log_path.read_text()
         gone, alive = psutil.wait_procs(killed + family, timeout=30)
         assert len(gone) >= 2 and not alive, "the JVM of an extraction is left"
-    archive.extract()
-    assert [len(list(archive.find(level))) for level in ("STUDY", "IMAGE")] == [1, 1]
+
+
+def _import(archive: Archive, name: str) -> None:
+    assert all(one.record is not None for one in archive.import_files([Path(get_testdata_file(name))]))
 
 
 def _job(serving: Serving) -> told.JobState:
