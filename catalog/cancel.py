@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 Cancelled = Callable[[], bool]
-"""True as soon as nobody wants the answer any more."""
+"""True as soon as nobody wants the answer any more. Asked by one thread at a time, not always the same one."""
 
 
 def never() -> bool:

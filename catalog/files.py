@@ -93,9 +93,9 @@ class FileQueries:
         for values, header in ask(question, cancelled):
             yield Match(query.level, question.keys, {**constants, **values}, header, title, query.timezone)
 
-    def count(self, query: Query, *, as_of: AsOf | None = None) -> int:
+    def count(self, query: Query, *, as_of: AsOf | None = None, cancelled: Cancelled = never) -> int:
         """How many entities match."""
-        return sum(1 for _ in self.find(query, as_of=as_of))
+        return sum(1 for _ in self.find(query, as_of=as_of, cancelled=cancelled))
 
     def lookup_instances(
         self,

@@ -12,7 +12,7 @@ import pickle
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from tempfile import SpooledTemporaryFile
 from typing import Any
@@ -31,23 +31,37 @@ AT_ONCE = 2
 LOOK_S = 0.1
 """Seconds between looks whether who waits for that has cancelled."""
 
+IDLE: AbstractContextManager[None] = nullcontext()
+
 _turns = threading.BoundedSemaphore(AT_ONCE)
 
 
-def streamed(cursor: duckdb.DuckDBPyConnection, cancelled: Cancelled) -> Iterator[list[Any]]:
-    """Pages as DuckDB finds them."""
-    while not cancelled() and (rows := cursor.fetchmany(PAGE)):
+def streamed(
+    cursor: duckdb.DuckDBPyConnection, cancelled: Cancelled, busy: AbstractContextManager[None] = IDLE
+) -> Iterator[list[Any]]:
+    """Pages as DuckDB finds them; it works within `busy` (see sphere.catalog.interrupt)."""
+    while not cancelled():
+        with busy:
+            rows = cursor.fetchmany(PAGE)
+        if not rows:
+            return
         yield rows
 
 
 def kept(
-    cursor: duckdb.DuckDBPyConnection, folder: Path, cancelled: Cancelled = never, done: Callable[[], object] = never
+    cursor: duckdb.DuckDBPyConnection,
+    folder: Path,
+    cancelled: Cancelled = never,
+    done: Callable[[], object] = never,
+    busy: AbstractContextManager[None] = IDLE,
 ) -> Iterator[list[Any]]:
-    """Pages of what a cursor has sorted; `done` is called when DuckDB has given the last one, before the first is.
+    """Pages of what a cursor has sorted; `done` is called when DuckDB has given the last one, before the first is. It
+    works within `busy`.
 
     Raises CatalogError where they cannot be kept.
     """
-    rows = cursor.fetchmany(PAGE)
+    with busy:
+        rows = cursor.fetchmany(PAGE)
     if len(rows) < PAGE:
         done()
         yield rows
@@ -59,7 +73,8 @@ def kept(
                 if cancelled():
                     return
                 sizes.append(file.write(pickle.dumps(rows, pickle.HIGHEST_PROTOCOL)))
-                rows = cursor.fetchmany(PAGE)
+                with busy:
+                    rows = cursor.fetchmany(PAGE)
             done()
             file.seek(0)
             while sizes and not cancelled():

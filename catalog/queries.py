@@ -41,8 +41,8 @@ class Queries(Protocol):
         `ae_title`, by default that of the archive. Ends early where `cancelled`. Raises CatalogError and
         StorageError."""
 
-    def count(self, query: Query, *, as_of: AsOf | None = None) -> int:
-        """How many entities match."""
+    def count(self, query: Query, *, as_of: AsOf | None = None, cancelled: Cancelled = never) -> int:
+        """How many entities match; of no meaning where it was `cancelled`."""
 
     def lookup_instances(
         self,

@@ -23,6 +23,7 @@ from sphere.catalog.direct import Lookup, files_of, look_up, part_of
 from sphere.catalog.grant import Grant
 from sphere.catalog.headers import attributes_of, read_headers
 from sphere.catalog.index import IndexCache, is_damage
+from sphere.catalog.interrupt import interrupted
 from sphere.catalog.kept_rows import PAGE, kept, streamed, turn
 from sphere.catalog.known import KnownVersion
 from sphere.catalog.layers import Index, Layer
@@ -137,16 +138,17 @@ class QueryService:
         With `as_of`, those of an earlier version of the catalog (see sphere.catalog.asof); else what arrived since the
         last extraction is among them.
 
-        Closing the iterator cancels the query, and so does `cancelled`, asked for each page of candidates. Attributes
+        Closing the iterator cancels the query, and so does `cancelled`, asked for each page of candidates, and by
+        another thread while this one waits for the database. Attributes
         that no column holds are read from the headers of the candidates that the other keys leave (see
         sphere.catalog.headers for the cost). Raises CatalogError.
         """
         title = ae_title or self._ae_title
         return self._retried(lambda index: self._find(query, index, title, cancelled), as_of)
 
-    def count(self, query: Query, *, as_of: AsOf | None = None) -> int:
-        """How many entities match. Raises CatalogError."""
-        return next(self._retried(lambda index: self._count(query, index), as_of))
+    def count(self, query: Query, *, as_of: AsOf | None = None, cancelled: Cancelled = never) -> int:
+        """How many entities match; of no meaning where it was `cancelled`, as of `find`. Raises CatalogError."""
+        return next(self._retried(lambda index: self._count(query, index, cancelled), as_of), 0)
 
     def lookup_instances(
         self,
@@ -192,6 +194,8 @@ class QueryService:
                 return
             except duckdb.OutOfMemoryException:
                 raise CatalogError("the query takes more memory than there is for it now: ask for less") from None
+            except duckdb.InterruptException:  # as was wished: see sphere.catalog.interrupt
+                return
             except duckdb.Error as error:
                 if not is_damage(error):
                     raise
@@ -221,14 +225,14 @@ class QueryService:
                 columns |= constants
             yield Match(query.level, keys, columns, header, ae_title, query.timezone, more)
 
-    def _count(self, query: Query, index: Index) -> Iterator[int]:
+    def _count(self, query: Query, index: Index, cancelled: Cancelled) -> Iterator[int]:
         plan = make_plan(query, index.instance_columns)
         if constants_of(query, self._ae_title) is None:
             yield 0
         elif plan.rest:
-            yield sum(1 for _ in _rows(plan, index))
+            yield sum(1 for _ in _rows(plan, index, cancelled))
         else:
-            yield sum(index.ask(lambda layer: _count(plan, layer)))
+            yield sum(index.ask(lambda layer: _count(plan, layer, cancelled)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,7 +321,9 @@ def _matches(plan: Plan, layer: Layer, cancelled: Cancelled) -> Iterator[Found |
             yield row[:width], dict(zip(tags, row[width:], strict=True)), {}, True
         return
     with layer.cursor() as cursor, ExitStack() as stack:
-        scope = _scope(plan, layer, cursor, plan.of_instances)
+        busy = interrupted(cursor, cancelled)
+        with busy:
+            scope = _scope(plan, layer, cursor, plan.of_instances)
         if scope is None:
             yield None
             return
@@ -326,10 +332,12 @@ def _matches(plan: Plan, layer: Layer, cancelled: Cancelled) -> Iterator[Found |
         sorts = plan.sorts(in_order=in_order)
         if sorts and in_order and not scope.where and not plan.by_key:
             over = stack.enter_context(turn(cancelled))
-        cursor.execute(*scope.ask(plan, plan.select(where=scope.where, in_order=in_order)))
+        with busy:
+            cursor.execute(*scope.ask(plan, plan.select(where=scope.where, in_order=in_order)))
         yield None
         dropped, width = layer.dropped(plan.query.level), len(plan.order)
-        for rows in kept(cursor, layer.folder, cancelled, over) if sorts else streamed(cursor, cancelled):
+        pages = kept(cursor, layer.folder, cancelled, over, busy) if sorts else streamed(cursor, cancelled, busy)
+        for rows in pages:
             full = len(rows) == PAGE
             if dropped:
                 rows = [row for row in rows if row[0] not in dropped]
@@ -341,9 +349,9 @@ def _matches(plan: Plan, layer: Layer, cancelled: Cancelled) -> Iterator[Found |
                     yield row[:width], columns, header, number <= last
 
 
-def _count(plan: Plan, layer: Layer) -> int:
+def _count(plan: Plan, layer: Layer, cancelled: Cancelled) -> int:
     """How many rows of a layer match, where no header need be read."""
-    with layer.cursor() as cursor:
+    with layer.cursor() as cursor, interrupted(cursor, cancelled):
         scope = _scope(plan, layer, cursor, plan.of_instances)
         if scope is None:
             return 0

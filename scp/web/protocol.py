@@ -13,7 +13,7 @@ import orjson
 from uvicorn._types import ASGIReceiveCallable, ASGISendCallable
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from sphere.scp.web.wire import PIECES, Pieces, Wire
+from sphere.scp.web.wire import GONE, PIECES, Pieces, Wire
 
 log = logging.getLogger(__name__)
 
@@ -88,8 +88,10 @@ class BoundedHttp(HttpToolsProtocol):
         self._refuse(HTTPStatus.BAD_REQUEST, "this is not HTTP/1.1 as RFC 9112 has it")
 
     async def _answer_in_pieces(self, scope: Any, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
-        """The application, which may send PIECES."""
+        """The application, which may send PIECES, and see whether the client is GONE."""
         wire, cycle = self._wire, getattr(send, "__self__", None)
+        if isinstance(cycle, RequestResponseCycle):
+            scope["extensions"] = {GONE: lambda: cycle.disconnected}
         if wire is None or not isinstance(cycle, RequestResponseCycle):
             await self._answer(scope, receive, send)
             return
@@ -100,7 +102,7 @@ class BoundedHttp(HttpToolsProtocol):
             else:
                 await send(message)
 
-        scope["extensions"] = {PIECES: {}}
+        scope["extensions"][PIECES] = {}
         await self._answer(scope, receive, sending)
 
     async def _send_pieces(self, wire: Wire, cycle: RequestResponseCycle, pieces: Pieces) -> tuple[int, bool]:

@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from sphere.catalog.asof import AsOf
+from sphere.catalog.cancel import Cancelled, never
 from sphere.catalog.queries import Queries
 from sphere.catalog.query import Query
 from sphere.catalog.schema import Level
@@ -27,6 +28,7 @@ from sphere.scp.web.operations import PREFIX, Operation, parameter, service_root
 from sphere.scp.web.problem import WebError
 from sphere.scp.web.search_request import Search, parse_search
 from sphere.scp.web.streamed import Body, Streamed
+from sphere.scp.web.wire import GONE
 
 JSON, XML = "application/dicom+json", "application/dicom+xml"
 PAGE = 200  # answers of a piece of a response
@@ -47,10 +49,10 @@ _FOLDERS = ("studies", "series", "instances")
 class Finder(Protocol):
     """What the query service does for us."""
 
-    def find(self, query: Query, *, as_of: AsOf | None = None) -> Iterator[Match]:
-        """The matches, in the order of their unique keys; raises QueryError, CatalogError."""
+    def find(self, query: Query, *, as_of: AsOf | None = None, cancelled: Cancelled = never) -> Iterator[Match]:
+        """The matches, in the order of their unique keys, until `cancelled`; raises QueryError, CatalogError."""
 
-    def count(self, query: Query, *, as_of: AsOf | None = None) -> int:
+    def count(self, query: Query, *, as_of: AsOf | None = None, cancelled: Cancelled = never) -> int:
         """How many match."""
 
 
@@ -89,15 +91,16 @@ def answer(finder: Finder, request: Request, level: Level, scope: dict[str, str]
 
 
 def _answer(finder: Finder, request: Request, search: Search, media_type: str) -> Response:
-    passed, matches = _beyond(finder.find(search.query, as_of=search.as_of), search)
+    gone: Cancelled = request.scope.get("extensions", {}).get(GONE, never)
+    passed, matches = _beyond(finder.find(search.query, as_of=search.as_of, cancelled=gone), search)
     chosen = islice(matches, search.limit)
     first = list(islice(chosen, PAGE if search.limit is None else min(search.limit, ANCHORED)))
     headers: list[tuple[str, str]] = []
-    total = finder.count(search.query, as_of=search.as_of) if search.count else None
+    total = finder.count(search.query, as_of=search.as_of, cancelled=gone) if search.count else None
     if total is not None:
         headers.append(("X-Total-Count", str(total)))
     if search.limit and len(first) == min(search.limit, ANCHORED):
-        total = finder.count(search.query, as_of=search.as_of) if total is None else total
+        total = finder.count(search.query, as_of=search.as_of, cancelled=gone) if total is None else total
         headers += _more(request, search, total - passed, first)
     request.state.found = len(first)
     if not first:

@@ -22,6 +22,8 @@ from starlette.types import Message
 log = logging.getLogger(__name__)
 
 PIECES: Final = "sphere.response.pieces"
+GONE: Final = "sphere.client.gone"
+"""In `scope["extensions"]`: a function that says, to any thread, whether the client has closed the connection."""
 GATHERED: Final = 64 << 10  # bytes below which pieces wait for the next ones, to go out with them
 BUFFERS: Final = 256  # pieces of one system call
 
