@@ -105,6 +105,13 @@ class Web(Section):
         description="Folder of the OHIF viewer that /viewer shows; empty: where `make viewer` puts it, beside the "
         "libraries.",
     )
+    max_queries: int = Field(
+        0,
+        ge=0,
+        le=1024,
+        description="Searches (QIDO-RS) at once of one caller, known by its token, else by its address; further ones "
+        "are answered 429; 0: any number.",
+    )
     idle_s: Annotated[float, Field(ge=1)] = Field(
         30.0, description="Seconds to wait for the head of a request, for more of its body, or for a client that reads."
     )

@@ -43,6 +43,7 @@ from sphere.scp.web import (
 from sphere.scp.web.access import Access
 from sphere.scp.web.archive import Archive
 from sphere.scp.web.audit import Audited
+from sphere.scp.web.fair import Fair
 from sphere.scp.web.landed import Arrivals
 from sphere.scp.web.oidc import Oidc
 from sphere.scp.web.pixels import PixelReader
@@ -103,6 +104,7 @@ def make_app(settings: Settings, services: Services) -> Starlette:
             Middleware(Audited, journal=services.journal),
             Middleware(Answered),
             Middleware(Access, settings=settings.web, tokens=services.tokens, cohorts=services.cohorts, oidc=oidc),
+            Middleware(Fair, most=settings.web.max_queries),
         ],
         exception_handlers={SphereError: _of_sphere, HTTPException: _of_http},
     )
