@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import time
 from datetime import datetime, timedelta, timezone
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 from deltalake import DeltaTable
+from pydicom import dcmread
 from pydicom.dataset import Dataset
 from pydicom.uid import ExplicitVRLittleEndian
 from pynetdicom.dsutils import encode
@@ -33,7 +35,8 @@ from sphere.scp.retrieve.identifier import Selection
 from sphere.scp.retrieve.locate import Locator
 from tests.support.catalog import archive
 from tests.support.extracted import extract
-from tests.support.landing import changed, new_member, slices
+from tests.support.landing import changed, land, new_member, slices
+from tests.support.web import serving_web
 
 pytestmark = pytest.mark.unit
 
@@ -211,3 +214,90 @@ def test_command_line(grown: Settings, tmp_path: Path) -> None:
     assert "neither a version" in sphere_find("--as-of", "monday").stderr
     refused = sphere_find("WARD@127.0.0.1:11112", "--as-of", "1")
     assert (refused.exit_code, "leave PEER out" in refused.stderr) == (2, True)
+
+
+NAMES = ("Before^Anna", "After^Anna", "Later^Anna")
+"""Of a patient, in the first batch, the second one, and what came since."""
+
+
+@pytest.fixture(scope="module")
+def renamed(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    """Two instances that were sent again with another name, twice; the last time they were not extracted."""
+    settings = archive(tmp_path_factory.mktemp("renamed"))
+    replacing = settings.ingest.model_copy(update={"on_conflict": "replace"})
+    settings = settings.model_copy(update={"ingest": replacing})
+    for batch, name in enumerate(NAMES):
+        members = enumerate(changed(one, PatientName=name) for one in slices(2))
+        land(settings, [new_member(data, second=10 * batch + number) for number, data in members])
+        if batch < 2:
+            extract(settings)
+            time.sleep(0.002)
+    return settings
+
+
+@pytest.mark.parametrize("by", ["version", "time"])
+def test_what_was_replaced_is_answered_as_it_was(renamed: Settings, by: str) -> None:
+    """At every level, whether the name is asked for or given back, and with the bytes of then."""
+    at: list[Any] = [0, 1, None] if by == "version" else [committed(renamed, 0), committed(renamed, 1), None]
+    storage = open_storage(renamed.storage.root)
+    with QueryService(renamed) as service:
+        for when, name in zip(at, NAMES, strict=True):
+            for level, count in (("PATIENT", 1), ("STUDY", 1), ("SERIES", 1), ("IMAGE", 2)):
+                for wanted in NAMES:
+                    query = Query.build(
+                        level,  # type: ignore[arg-type]
+                        {"PatientName": f"{wanted.partition('^')[0]}*"},
+                        model="PATIENT_ROOT" if level == "PATIENT" else "STUDY_ROOT",
+                        return_keys=["PatientName"],
+                    )
+                    found = [str(match.identifier().PatientName) for match in service.find(query, as_of=when)]
+                    assert found == [name] * (count if wanted == name else 0), (level, when, wanted)
+                    assert service.count(query, as_of=when) == len(found)
+            stored = list(service.lookup_instances(as_of=when))
+            files = [storage.read(one.bundle, one.offset, one.length) for one in stored]
+            assert [str(dcmread(io.BytesIO(file)).PatientName) for file in files] == [name] * 2
+            headers = [
+                json.loads(header) for _, header in service.lookup_headers(study=stored[0].StudyInstanceUID, as_of=when)
+            ]
+            assert [one["00100010"]["Value"] for one in headers] == [[{"Alphabetic": name}]] * 2
+
+
+def test_what_was_replaced_over_every_door(renamed: Settings, tmp_path: Path) -> None:
+    """`sphere find --as-of`, `?asOf=`, and AE titles that are bound to a version and to a time."""
+    config = tmp_path / "sphere.toml"
+    config.write_text(
+        f'[archive]\nstate_dir = "{renamed.archive.state_dir}"\n[storage]\nroot = "{renamed.storage.root}"\n'
+        '[ingest]\non_conflict = "replace"\n'
+    )
+    first, second = (committed(renamed, version).isoformat() for version in (0, 1))
+    for options, name in (
+        (("--as-of", "0"), NAMES[0]), (("--as-of", first), NAMES[0]), (("--as-of", "1"), NAMES[1]),
+        (("--as-of", second), NAMES[1]), ((), NAMES[2]),
+    ):  # fmt: skip
+        asked = ["--config", str(config), "find", "--format", "json", "-k", "PatientName=*^Anna", *options]
+        result = CliRunner().invoke(main, asked)
+        assert [row["PatientName"] for row in json.loads(result.stdout)] == [name], result.output
+    with serving_web(renamed) as web:
+        for params, name in (
+            ({"asOf": "0"}, NAMES[0]), ({"asOf": first}, NAMES[0]), ({"asOf": "1"}, NAMES[1]), ({}, NAMES[2]),
+        ):  # fmt: skip
+            [study] = web.get("/studies", params={"PatientID": "*", "includefield": "PatientName"} | params).json()
+            assert study["00100010"]["Value"] == [{"Alphabetic": name}]
+            assert web.get("/studies", params={"PatientName": name} | params).status_code == 200
+            for other in set(NAMES) - {name}:
+                assert web.get("/studies", params={"PatientName": other} | params).status_code == 204
+    bound = [Snapshot(ae_title="FIRST", as_of=0), Snapshot(ae_title="SECOND", as_of=committed(renamed, 1))]
+    asked_for = identifier(QueryRetrieveLevel="STUDY", PatientName="*^Anna", StudyInstanceUID="")
+    storage = open_storage(renamed.storage.root)
+    with QueryService(renamed) as service:
+        finds, locator = FindService(service, bound), Locator(service, bound)
+        for called, name in zip(("FIRST", "SECOND", "TESTED"), NAMES, strict=True):
+            data = encode(asked_for, False, True) or b""
+            request = FindRequest(
+                model="STUDY_ROOT", identifier=data, transfer_syntax=ExplicitVRLittleEndian, called_ae=called
+            )
+            [answer] = finds.answers(request, cancelled=lambda: False)
+            assert answer.identifier is not None and answer.identifier.PatientName == name
+            sent = locator.locate(Selection("STUDY", study=(str(answer.identifier.StudyInstanceUID),)), called)
+            files = [storage.read(one.bundle, one.offset, one.length) for one in sent]
+            assert [str(dcmread(io.BytesIO(file)).PatientName) for file in files] == [name] * 2
