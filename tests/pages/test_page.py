@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from typing import Any, cast
+from zipfile import ZipFile
 
 import pytest
 from playwright.sync_api import Page, expect
@@ -16,6 +19,10 @@ pytestmark = pytest.mark.web
 
 HOSTILE = "<script>window.hit(1)</script><b>^Doe"
 IMAGE = "<img src=x onerror=window.hit=1>KNEE"
+OTHER = [changed(one, PatientName=HOSTILE, StudyDescription=IMAGE, PatientID="X1",
+                 StudyInstanceUID="1.2.9", SeriesInstanceUID="1.2.9.1", Modality="MR", AccessionNumber="ACC-77",
+                 SOPInstanceUID=f"1.2.9.1.{number}", StudyDate="20200102")
+         for number, one in enumerate(slices(2, rows=32, columns=32))]  # fmt: skip
 expect.set_options(timeout=WAIT_MS)
 
 
@@ -23,11 +30,7 @@ expect.set_options(timeout=WAIT_MS)
 def web(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Web]:
     settings = archive(tmp_path_factory.mktemp("page"))
     first = slices(3, rows=32, columns=32)
-    other = [changed(one, PatientName=HOSTILE, StudyDescription=IMAGE, PatientID="X1",
-                     StudyInstanceUID="1.2.9", SeriesInstanceUID="1.2.9.1", Modality="MR", AccessionNumber="ACC-77",
-                     SOPInstanceUID=f"1.2.9.1.{number}", StudyDate="20200102")
-             for number, one in enumerate(slices(2, rows=32, columns=32))]  # fmt: skip
-    land(settings, [new_member(one) for one in (*first, *other)])
+    land(settings, [new_member(one) for one in (*first, *OTHER)])
     extract(settings)
     with serving_web(settings) as running:
         yield running
@@ -140,6 +143,23 @@ def test_dark_and_light(studies: Page) -> None:
     assert back() != light
 
 
+def test_the_preference_of_the_system_is_followed(studies: Page) -> None:
+    """Until somebody chooses here."""
+    backs = []
+    for scheme in ("dark", "light"):
+        studies.emulate_media(color_scheme=cast(Any, scheme))
+        studies.reload()
+        expect(studies.locator("main tbody tr")).to_have_count(2)
+        text, back = studies.evaluate("['color', 'backgroundColor'].map(name => getComputedStyle(document.body)[name])")
+        backs.append(tuple(sum(map(int, re.findall(r"\d+", one)[:3])) for one in (text, back)))
+    (dark_text, dark_back), (light_text, light_back) = backs
+    assert dark_text > dark_back and light_text < light_back
+    studies.keyboard.press("t")
+    studies.reload()
+    expect(studies.locator("main tbody tr")).to_have_count(2)
+    assert studies.evaluate("document.documentElement.dataset.theme") == "dark"
+
+
 def test_on_a_phone_nothing_is_cut_off(studies: Page) -> None:
     studies.set_viewport_size({"width": 360, "height": 740})
     studies.reload()
@@ -151,11 +171,16 @@ def test_on_a_phone_nothing_is_cut_off(studies: Page) -> None:
         assert studies.evaluate("document.documentElement.scrollWidth") <= 360, above
 
 
-def test_a_download(studies: Page) -> None:
-    studies.locator("main tbody tr").first.click()
+@pytest.mark.parametrize(("name", "more"), [("Download ZIP", set()), ("ZIP with DICOMDIR", {"DICOMDIR"})])
+def test_a_download(studies: Page, name: str, more: set[str]) -> None:
+    """Of the study that is shown: each file as it was stored."""
+    studies.locator("main tbody tr").filter(has_text="X1").click()
     with studies.expect_download() as started:
-        studies.get_by_role("button", name="ZIP with DICOMDIR").click()
-    assert started.value.path().read_bytes()[:4] == b"PK\3\4"
+        studies.get_by_role("button", name=name).click()
+    with ZipFile(started.value.path()) as file:
+        assert {one.filename for one in file.infolist() if "/" not in one.filename} == more
+        found = sorted(file.read(one) for one in file.namelist() if one not in more)
+    assert found == sorted(OTHER)
 
 
 def test_the_state_of_the_archive(studies: Page, web: Web) -> None:

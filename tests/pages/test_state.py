@@ -126,3 +126,17 @@ def test_a_job_as_it_goes_on(seen: Seen) -> None:
     ended = replace(job, ended_at=serving.now(), outcome="the catalog is locked", failed=True)
     serving.write_job(state_dir, ended)
     expect(facts.locator("span.error")).to_contain_text("the catalog is locked")
+
+
+@pytest.mark.parametrize("name", ["arrivals", "quarantine", "peers", "storage", "errors"])
+def test_on_a_phone_nothing_is_cut_off(seen: Seen, name: str) -> None:
+    seen.page.set_viewport_size({"width": 360, "height": 740})
+    seen.view(name)
+    expect(seen.page.locator("main h1")).to_be_visible()
+    expect(seen.page.locator("main :is(table.list tbody tr, dl.facts)").first).to_be_visible()
+    assert seen.page.evaluate("document.documentElement.scrollWidth") <= 360
+    beyond = (
+        "Array.from(document.querySelectorAll('main td, main dd, main th')).filter("
+        "one => one.getBoundingClientRect().right > innerWidth + 1).length"
+    )
+    assert seen.page.evaluate(beyond) == 0, "and nothing that one cannot reach"

@@ -29,7 +29,7 @@ from sphere.conf.errors import SettingsError, StorageError
 from sphere.conf.settings import Settings, from_dict
 from sphere.ingest.storage import open_storage
 from sphere.scp.web.app import make_app
-from sphere.scp.web.oidc import Known, Oidc
+from sphere.scp.web.oidc import FRESH_S, Known, Oidc
 from sphere.scp.web.server import services_of
 from sphere.scp.web.tokens import PATH, Role, Tokens
 from tests.support.certificates import Authority
@@ -178,6 +178,22 @@ def test_keys_are_rotated(settings: Settings, tmp_path: Path) -> None:
     assert oidc.check(second) is None  # looked a moment ago
     now[0] = 31
     assert oidc.check(second) == Known("anna", "reader")
+    assert oidc.check(first) is None
+
+
+def test_a_key_that_is_withdrawn_is_forgotten(settings: Settings, tmp_path: Path) -> None:
+    """By the next look at the set, though nobody shows a key that is not known."""
+    path, now = jwks(tmp_path / "keys.json", one=KEY, two=OTHER), [0.0]
+    oidc = Oidc(settings.web.model_copy(update={"oidc_jwks": str(path)}), clock=lambda: now[0])
+    first, second = (bearer(key, kid)["authorization"][7:] for key, kid in ((KEY, "one"), (OTHER, "two")))
+    assert oidc.check(first) == oidc.check(second) == Known("anna", "reader")
+    jwks(path, two=OTHER)
+    now[0] = FRESH_S
+    assert oidc.check(first) == Known("anna", "reader")
+    now[0] = FRESH_S + 1
+    assert (oidc.check(first), oidc.check(second)) == (None, Known("anna", "reader"))
+    jwks(path, one=OTHER)  # the same id for another key
+    now[0] = 3 * FRESH_S
     assert oidc.check(first) is None
 
 
