@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import socket
+import tarfile
 import threading
 import time
 from collections.abc import Iterator
@@ -189,7 +190,9 @@ def test_a_data_set_that_does_not_parse_is_kept_with_a_warning(receiver: Receive
 
 @pytest.mark.parametrize("instance", ["../../etc/passwd", "1.2." + "3" * 80, "a b/c\\d", "1..2."])
 def test_uids_that_are_none_reach_no_path(receiver: Receiver, tmp_path: Path, instance: str) -> None:
-    """They are kept as bytes with a warning, for quarantine."""
+    """They are kept as bytes with a warning, for quarantine; no name of a file or of a member has anything of them."""
+    base = receiver.log_path.parent
+    around = set(base.parent.iterdir())
     assoc = associated(receiver.port, CT_STORAGE)
     request = C_STORE()
     request.MessageID, request.Priority = 1, 0
@@ -197,7 +200,21 @@ def test_uids_that_are_none_reach_no_path(receiver: Receiver, tmp_path: Path, in
     request._AffectedSOPInstanceUID = instance
     request.DataSet = BytesIO(dataset_of(make_instance(tmp_path / "one.dcm")))
     assert exchange(assoc, request).Status == MISMATCH
+    record = receiver.members()[-1]
+    assert record.SOPInstanceUID == instance
+    root = base / "storage"
+    with tarfile.open(root / record.bundle, ignore_zeros=True) as tar:
+        names = tar.getnames()
+    assert names and all(PLAIN_NAME.fullmatch(name) for name in names), names
+    files = [str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()]
+    assert record.bundle in files and all(PLAIN_FILE.fullmatch(name) for name in files), files
+    assert {path.name for path in base.iterdir()} <= {"storage", "state", receiver.log_path.name}
+    assert set(base.parent.iterdir()) - around <= {tmp_path}
     still_serves(receiver, tmp_path)
+
+
+PLAIN_NAME = re.compile(r"([0-9.]+\.dcm|[0-9a-f]{64}\.bin)")
+PLAIN_FILE = re.compile(r"(bundles/\d{4}/\d\d/\d\d/[0-9A-Za-z-]+\.(tar|journal)|audit/[0-9A-Za-z/.-]+)")
 
 
 def exchange(assoc: Association, request: Any) -> Any:

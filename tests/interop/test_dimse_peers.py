@@ -28,6 +28,7 @@ RIGHTS = {
     "FINDER": {"may": ["find"], "max_queries": 1},
     "NOBODY": {"may": []},
     "SLOW": {"max_instances_s": 2},
+    "HEAVY": {"max_mb_s": 0.02},
     "HURRIED": {"idle_s": 0.3},
 }
 
@@ -118,10 +119,13 @@ def test_too_many_queries_are_out_of_resources(receiver: Receiver) -> None:
     assoc.release()
 
 
-def test_a_rate_is_held_by_answering_later(receiver: Receiver, tmp_path: Path) -> None:
-    files = [make_instance(tmp_path / f"{n}.dcm") for n in range(4)]
-    run_tool("storescu", "-aet", "SLOW", "127.0.0.1", receiver.port, *files)
-    waits = [float(line.rpartition("=")[2]) for line in receiver.log.splitlines() if "store delayed" in line]
+@pytest.mark.parametrize("title", ["SLOW", "HEAVY"])
+def test_a_rate_is_held_by_answering_later(receiver: Receiver, tmp_path: Path, title: str) -> None:
+    """Two instances a second, or 20 kB, which are two instances as well."""
+    files = [make_instance(tmp_path / f"{n}.dcm", PatientComments="x" * 9_600) for n in range(4)]
+    before = len(receiver.log)
+    run_tool("storescu", "-aet", title, "127.0.0.1", receiver.port, *files)
+    waits = [float(line.rpartition("=")[2]) for line in receiver.log[before:].splitlines() if "store delayed" in line]
     assert 1 <= len(waits) <= 2  # a second's worth at once, then one after the other
     assert all(0 < wait <= 0.5 for wait in waits)
 

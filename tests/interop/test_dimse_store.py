@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from pydicom import dcmread
+from pydicom.dataset import Dataset
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian
 from pynetdicom import AE, AllStoragePresentationContexts, build_context
 
@@ -275,6 +276,7 @@ def test_a_context_that_pynetdicom_builds(receiver: Receiver) -> None:
 
 def test_rules_decide_what_storescu_is_answered(tmp_path: Path) -> None:
     rules = [
+        {"keys": {"RequestAttributesSequence": {"RequestedProcedureID": "7*"}}, "action": "tag", "collection": "seven"},
         {"calling_ae": "TRIAL*", "action": "tag", "collection": "trial"},
         {"modality": "MR", "action": "reject", "status": 0xA7FF, "name": "no-mr"},
     ]
@@ -282,11 +284,16 @@ def test_rules_decide_what_storescu_is_answered(tmp_path: Path) -> None:
         make_instance(tmp_path / f"{number}.dcm", Modality=modality)
         for number, modality in enumerate(("CT", "CT", "MR"))
     )
+    asked, wrong = Dataset(), Dataset()
+    asked.RequestedProcedureID, wrong.RequestedProcedureID = "71", "17"
+    items = [[wrong, asked], [wrong]]
+    seven, none = (make_instance(tmp_path / f"{n}.dcm", RequestAttributesSequence=items[n - 3]) for n in (3, 4))
+    stored = [("TRIAL1", ct), ("OTHER", other), ("OTHER", seven), ("OTHER", none)]
     with running_receiver(tmp_path / "archive", {"rules": rules}) as receiver:
-        for title, path, said in (("TRIAL1", ct, "0x0000"), ("OTHER", other, "0x0000"), ("TRIAL1", mr, "0xa7ff")):
+        for title, path, said in (*((*one, "0x0000") for one in stored), ("TRIAL1", mr, "0xa7ff")):
             run = run_tool("storescu", "-d", "-aet", title, "127.0.0.1", receiver.port, path)
             assert f"DIMSE Status                  : {said}" in run.stdout, run.stdout
-        assert {record.collections for record in receiver.members()} == {("trial",), ()}
+        assert [record.collections for record in receiver.members()] == [("trial",), (), ("seven",), ()]
     assert "refused by rule no-mr" in receiver.log
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydicom.dataset import Dataset
 
 from sphere.conf.errors import Refused, SettingsError
 from sphere.conf.settings import Settings, from_dict
@@ -30,7 +31,10 @@ TAG = {"action": "tag", "collection": "x"}
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     path = tmp_path_factory.mktemp("made") / "1.dcm"
-    values = {"PatientID": "TRIAL7", "StudyDate": "20240315", "SOPInstanceUID": "1.2.3.1"}
+    item = Dataset()
+    item.RequestedProcedureID = "8"
+    values: dict[str, Any] = {"PatientID": "TRIAL7", "StudyDate": "20240315", "SOPInstanceUID": "1.2.3.1"}
+    values |= {"RequestAttributesSequence": [item]}
     return dataset_of(make_instance(path, **values))
 
 
@@ -83,6 +87,7 @@ def with_rules(*rules: dict[str, Any], **sections: Any) -> Settings:
         ({"keys": {"PatientID": "TRIAL*", "StudyDate": "-20240101"}}, False),
         ({"keys": {"PatientName": "test^*"}}, True),
         ({"keys": {"RequestAttributesSequence": {"RequestedProcedureID": "7"}}}, False),
+        ({"keys": {"RequestAttributesSequence": {"RequestedProcedureID": "8"}}}, True),
         ({"calling_ae": "CT1", "modality": "MR"}, False),
     ],
 )

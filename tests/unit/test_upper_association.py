@@ -12,6 +12,7 @@ from pynetdicom.pdu_primitives import AsynchronousOperationsWindowNegotiation, U
 from sphere.scp.upper import command, protocol
 from sphere.scp.upper.association import MAX_WAITING
 from sphere.scp.upper.negotiation import MAX_KNOWN, Agreements, read_request
+from sphere.scp.upper.transport import QUICKACK
 from tests.support.raw_peer import (
     CT,
     EXPLICIT,
@@ -35,6 +36,33 @@ def test_echo_and_release(bench: Bench) -> None:
         peer.send(echo_rq(message_id))
         assert peer.response()["MessageIDBeingRespondedTo"] == message_id
     peer.release()
+
+
+@pytest.mark.skipif(QUICKACK is None, reason="there is no TCP_QUICKACK but on Linux")
+def test_a_sender_that_waits_for_acknowledgements_gets_them(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One with Nagle's algorithm keeps a segment until the one before is acknowledged, 40 ms later by default: before
+    each receive the kernel is asked to acknowledge at once. It takes that back by itself, so once is not enough."""
+    asked: dict[int, bool] = {}
+    receives: list[bool] = []
+    setsockopt, recv_into = socket.socket.setsockopt, socket.socket.recv_into
+
+    def noted_option(sock: socket.socket, level: int, option: int, value: int | bytes) -> None:
+        if (level, option, value) == (socket.IPPROTO_TCP, QUICKACK, 1):
+            asked[sock.fileno()] = True
+        setsockopt(sock, level, option, value)
+
+    def noted_receive(sock: socket.socket, *arguments: int) -> int:
+        receives.append(asked.pop(sock.fileno(), False))
+        return recv_into(sock, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(socket.socket, "setsockopt", noted_option)
+    monkeypatch.setattr(socket.socket, "recv_into", noted_receive)
+    peer = bench.associated()
+    for number in range(50):
+        assert peer.store(f"1.2.{number}", [bytes(10_000)] * 4, message_id=number + 1) == 0
+    peer.release()
+    assert len(receives) > 50
+    assert all(receives)
 
 
 def test_what_is_negotiated(bench: Bench) -> None:
