@@ -21,7 +21,7 @@ from sphere.jobs import audit
 from sphere.scp.web.tokens import Tokens
 from tests.support.extracted import extract
 from tests.support.landing import archive, changed, land, new_member, slices, table_rows
-from tests.support.web import serving_web
+from tests.support.web import serving_web, until_closed
 from tests.unit.test_web_access import KEY, bearer, jwks
 
 pytestmark = pytest.mark.unit
@@ -128,3 +128,40 @@ def test_nobody_changes_what_was_recorded(tmp_path: Path) -> None:
     with pytest.raises(DeltaError, match="append"):
         table.update(updates={"who": "'nobody'"})
     assert len(table_rows(settings, "audit")) == 1
+
+
+def test_who_asks_is_not_what_a_header_says(tmp_path: Path) -> None:
+    """The address is that of the connection; nobody becomes another, nor local, by what they send."""
+    settings = archive(tmp_path)
+    settings = settings.model_copy(update={"web": settings.web.model_copy(update={"auth": "all"})})
+    forwarded = {"x-forwarded-for": "10.0.0.9", "x-real-ip": "10.0.0.9", "forwarded": "for=10.0.0.9;host=localhost"}
+    with serving_web(settings) as running:
+        assert running.get("/studies", headers={**forwarded, "x-forwarded-for": "127.0.0.1"}).status_code == 401
+        secret = running.services.tokens.create("far", "reader", None)
+        shown = {"authorization": f"Bearer {secret}"}
+        assert running.get("/studies", headers={**forwarded, **shown}).status_code == 204
+    assert [(one["address"], one["status"]) for one in records(settings)] == [("127.0.0.1", 401), ("127.0.0.1", 204)]
+
+
+def test_no_log_of_the_server_names_anybody(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Those of the libraries below it too, at their most talkative."""
+    caplog.set_level("DEBUG")
+    for name in ("uvicorn", "uvicorn.error", "uvicorn.access", "asyncio", "sphere"):
+        caplog.set_level("DEBUG", name)
+    with serving_web(archive(tmp_path)) as running:
+        assert running.get("/studies?PatientName=Secret*").status_code == 204
+        assert running.get("/studies/Secret/metadata").status_code == 400
+        running.client.post(
+            f"{running.url}/studies/1.2?Secret", content=b"Secret", headers={"content-type": "Secret/x"}
+        )
+        for sent in (
+            b"GET /Secret HTTP/9\r\n\r\n",
+            b"Secret\r\n\r\n",
+            b"GET /Secret\0 HTTP/1.1\r\nHost: x\r\nSecret\r\n\r\n",
+        ):
+            with socket.create_connection(("127.0.0.1", running.port)) as client:
+                client.sendall(sent)
+                until_closed(client)
+    told = [one.getMessage() for one in caplog.records if one.name.partition(".")[0] not in ("httpx", "httpcore")]
+    assert told, "something is logged at all"
+    assert not [line for line in told if "Secret" in line]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import pydicom
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis.errors import Unsatisfiable
+from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
 from schemathesis.config import SchemathesisConfig
 from schemathesis.specs.openapi.checks import content_type_conformance, status_code_conformance
@@ -45,6 +48,15 @@ def web(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Web]:
         yield running
 
 
+def the_known() -> dict[str, str]:
+    """Parameters that name what is there."""
+    data = FILE.read_bytes()
+    one = identify(data, size=len(data))
+    return {"study": one.StudyInstanceUID, "series": one.SeriesInstanceUID, "instance": one.SOPInstanceUID,
+            "frames": "1", "studyUID": one.StudyInstanceUID, "seriesUID": one.SeriesInstanceUID,
+            "objectUID": one.SOPInstanceUID, "requestType": "WADO", "uid": one.StudyInstanceUID}  # fmt: skip
+
+
 def operations(web: Web, known: dict[str, str]) -> Iterator[Any]:
     """Those of the document, some of their parameters with the `known` values alone."""
     root = web.url.removesuffix("/dicom-web")
@@ -59,11 +71,11 @@ def operations(web: Web, known: dict[str, str]) -> Iterator[Any]:
         yield result.ok()
 
 
-def statuses_of(operation: Any) -> list[int]:
+def statuses_of(operation: Any, mode: GenerationMode = GenerationMode.POSITIVE) -> list[int]:
     """What the operation answers; fails where it is not what is described, an error of the server, or no problem."""
     found = []
 
-    @given(operation.as_strategy())
+    @given(operation.as_strategy(generation_mode=mode))
     @settings(max_examples=EXAMPLES, derandomize=True, database=None, deadline=None, phases=[Phase.generate],
               suppress_health_check=list(HealthCheck))  # fmt: skip
     def ask(case: Any) -> None:
@@ -79,20 +91,30 @@ def statuses_of(operation: Any) -> list[int]:
         elif case.path != READY:
             assert response.status_code < 400 or response.status_code == 409  # STOW-RS tells of each instance
 
-    ask()
+    with suppress(Unsatisfiable):  # all data are as they should be where nothing is described
+        ask()
     return found
 
 
 @pytest.mark.parametrize("there", [True, False])
 def test_every_operation_answers_as_it_is_described(web: Web, there: bool) -> None:
     """With UIDs of what is there, and with any."""
-    data = FILE.read_bytes()
-    one = identify(data, size=len(data))
-    known = {"study": one.StudyInstanceUID, "series": one.SeriesInstanceUID, "instance": one.SOPInstanceUID,
-             "frames": "1", "studyUID": one.StudyInstanceUID, "seriesUID": one.SeriesInstanceUID,
-             "objectUID": one.SOPInstanceUID, "requestType": "WADO", "uid": one.StudyInstanceUID}  # fmt: skip
-    asked = {operation.label: statuses_of(operation) for operation in operations(web, known if there else {})}
+    asked = {operation.label: statuses_of(operation) for operation in operations(web, the_known() if there else {})}
     assert len(asked) > 40 and all(asked.values())
     failed = {name for name, statuses in asked.items() if min(statuses) >= 400 and name.startswith("GET /dicom-web")}
     if there:
         assert all(name.endswith("/bulkdata") for name in failed), failed  # needs the place of a value
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_what_is_not_as_described_is_refused_or_stood(web: Web, there: bool) -> None:
+    """Wrong types and values, and what is missing: never an error of the server, and nothing changes."""
+    known = the_known() if there else {}
+    before = web.get("/instances?count=true&includefield=all").content
+    found = {one.label: statuses_of(one, GenerationMode.NEGATIVE) for one in operations(web, known)}
+    wrong = {name: statuses for name, statuses in found.items() if "{" in name and statuses}
+    assert len(wrong) > 25
+    if not there:
+        assert not {name for name, statuses in wrong.items() if min(statuses) < 400}
+        assert {status for statuses in wrong.values() for status in statuses} <= {400, 403, 404}
+    assert web.get("/instances?count=true&includefield=all").content == before

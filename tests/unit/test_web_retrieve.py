@@ -33,6 +33,7 @@ pytestmark = pytest.mark.unit
 
 AS_STORED = 'multipart/related; type="application/dicom"; transfer-syntax=*'
 EXPLICIT = "1.2.840.10008.1.2.1"
+LOSSY = "1.2.840.10008.1.2.4.51"
 FILES = Path(pydicom.__file__).parent / "data" / "test_files"
 
 
@@ -127,6 +128,28 @@ def test_another_transfer_syntax(web: Web, name: str) -> None:
         assert got.file_meta.TransferSyntaxUID == EXPLICIT
         assert got.SOPInstanceUID == one.identity.SOPInstanceUID
         assert got.get("PatientID") == one.dataset().get("PatientID")
+
+
+@pytest.mark.parametrize(
+    ("accept", "given"),
+    [
+        (f"{{}}={EXPLICIT}; q=0.4, {{}}={LOSSY}; q=0.9", LOSSY),
+        (f"{{}}={EXPLICIT}; q=0.9, {{}}={LOSSY}; q=0.4", EXPLICIT),
+        (f"{{}}={LOSSY}; q=0, {{}}={EXPLICIT}; q=0.1", EXPLICIT),
+        (f"{{}}=1.2.840.10008.1.2.4.90; q=1, {{}}={EXPLICIT}; q=0.2", EXPLICIT),
+        (f"{{}}={EXPLICIT}; q=0", None),
+    ],
+)
+def test_of_several_transfer_syntaxes_the_best_that_can_be_had(web: Web, accept: str, given: str | None) -> None:
+    """By their quality values (RFC 9110 12.5.1, PS3.18 8.7.3.5), of one instance and in parts."""
+    one = SAMPLES["JPEG-lossy.dcm"]
+    for kind in ("application/dicom; transfer-syntax", 'multipart/related; type="application/dicom"; transfer-syntax'):
+        response = web.get(one.path, headers={"accept": accept.replace("{}", kind)})
+        assert response.status_code == (200 if given else 406), response.text
+        if given:
+            data = response.content if kind.startswith("application") else parts(response)[0][1]
+            assert pydicom.dcmread(io.BytesIO(data)).file_meta.TransferSyntaxUID == given
+            assert given != LOSSY or data == one.data
 
 
 @pytest.mark.parametrize(
