@@ -1,7 +1,7 @@
 """What the files of a base's rows were when they were written: sizes and checksums, in a note beside them.
 
 The files are mapped and nothing in them says that a byte is another one, so who opens them reads each once (CRC-32,
-0.25 s for the 880 MB of 1,000,000 studies when they are in the page cache). After that it is enough to look whether
+0.16 s for the 882 MB of 1,000,000 studies when they are in the page cache). After that it is enough to look whether
 somebody wrote to a file, cut it off or took it away.
 """
 
