@@ -256,6 +256,26 @@ def test_metadata_of_real_files_keep_every_element(web: Web, name: str, form: st
     assert got.to_json_dict(bulk_data_threshold=1 << 30) == header
 
 
+@pytest.mark.parametrize("form", [JSON, XML])
+def test_a_study_takes_its_own_metadata_only(web: Web, form: str) -> None:
+    """The second has the UIDs of another study: it is refused, and the first is there."""
+    [mine], [other] = new(), slices(1, seed=next(_SEEDS), study=7)
+    headers, pixels = zip(*map(described, (mine, other)), strict=True)
+    if form == JSON:
+        sent = json.dumps(headers).encode()
+    else:
+        models = [native_model(one).partition(b"?>")[2] for one in headers]
+        sent = b"<models>" + b"".join(models) + b"</models>"
+    content = body(
+        (f"Content-Type: {form}", sent),
+        ("Content-Type: application/octet-stream\r\nContent-Location: pixels", pixels[0]),
+    )
+    response = post(web, content, form, path="/".join(where(mine).split("/")[:3]))
+    assert (response.status_code, reasons(response)) == (202, [0xA900])
+    assert web.get(where(mine), headers={"accept": DICOM}).status_code == 200
+    assert web.get(where(other), headers={"accept": DICOM}).status_code == 404
+
+
 def test_private_blocks_of_one_group_in_xml(web: Web) -> None:
     """Each has its values (PS3.19 Table A.1.5-2); what is there twice is refused, and not left out."""
     [data] = new()

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 from xml.etree import ElementTree
 
 import orjson
 import pydicom
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sphere.ingest.header import Header, HeaderReader
-from sphere.scp.web.metadata_in import Broken
+from sphere.scp.upper.dataset import Budget
+from sphere.scp.web.incoming import ArrivingBody, ArrivingFile
+from sphere.scp.web.metadata_in import Broken, Described, Unusable
 from sphere.scp.web.native_xml import native_model
 from sphere.scp.web.native_xml_in import read_xml
+from sphere.scp.web.problem import WebError
 from tests.support.dicom_tools import run_tool
 from tests.support.samples import sendable_files
 
@@ -171,3 +178,34 @@ def test_values_stand_where_their_numbers_say(numbers: tuple[str, ...], expected
         assert isinstance(element, Broken) and "numbered" in element.reason
     else:
         assert element["Value"] == expected or len(element["Value"]) == expected
+
+
+TAGS = st.sampled_from(["00100020", "00091001", "00090010", "00090001", "0009000", "000900ff", "7FE00010", "", "x" * 9])
+
+
+@given(
+    st.lists(
+        st.tuples(
+            TAGS,
+            st.sampled_from(["LO", "SQ", "UN", "PN", "DS", "", "XX"]),
+            st.sampled_from(["", " ", "ACME", "OTHER"]),
+            st.sampled_from(["Value", "Item", "PersonName", "InlineBinary", "BulkData", "Other"]),
+            st.sampled_from(["", "1", "2", "x", "70000"]),
+            st.sampled_from(["", "A", "1.5", "===", "A^B"]),
+        ),
+        max_size=6,
+    )
+)
+@settings(max_examples=200, deadline=None)
+def test_whatever_comes_makes_a_file_or_is_refused(rows: list[tuple[str, ...]]) -> None:
+    header = read(
+        *(
+            f'<DicomAttribute tag="{tag}" vr="{vr}" privateCreator="{creator}">'
+            f'<{child} number="{number}">{text}</{child}></DicomAttribute>'
+            for tag, vr, creator, child, number, text in rows
+        )
+    )
+    file = ArrivingFile(lambda: ArrivingBody(Path(gettempdir()), Budget(1 << 20)))
+    with suppress(Unusable, WebError):
+        Described().write(header, file)
+    file.dataset.discard()
