@@ -223,24 +223,31 @@ class Scanner:
             for arguments in work:
                 yield step(self._reader(), *arguments)
             return
-        ahead: deque[Future[R]] = deque()
+        ahead: deque[tuple[ProcessPoolExecutor, Future[R]]] = deque()
+        pool = self._workers()
         try:
             for arguments in work:
-                ahead.append(self._workers().submit(_step, step, arguments))
+                pool = self._workers()
+                ahead.append((pool, pool.submit(_step, step, arguments)))
                 if len(ahead) > 2 * self._settings.catalog.scan_workers:
-                    yield ahead.popleft().result()
+                    pool, first = ahead.popleft()
+                    yield first.result()
             while ahead:
-                yield ahead.popleft().result()
+                pool, first = ahead.popleft()
+                yield first.result()
         except BrokenProcessPool:
-            self._drop()
+            self._drop(pool)
             raise CatalogError("a process that reads headers died; ask again") from None
         finally:
-            for future in ahead:
+            for _, future in ahead:
                 future.cancel()
 
     def close(self) -> None:
         """End the processes, after the steps that they are at."""
-        self._drop(wait=True)
+        with self._lock:
+            pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.shutdown(wait=True, cancel_futures=True)
 
     def _reader(self) -> HeadersOfMembers:
         if not hasattr(self._local, "reader"):
@@ -259,11 +266,12 @@ class Scanner:
                 )
             return self._pool
 
-    def _drop(self, *, wait: bool = False) -> None:
+    def _drop(self, broken: ProcessPoolExecutor) -> None:
+        """Let go of processes one of which died; others, that were started since, are at work for other queries."""
         with self._lock:
-            pool, self._pool = self._pool, None
-        if pool is not None:
-            pool.shutdown(wait=wait, cancel_futures=True)
+            if self._pool is broken:
+                self._pool = None
+        broken.shutdown(wait=False, cancel_futures=True)
 
 
 def open_reader(settings: Settings) -> HeadersOfMembers:

@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import io
 import random
+import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -137,11 +140,11 @@ class Doors:
         self.bundles = bundles
 
 
-@pytest.fixture(scope="module", params=[1, 2])
-def doors(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Doors]:
+@contextmanager
+def opened(folder: Path, seed: int) -> Iterator[Doors]:
     """Two thirds are catalogued, the rest are recent arrivals."""
-    files = generated(request.param)
-    base = archive(tmp_path_factory.mktemp("doors"), archive={"ae_title": "DOORS"})
+    files = generated(seed)
+    base = archive(folder, archive={"ae_title": "DOORS"})
     members = [new_member(data, second=number) for number, data in enumerate(files)]
     cut = len(members) * 2 // 3
     land(base, members[:cut])
@@ -150,6 +153,13 @@ def doors(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     catalog = base.catalog.model_copy(update={"mode": "files", "scan_workers": 0})
     with open_queries(base) as tables, open_queries(base.model_copy(update={"catalog": catalog})) as bundles:
         yield Doors(base, [dcmread(io.BytesIO(data)) for data in files], tables, bundles)
+
+
+@pytest.fixture(scope="module")
+def doors(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Doors]:
+    """An archive that is always the same."""
+    with opened(tmp_path_factory.mktemp("doors"), 1) as made:
+        yield made
 
 
 def asked_text(keyword: str) -> st.SearchStrategy[str]:
@@ -323,15 +333,25 @@ def by_qido(doors: Doors, asked: Asked) -> list[tuple[str, ...]] | None:
 
 
 PROFILE = settings(
-    max_examples=50, derandomize=True, database=None, deadline=None, phases=[Phase.generate, Phase.shrink],
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    database=None, deadline=None, print_blob=True, phases=[Phase.generate, Phase.shrink],
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.large_base_example,
+                           HealthCheck.data_too_large],
 )  # fmt: skip
+SEEDS = st.integers(0, (1 << 32) - 1)
+"""Of headers: other archives with each run."""
 
 
-@PROFILE
-@given(asked=queries())
-def test_every_door_gives_the_answer_of_the_reference(doors: Doors, asked: Asked) -> None:
-    held_to_the_reference(doors, asked)
+def held(seed: int, several: list[Asked]) -> None:
+    """Put queries at every door of an archive of its own."""
+    with tempfile.TemporaryDirectory() as name, opened(Path(name), seed) as doors:
+        for asked in several:
+            held_to_the_reference(doors, asked)
+
+
+@settings(parent=PROFILE, max_examples=3)
+@given(seed=SEEDS, several=st.lists(queries(), min_size=20, max_size=30))
+def test_every_door_gives_the_answer_of_the_reference(seed: int, several: list[Asked]) -> None:
+    held(seed, several)
 
 
 def held_to_the_reference(doors: Doors, asked: Asked) -> None:
@@ -362,37 +382,50 @@ HEARD = [
 ]  # fmt: skip
 
 
-@settings(parent=PROFILE, max_examples=40)
-@given(
-    level=st.sampled_from(LEVELS[1:]),
-    keys=st.dictionaries(st.sampled_from(NAMES), st.sampled_from(HEARD), min_size=1, max_size=2),
-    empty=st.booleans(),
+FUZZY = st.builds(
+    lambda level, keys, empty: Asked(level, keys, empty, fuzzy=True),
+    st.sampled_from(LEVELS[1:]),
+    st.dictionaries(st.sampled_from(NAMES), st.sampled_from(HEARD), min_size=1, max_size=2),
+    st.booleans(),
 )
-def test_fuzzy_names_at_every_door(doors: Doors, level: str, keys: dict[str, str], empty: bool) -> None:
+FUZZY_PATIENTS = st.lists(st.sampled_from(HEARD[:-1]), max_size=3).map(
+    lambda words: Asked("PATIENT", {"PatientName": " ".join(words)}, fuzzy=True)
+)
+
+
+@settings(parent=PROFILE, max_examples=2)
+@given(seed=SEEDS, several=st.lists(FUZZY | FUZZY_PATIENTS, min_size=25, max_size=35))
+def test_fuzzy_names_at_every_door(seed: int, several: list[Asked]) -> None:
     """Person names by their sound, held to a plain evaluation too."""
-    held_to_the_reference(doors, Asked(level, keys, empty, fuzzy=True))
+    held(seed, several)
 
 
-@settings(parent=PROFILE, max_examples=15)
-@given(words=st.lists(st.sampled_from(HEARD[:-1]), max_size=3))
-def test_fuzzy_names_of_patients(doors: Doors, words: list[str]) -> None:
-    held_to_the_reference(doors, Asked("PATIENT", {"PatientName": " ".join(words)}, fuzzy=True))
-
-
-@pytest.mark.parametrize("doors", [1], indirect=True)
 def test_a_sample_over_associations(doors: Doors) -> None:
     """The same answers from a receiver, what is asked for negotiated with it."""
     place = doors.settings.archive.state_dir.parent
     chance = random.Random(5)
     with running_receiver(place, {"archive": {"ae_title": "DOORS"}, "extract": {"every_s": 0}}) as receiver:
-        for number in range(12):
-            asked = _sample(chance, number)
+        heard = [Asked(*one, True, fuzzy=True) for one in HEARD_OVER]
+        for asked in [*(_sample(chance, number) for number in range(12)), *heard]:
             found = client.find(
                 receiver.peer, _texts(asked), settings=receiver.settings, level=asked.level, model="PATIENT_ROOT",  # type: ignore[arg-type]
                 features=features(asked),
             )  # fmt: skip
             answers = [one.to_json_dict() for one in found]
             assert identities(asked, answers) == answer(doors.datasets, asked), asked
+            assert answers or not asked.fuzzy, asked
+
+
+HEARD_OVER: list[tuple[str, dict[Any, Any]]] = [
+    ("STUDY", {"PatientName": "jon"}),
+    ("STUDY", {"PatientName": "muller", "ReferringPhysicianName": "*"}),
+    ("STUDY", {"PatientName": "jamada taro"}),
+    ("SERIES", {"ReferringPhysicianName": "mayer"}),
+    ("SERIES", {"PhysiciansOfRecord": "house g"}),
+    ("IMAGE", {"PatientName": "do?", "ReferringPhysicianName": "gregori"}),
+    ("IMAGE", {"PatientName": "aenchen"}),
+]
+"""Person names that are sought by their sound, negotiated too."""
 
 
 def _sample(chance: random.Random, number: int) -> Asked:

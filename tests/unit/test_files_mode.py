@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -212,6 +216,93 @@ def test_processes_beside_this_one_give_the_same_in_order(mixed: Settings, monke
         with pytest.raises(CatalogError, match="ask again"):
             list(bundles.find(query))
         assert told(bundles.find(query)) == expected
+
+
+@pytest.fixture
+def two_beside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A study is a step, and every step is for a process beside this one."""
+    monkeypatch.setattr(files, "ALONE", 0)
+    monkeypatch.setattr(files, "STEP", 1)
+
+
+@pytest.mark.usefixtures("two_beside")
+def test_two_processes_give_the_answers_of_the_tables(mixed: Settings) -> None:
+    with open_queries(mixed) as tables, open_queries(without_catalog(mixed, workers=2)) as bundles:
+        for level, match in ASKED:
+            query = Query.build(level, match, return_keys=KEYS[level], empty_values=True)
+            expected = told(tables.find(query))
+            assert told(bundles.find(query)) == expected, (level, match)
+            assert bundles.count(query) == len(expected)
+        assert list(bundles.lookup_instances()) == list(tables.lookup_instances())
+        assert len(_pool(bundles)._processes) == 2
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    """STUDIES studies of one instance, not in the order of their UIDs."""
+    settings = without_catalog(archive(tmp_path_factory.mktemp("many")), workers=2)
+    land(settings, [new_member(slices(1, seed=study, study=study)[0]) for study in reversed(range(STUDIES))])
+    return settings
+
+
+STUDIES = 40
+AHEAD = 2 * 2 + 1  # steps that two processes are given before their first result is awaited
+
+
+@pytest.mark.usefixtures("two_beside")
+def test_two_processes_give_matches_as_they_come(many: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+    plain = files._steps
+    monkeypatch.setattr(files, "_steps", lambda members: (given.append(part) or part for part in plain(members)))
+    query = Query.build("IMAGE", {"Modality": "CT"}, relational=True)
+    with open_queries(many) as bundles:
+        uids = []
+        for number, found in enumerate(bundles.find(query), 1):
+            uids.append(str(found.identifier().StudyInstanceUID))
+            assert len(given) <= min(STUDIES, number - 1 + AHEAD), "no further ahead than that"
+        assert (len(uids), uids) == (STUDIES, sorted(uids))
+        given.clear()
+        gone = bundles.find(query)
+        next(gone)
+        gone.close()
+        assert len(given) <= AHEAD, "nothing is read for who is gone"
+        assert told(bundles.find(query, cancelled=lambda: True)) == []
+
+
+@pytest.mark.usefixtures("two_beside")
+def test_one_of_two_processes_dies(many: Settings) -> None:
+    """Queries at work say so; those that come after them are answered, and not disturbed by who notices late."""
+    query = Query.build("IMAGE", {"Modality": "CT"}, relational=True)
+    with open_queries(many) as bundles, ThreadPoolExecutor(2) as threads:
+        expected = told(bundles.find(query))
+        assert len(expected) == STUDIES
+        broken = _pool(bundles)
+        one, other = broken._processes.values()
+        for process in (one, other):
+            os.kill(process.pid or 0, signal.SIGSTOP)
+        asked = [threads.submit(told, bundles.find(query)) for _ in range(2)]
+        while len(broken._pending_work_items) < 2 * AHEAD:
+            time.sleep(0.01)
+        one.kill()
+        os.kill(other.pid or 0, signal.SIGCONT)
+        for answers in asked:
+            with pytest.raises(CatalogError, match="a process that reads headers died; ask again"):
+                answers.result(30)
+        after = bundles.find(query)
+        assert next(after).identifier().to_json_dict() == expected[0]
+        assert isinstance(bundles, FileQueries)
+        bundles._scanner._drop(broken)  # as who waited for another step of it
+        assert told(after) == expected[1:]
+        assert _pool(bundles) is not broken
+        other.join(30)
+        assert not other.is_alive(), "nobody is left of those who were two"
+
+
+def _pool(bundles: Queries) -> ProcessPoolExecutor:
+    assert isinstance(bundles, FileQueries)
+    pool = bundles._scanner._pool
+    assert pool is not None
+    return pool
 
 
 def test_what_needs_a_catalog_says_so(tmp_path: Path) -> None:
