@@ -29,7 +29,7 @@ from sphere.conf.settings import Settings
 from tests.bench import landing_servers
 from tests.bench.hospital import DAYS, KINDS, Hospital
 from tests.bench.hospital_catalog import kept, nightly
-from tests.bench.query_client import Web, association, percentile, question, together
+from tests.bench.query_client import Web, association, looping, percentile, question, together
 from tests.bench.query_servers import load, memory_mib, orthanc, postgres, web
 
 NIGHT = 800
@@ -151,6 +151,26 @@ def measure(name: str, port: int, ae_title: str, asked: Questions, options: argp
     return result
 
 
+def beside_broad(port: int, asked: Questions, repeat: int) -> None:
+    """PatientID while two other clients loop queries of 10,000 answers; which receivers they have is as it comes."""
+    line, total = Line(), 0
+    make = asked.makers()["PatientID"]
+    broad = [asked.broad() for _ in range(20)]
+    with association(port, "SPHERE") as requested, looping(port, "SPHERE", broad, clients=2) as answers:
+        before, began = answers.value, time.perf_counter()
+        for _ in range(repeat):
+            found = requested.ask(make())
+            line.times.append(found.last_s * 1000)
+            line.firsts.append(found.first_s * 1000)
+            total += found.answers
+            time.sleep(0.01)  # a lookup now and then, whatever the others are at
+        rate = (answers.value - before) / (time.perf_counter() - began)
+    line.answers = total / repeat
+    print(
+        f"  {'SPHERE, 2 ask broadly':22} {'PatientID':26} {line}; meanwhile {rate:,.0f} answers/s for them", flush=True
+    )
+
+
 def over_qido(settings: Settings, asked: Questions, repeat: int) -> None:
     """The lines of single keys over QIDO-RS, beside the receivers."""
     with web(settings) as (port, process):
@@ -188,6 +208,8 @@ def bench_size(studies: int, options: argparse.Namespace) -> tuple[Settings, Hos
         print(f"  {'byte ranges of 1,000':22} {'(Python call)':26} {_ranges(service, hospital, options.repeat)}")
     with landing_servers.sphere(settings.archive.state_dir.parent) as (port, processes, _):
         options.results[studies] = measure("SPHERE", port, "SPHERE", Questions(hospital, range(studies)), options)
+        for _ in range(4):  # the receivers that take the associations differ
+            beside_broad(port, Questions(hospital, range(studies)), options.repeat)
         over_qido(settings, Questions(hospital, range(studies)), options.repeat)
         print(f"  memory of the two receivers: {memory_mib([process.pid for process in processes]):,.0f} MiB (PSS)")
     _nightly(settings, hospital)

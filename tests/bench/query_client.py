@@ -168,6 +168,37 @@ def _clients(
     rates.put(sum(counts) / seconds)
 
 
+@contextmanager
+def looping(port: int, ae_title: str, questions: Sequence[bytes], *, clients: int) -> Iterator[Any]:
+    """`clients` processes that ask on and on until the end; gives a shared number, of the answers that they had."""
+    context = multiprocessing.get_context("spawn")
+    answers, stop, begun = context.Value("q", 0), context.Event(), context.Barrier(clients + 1)
+    processes = [
+        context.Process(target=_loop, args=((port, ae_title), questions, answers, stop, begun, number))
+        for number in range(clients)
+    ]
+    for process in processes:
+        process.start()
+    begun.wait(120)
+    try:
+        yield answers
+    finally:
+        stop.set()
+        for process in processes:
+            process.join()
+
+
+def _loop(server: tuple[int, str], questions: Sequence[bytes], answers: Any, stop: Any, begun: Any, seed: int) -> None:
+    chance = random.Random(seed)
+    with association(*server) as requested:
+        requested.ask(questions[0])
+        begun.wait(120)
+        while not stop.is_set():
+            found = requested.ask(chance.choice(questions)).answers
+            with answers.get_lock():
+                answers.value += found
+
+
 def percentile(times: Sequence[float], share: float) -> float:
     """The value below which `share` of the times are."""
     return sorted(times)[min(len(times) - 1, int(len(times) * share))]
