@@ -6,6 +6,7 @@ death of this process by the end of a pipe, and stop as if told to, so that the 
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import signal
@@ -220,6 +221,8 @@ def _changes(children: list[serving.ChildState]) -> list[tuple[str, int, int]]:
 
 def _run_child(target: Target, settings: Settings, lifeline: Connection, messages: Connection, level: int) -> None:
     """The body of every child process."""
+    done = threading.Event()
+    atexit.register(_leave, done)  # the first: called last
     logs.configure("info")
     logging.getLogger("sphere").setLevel(level)
     logs.keep(settings.archive.state_dir / "log" / f"{current_process().name}.log")
@@ -237,6 +240,18 @@ def _run_child(target: Target, settings: Settings, lifeline: Connection, message
     except SphereError as error:
         log.error("%s", error)
         raise SystemExit(1) from None
+    done.set()
+
+
+def _leave(done: threading.Event) -> None:
+    """End the process, if its work is `done`, before the interpreter is taken down around threads that go on.
+
+    A thread that a storage client keeps waiting in native code may come back just then; Python before 3.14 ends it by
+    unwinding its stack, which native code answers by aborting the process (cpython issue 87135).
+    """
+    if done.is_set():
+        logging.shutdown()
+        os._exit(0)
 
 
 def _beat(say: Callable[[bool], None]) -> None:

@@ -33,6 +33,8 @@ class Bench:
         self.settings: Settings = from_dict({"dimse": {"port": 0, "max_pdu": 16384, **dimse}}, base=tmp_path)
         self.stored: list[tuple[str, bytes, bool]] = []
         self.answered = self.closed = 0
+        self.may_answer = threading.Event()  # a thousand times
+        self.may_answer.set()
         self.places = threading.BoundedSemaphore(self.settings.dimse.max_associations)
         self.limits = Limits(
             memory=MEMORY,
@@ -68,6 +70,7 @@ class Bench:
         yield Response(0)
 
     def many(self, message: Message, association: Association) -> Iterator[Response]:
+        assert self.may_answer.wait(60)
         for number in range(1000):
             if association.cancelled(message):
                 yield Response(0xFE00)

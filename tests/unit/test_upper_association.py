@@ -228,8 +228,10 @@ def test_requests_without_end_instead_of_a_response_are_not_collected(bench: Ben
 @pytest.mark.parametrize("end", [pdu(0x05, bytes(4)), pdu(0x07, bytes(4)), b"", pdu(0x42, b"")])
 def test_an_end_while_a_request_is_answered(bench: Bench, end: bytes) -> None:
     peer = bench.associated()
+    bench.may_answer.clear()
     peer.send(many_rq() + end)
     peer.sock.shutdown(socket.SHUT_WR)
+    bench.may_answer.set()
     last = None
     while (answer := peer.receive()) is not None:
         last = answer
