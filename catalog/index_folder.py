@@ -94,7 +94,7 @@ class IndexFolder:
         snapshots: Snapshots = {name: self._tables.snapshot(name) for name in WATCHED}
         try:
             if made := self._made():
-                with self._attached.beside(parts_of(made[-1], note_of(made[-1]))[0], None) as (db, found):
+                with self._beside(parts_of(made[-1], note_of(made[-1]))[0], None) as (db, found):
                     rehearse(db, snapshots["instances"], found)
         except (duckdb.Error, OSError) as error:
             raise CatalogError(f"index {made[-1].name} cannot be read: {type(error).__name__}") from None
@@ -106,10 +106,7 @@ class IndexFolder:
                 return
             began, making = time.monotonic(), rows.folder_of(base.with_suffix(f".{os.getpid()}.building"))
             try:
-                with closing(self._tables.connect(None, memory_limit=BUILD_MEMORY, threads=THREADS)) as db:
-                    quoted = str(self.path / "spill").replace("'", "''")
-                    db.execute(f"SET temp_directory = '{quoted}'")
-                    attach(db, base, "base")
+                with self._beside(base, None) as (db, _):
                     rows.build(db, making, base="base")
                 _put(making, rows.folder_of(base))
             except (duckdb.Error, pa.ArrowException, OSError) as error:
@@ -184,16 +181,24 @@ class IndexFolder:
 
     def _refresh(self, path: Path, snapshots: Snapshots, *, base: Path, since: Path | None) -> None:
         """Make a refresh of `base` that goes on from another one; raises RebuildNeeded and CatalogError."""
+        with self._making(path, "refreshed") as making, self._beside(base, making) as (db, found):
+            if self._grant is not None:
+                self._grant.attach(db)
+            if since:
+                attach(db, since, "since")
+            build_refresh(db, snapshots, since="since" if since else None, base=base.name, rows=found,
+                          grant=self._grant)  # fmt: skip
+            if since:
+                db.execute("DETACH since")
+
+    @contextmanager
+    def _beside(
+        self, base: Path, making: Path | None
+    ) -> Iterator[tuple[duckdb.DuckDBPyConnection, rows.RowStore | None]]:
+        """As of AttachedBase, which is kept for the next one, or not."""
         try:
-            with self._making(path, "refreshed") as making, self._attached.beside(base, making) as (db, found):
-                if self._grant is not None:
-                    self._grant.attach(db)
-                if since:
-                    attach(db, since, "since")
-                build_refresh(db, snapshots, since="since" if since else None, base=base.name, rows=found,
-                              grant=self._grant)  # fmt: skip
-                if since:
-                    db.execute("DETACH since")
+            with self._attached.beside(base, making) as found:
+                yield found
         finally:
             if not self._keep:
                 self._attached.forget()

@@ -39,9 +39,12 @@ def _creator(header: Mapping[str, Mapping[str, Any]], tag: str) -> str:
     Such an element has its creator for the number of its block (PS3.19 Table A.1.5-2); where nobody reserved the block,
     the number is all that there is, and stays.
     """
-    if tag[3] not in "13579BDF" or tag[4:6] == "00":
-        return ""
-    values = header.get(f"{tag[:4]}00{tag[4:6]}", {}).get("Value") or [""]
+    return creator_of(header, tag[:4], tag[4:6]) if tag[3] in "13579BDF" and tag[4:6] != "00" else ""
+
+
+def creator_of(header: Mapping[str, Mapping[str, Any]], group: str, block: str) -> str:
+    """Who reserved a block of a private group, both in hexadecimal digits; "" for nobody."""
+    values = header.get(f"{group}00{block}", {}).get("Value") or [""]
     return values[0].strip() if isinstance(values[0], str) else ""
 
 

@@ -11,6 +11,7 @@ from defusedxml.common import DefusedXmlException
 from defusedxml.ElementTree import fromstring
 
 from sphere.scp.web.metadata_in import MAX_DEPTH, Header, broken
+from sphere.scp.web.native_xml import creator_of
 from sphere.scp.web.problem import WebError
 
 _TWICE: Final = "is in the metadata twice"
@@ -70,7 +71,7 @@ def _place(header: Header, tag: str, creator: str, element: Header) -> str:
         return "has a privateCreator, and is not private"
     group, low = tag[:4], tag[6:]
     blocks = [f"{number:02X}" for number in range(0x10, 0x100)]
-    owned = [block for block in blocks if _owner(header, group, block) == creator]
+    owned = [block for block in blocks if creator_of(header, group, block) == creator]
     for block in owned:
         if f"{group}{block}{low}" not in header:
             header[f"{group}{block}{low}"] = element
@@ -84,11 +85,6 @@ def _place(header: Header, tag: str, creator: str, element: Header) -> str:
     header[f"{group}00{free}"] = {"vr": "LO", "Value": [creator]}
     header[f"{group}{free}{low}"] = element
     return ""
-
-
-def _owner(header: Header, group: str, block: str) -> str:
-    values = header.get(f"{group}00{block}", {}).get("Value") or [""]
-    return values[0].strip() if isinstance(values[0], str) else ""
 
 
 def _of_attribute(attribute: Element, depth: int) -> Header:

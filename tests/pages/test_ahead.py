@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import time
@@ -13,7 +12,7 @@ import pytest
 from playwright.sync_api import Browser, Page, Request, expect
 
 from sphere.conf import viewer
-from tests.support.browser import WAIT_MS
+from tests.support.browser import NO_TOUR, WAIT_MS, require_viewer
 from tests.support.extracted import extract
 from tests.support.landing import archive, land, new_member
 from tests.support.viewed import gradient_ct
@@ -37,15 +36,12 @@ DRAWN = """() => Array.from(document.querySelectorAll('canvas.cornerstone-canvas
   const row = context.getImageData(0, canvas.height >> 1, canvas.width, 1).data;
   return row.some((value, i) => i % 4 < 3 && value > 40);
 })"""
-SEEN = "localStorage.setItem('shownTours', '[\"basicViewerTour\"]')"
 
 
 @pytest.fixture(scope="module")
 def build(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A viewer that a test may change."""
-    if not (viewer.folder() / "index.html").is_file():
-        line = "OHIF is missing: run make viewer"
-        pytest.fail(line, pytrace=False) if os.environ.get("SPHERE_REQUIRE_ALL") == "1" else pytest.skip(line)
+    require_viewer()
     return Path(shutil.copytree(viewer.folder(), tmp_path_factory.mktemp("build") / "viewer"))
 
 
@@ -87,7 +83,7 @@ def test_scripts_come_from_the_service_worker_and_nothing_of_patients_is_kept(
     assert re.fullmatch("viewer-[0-9a-f]{16}", name) and set(files) == named(build) and len(files) > 20
 
     asked: list[Request] = []
-    page.add_init_script(SEEN)
+    page.add_init_script(NO_TOUR)
     page.on("request", lambda request: asked.append(request))  # noqa: PLW0108  it gets an attribute
     page.locator("main tbody tr").first.click()
     page.get_by_role("link", name="Open in the viewer").click()
@@ -126,7 +122,7 @@ def test_it_opens_as_well_without_a_service_worker(browser: Browser, web: Web, h
     page = context.new_page()
     errors: list[str] = []
     page.on("pageerror", lambda error: errors.append(str(error)))
-    page.add_init_script(SEEN)
+    page.add_init_script(NO_TOUR)
     if how == "unknown":
         page.add_init_script("Object.defineProperty(Navigator.prototype, 'serviceWorker', {get: () => undefined})")
     listed(page, web)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -14,7 +13,7 @@ from playwright.sync_api import Page, Response
 from sphere.conf import viewer
 from sphere.ingest.storage import open_storage
 from sphere.scp.web.tokens import Tokens
-from tests.support.browser import WAIT_MS
+from tests.support.browser import NO_TOUR, WAIT_MS, require_viewer
 from tests.support.extracted import extract
 from tests.support.landing import archive, land, new_member
 from tests.support.viewed import SIZE, gradient_ct, grey, report, segmentation
@@ -23,7 +22,7 @@ from tests.support.web import Web, serving_web
 pytestmark = pytest.mark.web
 
 SLICES = 24
-SEEN = "localStorage.setItem('shownTours', '[\"basicViewerTour\"]'); sessionStorage.setItem('sphere.token', '{token}')"
+SEEN = f"{NO_TOUR}; sessionStorage.setItem('sphere.token', '{{token}}')"
 LINES = """() => Array.from(document.querySelectorAll('canvas.cornerstone-canvas')).map(canvas => {
     const context = canvas.getContext('2d', {willReadFrequently: true});
     const middle = [canvas.width >> 1, canvas.height >> 1];
@@ -49,9 +48,7 @@ for (const kind of [HTMLCanvasElement, OffscreenCanvas]) {
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Web]:
     """A CT with a segmentation and a report, over HTTP, to those who show a token; and an installed viewer."""
-    if not (viewer.folder() / "index.html").is_file():
-        line = "OHIF is missing: run make viewer"
-        pytest.fail(line, pytrace=False) if os.environ.get("SPHERE_REQUIRE_ALL") == "1" else pytest.skip(line)
+    require_viewer()
     settings = archive(tmp_path_factory.mktemp("shown"), web={"auth": "all"})
     images = gradient_ct(SLICES)
     land(settings, [new_member(data) for data in (*images, segmentation(images), report(images))])

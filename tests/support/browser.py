@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pydicom
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
+from sphere.conf import viewer
 from sphere.ingest.header import identify
 from tests.support.dicom_tools import require_tool
 from tests.support.extracted import extract
@@ -20,7 +22,15 @@ SOFTWARE_GL = (
 )  # the pages themselves are drawn without WebGL, as on any host without a GPU
 LOOPBACK = ("--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1", "--disable-background-networking")
 WAIT_MS = 60_000  # milliseconds for anything that a test waits for: the machine may be busy
+NO_TOUR = "localStorage.setItem('shownTours', '[\"basicViewerTour\"]')"  # a script before OHIF's own
 PACKAGED = Path(pydicom.__file__).parent / "data" / "test_files"
+
+
+def require_viewer() -> None:
+    """Without OHIF the test is skipped, or fails with SPHERE_REQUIRE_ALL=1."""
+    if not (viewer.folder() / "index.html").is_file():
+        line = "OHIF is missing: run make viewer"
+        pytest.fail(line, pytrace=False) if os.environ.get("SPHERE_REQUIRE_ALL") == "1" else pytest.skip(line)
 
 
 @pytest.fixture(scope="module")

@@ -76,6 +76,7 @@ def test_few_sort_at_once() -> None:
         looked: list[None] = []
         with turn(lambda: looked.append(None) or len(looked) > 1) as none:
             none()  # cancelled: it never had one
+        assert len(looked) == 2, "it waited until then"
         over[0]()
         over[0]()
         stack.enter_context(turn(never))
