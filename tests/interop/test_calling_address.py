@@ -1,4 +1,4 @@
-"""Callers that are not on loopback, over real sockets in a network of the test's own (see tests/support/other_hosts)."""
+"""Callers that are not on loopback, over real sockets in a network of the test's own (tests/support/other_hosts)."""
 
 from __future__ import annotations
 
