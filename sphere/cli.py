@@ -96,10 +96,15 @@ def settings_of(ctx: click.Context) -> Settings:
 @click.option(
     "--root", default="file:storage", show_default=True, help="storage.root: file:, hdfs:// or webhdfs:// URL."
 )
+@click.option(
+    "--catalog-root",
+    default="",
+    help="catalog.root: file: or hdfs:// URL; by default below --root, with webhdfs:// file:catalog.",
+)
 @click.option("--ae-title", default="SPHERE", show_default=True, help="archive.ae_title.")
 @click.option("--port", default=11112, show_default=True, help="dimse.port.")
 @click.option("--web-port", default=8080, show_default=True, help="web.port.")
-def init(folder: Path, root: str, ae_title: str, port: int, web_port: int) -> None:
+def init(folder: Path, root: str, catalog_root: str, ae_title: str, port: int, web_port: int) -> None:
     """Make an archive folder with a commented sphere.toml and its storage.
 
     \b
@@ -114,6 +119,8 @@ def init(folder: Path, root: str, ae_title: str, port: int, web_port: int) -> No
     if file.exists():
         raise SettingsError(f"{file} exists already; edit it, or choose another folder")
     values = {"archive.ae_title": ae_title, "dimse.port": port, "web.port": web_port, "storage.root": root}
+    if catalog_root or root.startswith("webhdfs:"):  # Delta tables cannot be read over webhdfs://
+        values["catalog.root"] = catalog_root or "file:catalog"
     nested: dict[str, dict[str, object]] = {}
     for key, value in values.items():
         section, _, name = key.partition(".")

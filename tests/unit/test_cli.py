@@ -108,6 +108,24 @@ def test_init_writes_settings_that_load(config: Path) -> None:
     assert settings.archive.state_dir.is_dir()
 
 
+def test_tables_over_webhdfs_are_refused_and_init_puts_them_elsewhere(tmp_path: Path) -> None:
+    config = tmp_path / "sphere.toml"
+    config.write_text('[storage]\nroot = "webhdfs://127.0.0.1:9870/x"\n')
+    refused = call("serve", config=config)
+    assert refused.exit_code == 2
+    assert (
+        "catalog.root: Delta tables cannot be read over webhdfs://; set catalog.root to file:/// or" in refused.output
+    )
+    for more, root in (
+        ((), (tmp_path / "0" / "catalog").as_uri()),
+        (("--catalog-root", "hdfs://nn:1/c"), "hdfs://nn:1/c"),
+    ):
+        folder = tmp_path / str(len(more))
+        made = call("init", folder, "--root", "webhdfs://127.0.0.1:9870/x", *more)
+        assert made.exit_code == 0, made.output
+        assert load(folder / "sphere.toml").catalog_root == root
+
+
 def test_init_does_not_overwrite(config: Path) -> None:
     before = config.read_bytes()
     result = call("init", config.parent)
