@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, fields
 
 import duckdb
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sphere.catalog.rollup import optional_columns, roll_up_sql, source_columns
+from sphere.catalog.rollup import description, optional_columns, roll_up_sql, source_columns
 from sphere.catalog.schema import TABLES
 from sphere.jobs.contradictions import said
+from sphere.jobs.lookup import shaped
 
 # DuckDB's advice for many rows. A relation of `sql` is bound twice, which here costs more than a copy of its few rows.
 warnings.filterwarnings("ignore", message="Arrow output on a DB-API result", category=UserWarning)
@@ -34,7 +35,8 @@ NEEDED = frozenset(COLUMNS) - _OPTIONAL
 class Rolled:
     """Rows of `series` and `studies`, and rows of `instances` (some of COLUMNS) that are yet to be rolled up.
 
-    `said` has what any of the instances says that could contradict another.
+    `said` has what any of the instances says that could contradict another. What a task gives lacks columns that are
+    null in all its rows; `join` gives the whole tables.
     """
 
     series: pa.Table
@@ -62,7 +64,7 @@ def roll_up(rows: pa.Table, *, split: Collection[str] = ()) -> Rolled:
     rows = rows.select(present)
     is_split = pc.is_in(rows["StudyInstanceUID"], pa.array(split, pa.string()))
     whole = rows.filter(pc.invert(is_split)) if split else rows
-    return Rolled(compute("series", whole), compute("studies", whole), rows.filter(is_split), said(rows))
+    return Rolled(_narrow("series", whole), _narrow("studies", whole), rows.filter(is_split), said(rows))
 
 
 def join(pieces: Sequence[Rolled]) -> tuple[Rolled, set[str]]:
@@ -71,33 +73,51 @@ def join(pieces: Sequence[Rolled]) -> tuple[Rolled, set[str]]:
     Those are studies whose headers say another StudyInstanceUID than the journals, of which no task knew that it was
     not alone.
     """
-    rows = pa.concat_tables([piece.rows for piece in pieces], promote_options="default")
+    rows = _concat(piece.rows for piece in pieces)
     parts = [*pieces, roll_up(rows)] if len(rows) else pieces
-    studies = pa.concat_tables([part.studies for part in parts])
+    series, studies = (
+        shaped(_concat(getattr(part, name) for part in parts), TABLES[name].schema) for name in ("series", "studies")
+    )
+    heard = said(_concat(part.said for part in parts))
     counts = studies.group_by("StudyInstanceUID").aggregate([([], "count_all")])
     twice = set(counts.filter(pc.greater(counts["count_all"], 1))["StudyInstanceUID"].to_pylist())
-    series, heard = (pa.concat_tables([getattr(part, name) for part in parts]) for name in ("series", "said"))
-    return Rolled(series, studies, rows.slice(0, 0), said(heard)), twice
+    return Rolled(series, studies, rows.slice(0, 0), heard), twice
+
+
+def _concat(tables: Iterable[pa.Table]) -> pa.Table:
+    """All rows, with null where one of the tables lacks a column."""
+    return pa.concat_tables(tables, promote_options="default")
 
 
 def compute(name: str, rows: pa.Table) -> pa.Table:
     """The rows of the roll-up `name` from those of its source (of COLUMNS, for `series` and `studies`)."""
+    return shaped(_narrow(name, rows), TABLES[name].schema)
+
+
+def _narrow(name: str, rows: pa.Table) -> pa.Table:
+    """What `compute` gives, without attributes that the rows do not have."""
     schema = TABLES[name].schema
     if not len(rows):
         return schema.empty_table()
     absent = () if name == "patients" else _OPTIONAL.difference(rows.column_names)
+    ordered = rows.sort_by([(column, "ascending") for column in description(name).order])
     with _database().cursor() as db:
-        db.execute("SET TimeZone = 'UTC'")
-        db.register("source", rows)
-        found = db.execute(roll_up_sql(name, "source", absent=absent)).to_arrow_table()
+        db.execute(
+            "PRAGMA disable_optimizer"
+        )  # to plan one scan and one aggregate better takes longer than to run them
+        db.register("source", ordered.append_column("place", pa.array(range(len(ordered)))))
+        sql = roll_up_sql(name, "source", absent=absent, narrow=True, placed=True)
+        found = db.execute(sql).to_arrow_table()
         assert found is not None  # a SELECT has a result
-    return found.select(schema.names).cast(schema)
+    return shaped(found, pa.schema([field for field in schema if field.name in found.column_names]))
 
 
 @functools.cache
 def _database() -> duckdb.DuckDBPyConnection:
     """One for all tasks of a worker process: opening one costs more than a roll-up."""
-    return duckdb.connect(config={"threads": 1})
+    db = duckdb.connect(config={"threads": 1})
+    db.execute("SET GLOBAL TimeZone = 'UTC'")
+    return db
 
 
 def _packed(table: pa.Table) -> bytes:

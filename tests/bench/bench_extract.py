@@ -48,7 +48,7 @@ SLICES = 250  # of one series
 COPIES = 20  # of each real header, with SOP Instance UIDs of their own
 WARM_UP = 20_000  # instances of each extraction before the first that counts
 WARM_UPS = 4
-SMALL_WARM_UPS = 40  # of 1,000 instances: the JVM has compiled the job by then, as in a service that runs one a minute
+SMALL_WARM_UPS = 150  # of 1,000 instances: the JVM has compiled the job by then, as in a service of some hours
 SENDERS = 64  # threads that land members, so that many share one sync
 
 
