@@ -109,7 +109,8 @@ def _narrow(name: str, rows: pa.Table) -> pa.Table:
         sql = roll_up_sql(name, "source", absent=absent, narrow=True, placed=True)
         found = db.execute(sql).to_arrow_table()
         assert found is not None  # a SELECT has a result
-    return shaped(found, pa.schema([field for field in schema if field.name in found.column_names]))
+    there = set(found.column_names)
+    return shaped(found, pa.schema([field for field in schema if field.name in there]))
 
 
 @functools.cache
