@@ -15,6 +15,7 @@ import orjson
 FILE = "serve.json"
 SPOOL_FILE = "spool.json"
 JOB_FILE = "extraction.json"
+VERIFY_FILE = "verified.json"
 STALE_S = 10.0  # seconds without a new state after which its writer is taken for dead or stopped
 
 
@@ -56,6 +57,25 @@ class SpoolState:
         if self.failing_since:
             parts.append(f"failing since {self.failing_since}: {self.error}")
         return ", ".join(parts)
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyState:
+    """How far sealed bundles were read back, each once. `written_at` is ISO 8601, UTC; "" for never. Sizes in bytes."""
+
+    written_at: str = ""
+    bundles: int = 0  # that were found as promised
+    bytes: int = 0
+    waiting: int = 0  # sealed, and not read yet
+    damaged: int = 0  # not as promised: kept as they are
+    named: tuple[str, ...] = ()  # the first of them, with what was found
+
+    def __str__(self) -> str:
+        """A line for a person, and one for each damaged bundle that is named."""
+        line = f"{self.bundles} sealed bundles read back ({self.bytes / 1e6:.1f} MB), {self.waiting} waiting"
+        if self.damaged:
+            line += f", {self.damaged} DAMAGED and kept"
+        return "\n            ".join([line, *self.named])
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +165,21 @@ def write_job(state_dir: Path, state: JobState) -> None:
         _replace(state_dir, JOB_FILE, state)
 
 
+def write_verify(state_dir: Path, state: VerifyState) -> None:
+    """What who reads bundles back says; a disk that is full must not end it."""
+    with suppress(OSError):
+        _replace(state_dir, VERIFY_FILE, state)
+
+
+def read_verify(state_dir: Path) -> VerifyState | None:
+    """What it said last; None where no bundle was ever read back by itself."""
+    try:
+        data: dict[str, Any] = orjson.loads((state_dir / VERIFY_FILE).read_bytes())
+        return VerifyState(**{**data, "named": tuple(data["named"])})
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
 def read_job(state_dir: Path) -> JobState | None:
     """What the extraction said last; None where there was none."""
     try:
@@ -153,7 +188,7 @@ def read_job(state_dir: Path) -> JobState | None:
         return None
 
 
-def _replace(state_dir: Path, name: str, state: ServeState | SpoolState | JobState) -> None:
+def _replace(state_dir: Path, name: str, state: ServeState | SpoolState | JobState | VerifyState) -> None:
     state_dir.mkdir(parents=True, exist_ok=True)
     temporary = state_dir / f".{name}.{os.getpid()}"
     temporary.write_bytes(orjson.dumps(asdict(state), option=orjson.OPT_INDENT_2))

@@ -180,6 +180,15 @@ class Ingest(Section):
         description="Seconds after which an open bundle of the spool is sealed, and shipped, as soon as nothing comes "
         "for one; at the latest after `storage.seal_age_s`.",
     )
+    verify_sealed: bool = Field(
+        True,
+        description="Have `sphere serve` read each sealed bundle back once, in a process of low priority: every digest "
+        "against its journal. What is not as promised is named by `sphere status`, counted, and kept. With durability "
+        "spool, bundles are read back as they are shipped.",
+    )
+    verify_mib_s: Annotated[float, Field(gt=0)] = Field(
+        32.0, description="MiB that are read back in a second, at most."
+    )
 
 
 class Spark(Section):

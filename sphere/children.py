@@ -1,4 +1,4 @@
-"""What the children of `sphere serve` do: receive, serve HTTP, extract, forward, ship.
+"""What the children of `sphere serve` do: receive, serve HTTP, extract, forward, ship, read back.
 
 Every child reads this module: what its work needs is imported when it begins.
 """
@@ -122,3 +122,13 @@ def ship_regularly(settings: Settings, ready: Callable[[int], None]) -> None:
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     ready(0)
     run_shipper(settings, stop)
+
+
+def verify_regularly(settings: Settings, ready: Callable[[int], None]) -> None:
+    """Read sealed bundles back, each once."""
+    from sphere.ingest.verifying import run_verifier
+
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    ready(0)
+    run_verifier(settings, stop)

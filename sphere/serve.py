@@ -20,7 +20,14 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Literal
 
-from sphere.children import extract_regularly, forward_regularly, receive, serve_http, ship_regularly
+from sphere.children import (
+    extract_regularly,
+    forward_regularly,
+    receive,
+    serve_http,
+    ship_regularly,
+    verify_regularly,
+)
 from sphere.conf import logs, serving
 from sphere.conf.errors import SettingsError, SphereError
 from sphere.conf.settings import Settings
@@ -106,6 +113,8 @@ class Supervisor:
         self._spools = in_use(settings)
         if self._spools:
             self.children.append(Child("shipper", ship_regularly, JOB_PATIENCE_S))
+        if settings.ingest.verify_sealed and settings.ingest.durability == "storage":
+            self.children.append(Child("verifier", verify_regularly, JOB_PATIENCE_S))
         for child in self.children:
             self._start(child)
         while not self._stop.is_set():

@@ -12,7 +12,7 @@ from sphere.catalog.overview import COUNTED, Overview
 from sphere.catalog.tombstones import open_tombstones
 from sphere.conf import serving
 from sphere.conf.errors import SphereError
-from sphere.conf.serving import ServeState, SpoolState
+from sphere.conf.serving import ServeState, SpoolState, VerifyState
 from sphere.conf.settings import Settings
 from sphere.ingest.journal import BundleState, Landed
 from sphere.ingest.spool import backlog, in_use
@@ -45,6 +45,7 @@ class Status:
     forwards: tuple[ForwardState, ...] = ()  # what is sent on to peers
     deleted: int = 0  # instances that are shown no more; their bytes stay until compaction
     deletions_waiting: bool = False  # what was deleted or restored since the last extraction: the tables do not show it
+    verified: VerifyState | None = None  # what reading sealed bundles back found; None where none ever was
     problem: str = ""  # why storage and catalog could not be read: what is said of them is then 0
 
     def to_json(self) -> str:
@@ -56,6 +57,8 @@ class Status:
         lines = [f"PROBLEM     {self.problem}"] if self.problem else self._stored()
         if self.spool is not None:
             lines.append(f"spool       {self.spool}")
+        if self.verified is not None:
+            lines.append(f"verified    {self.verified}")
         lines += [f"forward     {forward}" for forward in self.forwards]
         return "\n".join([*lines, f"serving     {self.serving or 'no'}"])
 
@@ -79,11 +82,11 @@ class Status:
 
 def take(settings: Settings) -> Status:
     """Look at the storage, the catalog and the spool; `Status.problem` says why one of the first two cannot be read."""
-    spool, running = _spool(settings), _serving(settings)
+    spool, running, verified = _spool(settings), _serving(settings), serving.read_verify(settings.archive.state_dir)
     try:
-        return replace(_stored(settings), spool=spool, serving=running)
+        return replace(_stored(settings), spool=spool, serving=running, verified=verified)
     except SphereError as error:
-        return replace(_nothing(settings), spool=spool, serving=running, problem=str(error))
+        return replace(_nothing(settings), spool=spool, serving=running, verified=verified, problem=str(error))
 
 
 def _nothing(settings: Settings) -> Status:

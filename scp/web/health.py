@@ -31,6 +31,8 @@ class Metrics:
         self._restarts = Gauge("sphere_restarts", "Restarts of a child of sphere serve", ("child",),
                                registry=self.registry)  # fmt: skip
         self._up = Gauge("sphere_child_ready", "1 while a child serves", ("child",), registry=self.registry)
+        self._bundles = Gauge("sphere_sealed_bundles", "Sealed bundles by what reading them back found", ("found",),
+                              registry=self.registry)  # fmt: skip
 
     def answered(self, method: str, route: str, status: int, seconds: float, sent: int) -> None:
         """One request is over."""
@@ -39,8 +41,12 @@ class Metrics:
         self._sent.labels(route).inc(sent)
         self._seconds.labels(route).observe(seconds)
 
-    def expose(self, state: serving.ServeState | None) -> bytes:
+    def expose(self, state: serving.ServeState | None, verified: serving.VerifyState | None) -> bytes:
         """Everything in Prometheus' text format."""
+        if verified is not None:
+            self._bundles.labels("good").set(verified.bundles)
+            self._bundles.labels("damaged").set(verified.damaged)
+            self._bundles.labels("waiting").set(verified.waiting)
         for child in state.children if state else ():
             self._restarts.labels(child.name).set(child.restarts)
             self._up.labels(child.name).set(child.state == "ready")
@@ -88,10 +94,12 @@ def offered(settings: Settings, metrics: Metrics) -> list[Operation]:
         body: dict[str, object] = {"status": "not ready" if missing else "ready", "not_ready": missing}
         if away := [probe.name for probe in spared if probe.away(wait=False)]:
             body["away"] = away
+        if (verified := serving.read_verify(state_dir)) and verified.damaged:
+            body["damaged_bundles"] = verified.damaged
         return JSONResponse(body, 503 if missing else 200)
 
     def expose(request: Request) -> Response:
-        return Response(metrics.expose(serving.read(state_dir)), media_type=TEXT_FORMAT)
+        return Response(metrics.expose(serving.read(state_dir), serving.read_verify(state_dir)), media_type=TEXT_FORMAT)
 
     return [
         Operation("GET", "/healthz", healthz, "Whether this process answers", "service"),

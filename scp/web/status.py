@@ -68,6 +68,7 @@ class State:
         running, landing = serving.read(state_dir), self.arrivals.look()
         catalogued = self.kept("catalogued", self.overview.catalogued)
         alive = running is not None and running.alive()
+        verified = serving.read_verify(state_dir)
         return {
             "archive": self.settings.archive.ae_title,
             "landed": landing.members,
@@ -75,6 +76,7 @@ class State:
             "processes": [asdict(child) for child in running.children] if running and alive else [],
             "extraction": _plain(serving.read_job(state_dir)),
             "spool": _plain(running.spool) if running and alive else None,
+            "damaged": verified.damaged if verified else 0,
             "forwards": self.kept("forwards", self.overview.forwards),
         }
 
@@ -108,6 +110,7 @@ class State:
             "members": landing.members,
             "deleted": self._tombstones.count(),
             "disk": _disk(settings.storage.root),
+            "verified": _plain(serving.read_verify(settings.archive.state_dir)),
             "tables": self.kept("counts", self.overview.counts),
         }
 
@@ -191,7 +194,7 @@ def _number(request: Request, name: str, default: int, most: int) -> int:
     return int(text)
 
 
-def _plain(state: serving.JobState | serving.SpoolState | None) -> dict[str, Any] | None:
+def _plain(state: serving.JobState | serving.SpoolState | serving.VerifyState | None) -> dict[str, Any] | None:
     return None if state is None else asdict(state)
 
 

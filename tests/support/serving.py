@@ -100,10 +100,11 @@ def running_supervisor(
     """
     base.mkdir(parents=True, exist_ok=True)
     port = port or free_port()
+    ingest = {"verify_sealed": False, **(ingest or {})}  # children are counted, and its share of a small machine
     config = base / "sphere.toml"
     text = f'[dimse]\nport = {port}\nworkers = {workers}\n[storage]\nroot = "{root}"\n'
     text += f"[extract]\nevery_s = {extract_every_s}\n"
-    text += f"[ingest]\n{_lines(ingest or {})}[forwarding]\n{_lines(forwarding or {})}"
+    text += f"[ingest]\n{_lines(ingest)}[forwarding]\n{_lines(forwarding or {})}"
     text += "".join(f"[[peers]]\n{_lines(peer)}" for peer in peers)
     text += "".join(f"[[forwards]]\n{_lines(forward)}" for forward in forwards)
     text += f"[web]\nenabled = {str(web).lower()}\nport = 0\n"
@@ -112,7 +113,7 @@ def running_supervisor(
         "dimse": {"port": port, "workers": workers},
         "storage": {"root": root},
         "extract": {"every_s": extract_every_s},
-        "ingest": dict(ingest or {}),
+        "ingest": ingest,
         "peers": list(peers),
         "forwards": list(forwards),
         "forwarding": dict(forwarding or {}),

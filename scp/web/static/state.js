@@ -93,7 +93,8 @@ function jobs(now) {
   return h("div", {},
     facts([["Landed", `${number(now.landed)} instances`], ["Waiting for extraction", number(now.waiting)],
       ["Extraction", h("span", { class: job?.failed ? "error" : null }, last || "not yet")],
-      ["Spool", now.spool ? `${number(now.spool.bundles)} bundles, ${bytes(now.spool.bytes)} ${now.spool.error}` : ""]]),
+      ["Spool", now.spool ? `${number(now.spool.bundles)} bundles, ${bytes(now.spool.bytes)} ${now.spool.error}` : ""],
+      ["Damaged bundles", now.damaged ? h("span", { class: "error" }, `${number(now.damaged)} (sphere status names them)`) : ""]]),
     now.forwards.length ? [h("h2", {}, "Forwards"), table([
       ["Forward", (one) => one.forward], ["To", (one) => one.destination], ["Sent", (one) => number(one.sent ?? 0), "number"],
       ["Waiting", (one) => number(one.waiting ?? 0), "number"], ["Last failure", (one) => h("span", { class: "error" }, one.last_error ?? "")],
