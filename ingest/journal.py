@@ -18,7 +18,7 @@ import orjson
 
 from sphere.conf.errors import BundleDamaged, StorageError, StorageMissing
 from sphere.ingest.folders import BUNDLES, SealedFolders
-from sphere.ingest.records import MemberRecord
+from sphere.ingest.records import ERASED_LINE, Erased, Member, MemberRecord
 from sphere.ingest.storage.base import Appender, Readable, Storage
 from sphere.ingest.storage.paths import storage_error
 
@@ -50,11 +50,17 @@ class BundleState:
 
 @dataclass(frozen=True, slots=True)
 class Lines:
-    """Complete lines of a journal: their records, the byte after the last of them, and the sealing line if any."""
+    """Complete lines of a journal: what each says of a member, the byte after the last of them, and the sealing line if
+    any."""
 
-    records: list[MemberRecord]
+    members: list[Member]
     next_byte: int
     sealed: Sealed | None
+
+    @property
+    def records(self) -> list[MemberRecord]:
+        """The members whose bytes are there."""
+        return [one for one in self.members if isinstance(one, MemberRecord)]
 
 
 def journal_path(bundle: str) -> str:
@@ -106,13 +112,18 @@ class Landed:
     def records(
         self, bundle: str, *, from_byte: int = 0, unpublished: bool = False
     ) -> tuple[list[MemberRecord], int, bool]:
-        """(records, next_byte, sealed) of the complete lines from `from_byte` on, which an earlier call gave.
+        """(records, next_byte, sealed) of the complete lines from `from_byte` on, which an earlier call gave; members
+        whose bytes are gone are left out.
 
         `unpublished` adds what this host has written and other hosts cannot read yet. Raises BundleDamaged when the
         journal has no line beginning at `from_byte`, or a line that is no record.
         """
-        lines = parse(self._read(bundle, max(0, from_byte - 1), unpublished), bundle, from_byte)
+        lines = self.lines(bundle, from_byte=from_byte, unpublished=unpublished)
         return lines.records, lines.next_byte, lines.sealed is not None
+
+    def lines(self, bundle: str, *, from_byte: int = 0, unpublished: bool = False) -> Lines:
+        """What `records` gives, with the members whose bytes are gone."""
+        return parse(self._read(bundle, max(0, from_byte - 1), unpublished), bundle, from_byte)
 
     def _read(self, bundle: str, from_byte: int, unpublished: bool) -> bytes:
         if unpublished and self._state_dir is not None:
@@ -146,12 +157,17 @@ def parse(data: bytes, bundle: str, from_byte: int = 0) -> Lines:
     lines = data[:end].split(b"\n")[:-1]
     sealed = _sealed(lines[-1]) if lines else None
     try:
-        records = [MemberRecord.from_json(line) for line in (lines[:-1] if sealed else lines)]
+        members = [member_of(line) for line in (lines[:-1] if sealed else lines)]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise BundleDamaged(
             f"journal of {bundle}: a line that is no record ({error}); rebuild it from the tar"
         ) from None
-    return Lines(records, from_byte + end, sealed)
+    return Lines(members, from_byte + end, sealed)
+
+
+def member_of(line: bytes) -> Member:
+    """What a line says of a member; raises ValueError, TypeError, KeyError or AttributeError where it says nothing."""
+    return Erased.from_json(line) if line.startswith(ERASED_LINE) else MemberRecord.from_json(line)
 
 
 def _sealed(line: bytes) -> Sealed | None:
@@ -166,7 +182,7 @@ def _sealed(line: bytes) -> Sealed | None:
     return Sealed(members, size) if sound else None
 
 
-def to_lines(records: Sequence[MemberRecord], sealed: Sealed | None = None) -> bytes:
+def to_lines(records: Sequence[Member], sealed: Sealed | None = None) -> bytes:
     """The journal of these records, each line ended."""
     lines = [record.to_json() for record in records] + ([sealed.to_json()] if sealed else [])
     return b"".join(line + b"\n" for line in lines)

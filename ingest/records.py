@@ -9,6 +9,8 @@ from typing import Any
 import orjson
 
 _NO_COLLECTIONS = b',"collections":[]}'
+ERASED_LINE = b'{"erased":true'
+"""How the journal line of a member begins whose bytes are gone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,3 +55,34 @@ class MemberRecord:
         fields["received_at"] = datetime.fromisoformat(fields["received_at"].replace("Z", "+00:00"))
         fields["collections"] = tuple(fields.get("collections", ()))
         return cls(**fields)
+
+
+@dataclass(frozen=True, slots=True)
+class Erased:
+    """A member of which nothing is left but its place: its bytes went at compaction, and what was said of it.
+
+    ``line`` is the length in bytes of its journal line without the line feed: that of the record that stood there, so
+    that no line of the journal moves.
+    """
+
+    bundle: str
+    offset: int
+    length: int
+    line: int
+
+    def to_json(self) -> bytes:
+        """The journal line, filled up with spaces."""
+        said = {"erased": True, "bundle": self.bundle, "offset": self.offset, "length": self.length}
+        return orjson.dumps(said).ljust(self.line)
+
+    @classmethod
+    def from_json(cls, line: bytes) -> Erased:
+        """The member of one journal line; raises ValueError, KeyError or TypeError where it is not one."""
+        fields: dict[str, Any] = orjson.loads(line)
+        if fields.pop("erased") is not True:
+            raise ValueError("a line that does not say what it is")
+        return cls(**fields, line=len(line))
+
+
+Member = MemberRecord | Erased
+"""What one line of a journal says."""

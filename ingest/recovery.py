@@ -14,9 +14,9 @@ from sphere.conf.errors import BundleDamaged, StorageError, StorageMissing
 from sphere.conf.settings import Settings
 from sphere.ingest import tar
 from sphere.ingest.folders import SealedFolders, bundle_of
-from sphere.ingest.journal import Landed, Sealed, bundle_id, journal_path, mirror_path, parse, to_lines
+from sphere.ingest.journal import Landed, Sealed, bundle_id, journal_path, member_of, mirror_path, parse, to_lines
 from sphere.ingest.lock import BundleLock, locked_bundles
-from sphere.ingest.records import MemberRecord
+from sphere.ingest.records import Member
 from sphere.ingest.storage.base import Readable, Storage
 
 _WINDOW = 256 << 10  # bytes read at once while headers are scanned
@@ -165,13 +165,13 @@ def verify(storage: Readable, bundle: str) -> Verification:
     found = tar.scan(window, size)
     problems = [found.damage] if found.damage else [] if found.sealed else ["no end-of-archive"]
     for member in found.members:
-        if tar.digest(window, member) != member.fields.get("sha256"):
+        if not member.erased and tar.digest(window, member) != member.fields.get("sha256"):
             problems.append(f"member at byte {member.offset}: sha256 differs")
     try:
         records = _records(bundle, found.members)
         lines = parse(storage.read(journal_path(bundle)), bundle)
-        if lines.records != records:
-            problems.append(f"journal has {len(lines.records)} records that are not the tar's {len(records)}")
+        if lines.members != records:
+            problems.append(f"journal has {len(lines.members)} records that are not the tar's {len(records)}")
         if lines.sealed != Sealed(len(records), size):
             problems.append(f"journal ends with {lines.sealed}")
     except StorageError as error:
@@ -197,7 +197,7 @@ class Window:
         return self._data[at : at + length]
 
 
-def _place(record: MemberRecord) -> tuple[int, int]:
+def _place(record: Member) -> tuple[int, int]:
     return record.offset, record.length
 
 
@@ -217,7 +217,7 @@ def _known(storage: Storage, state_dir: Path, bundle: str) -> set[tuple[int, int
     for text in data:
         for line in text.split(b"\n"):
             try:
-                known.add(_place(MemberRecord.from_json(line)))
+                known.add(_place(member_of(line)))
             except (ValueError, TypeError, KeyError, AttributeError):
                 break
     return known
@@ -231,7 +231,8 @@ def _without_bad_tail(
     bad = {
         member.offset
         for member in members
-        if (member.offset, member.length) not in known and tar.digest(window, member) != member.fields.get("sha256")
+        if not (member.erased or (member.offset, member.length) in known)
+        and tar.digest(window, member) != member.fields.get("sha256")
     }
     kept = list(members)
     while kept and kept[-1].offset in bad:
@@ -241,7 +242,7 @@ def _without_bad_tail(
     return kept
 
 
-def _records(bundle: str, members: list[tar.TarMember]) -> list[MemberRecord]:
+def _records(bundle: str, members: list[tar.TarMember]) -> list[Member]:
     try:
         return [member.record(bundle) for member in members]
     except (ValueError, TypeError, KeyError, AttributeError) as error:

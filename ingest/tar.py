@@ -3,6 +3,9 @@
 A member is an extended header (type ``x``), a ustar header, the DICOM file, and zeros up to the next 512 bytes. What
 the journal holds of the member stands in the extended header's ``comment`` record as JSON: the one keyword of pax that
 every reader is told to ignore (GNU tar prints a warning for each vendor keyword of each member).
+
+A member whose bytes are gone (sphere.ingest.erasing) keeps its place: headers of the same length that say so and
+nothing else of it, and zeros.
 """
 
 from __future__ import annotations
@@ -17,14 +20,17 @@ from typing import Any
 
 import orjson
 
-from sphere.ingest.records import MemberRecord
+from sphere.ingest.records import Erased, Member, MemberRecord
 
 BLOCK = 512
 END = bytes(2 * BLOCK)  # end-of-archive: two blocks of zeros
 FORMAT = 1  # value of "sphere" in the comment record
+ERASED_NAME = "erased"  # of every member whose bytes are gone
 MAX_USTAR = 8**11  # bytes of a member from which on its length needs an extended record
 MAX_PAX = 1 << 20  # bytes of an extended header above which it is none of ours
 
+_COMMENT_START = b'{"sphere":%d,' % FORMAT
+_ERASED = orjson.dumps({"sphere": FORMAT, "erased": True})
 _PLAIN_UID = re.compile(r"[0-9][0-9.]{0,63}")
 _PAX_RECORD = re.compile(rb"(\d{1,20}) ([^=]+)=")
 _PAX_SIZE = re.compile(r"\d{1,18}", re.ASCII)
@@ -42,9 +48,18 @@ class TarMember:
     end: int
     name: str
     fields: dict[str, Any]
+    comment: int = 0  # bytes of the comment record's value
 
-    def record(self, bundle: str) -> MemberRecord:
-        """The journal record; raises ValueError, TypeError or KeyError where the comment does not give one."""
+    @property
+    def erased(self) -> bool:
+        """Whether its bytes are gone."""
+        return self.fields.get("erased") is True
+
+    def record(self, bundle: str) -> Member:
+        """What the journal says of it; raises ValueError, TypeError or KeyError where the comment does not give that."""
+        if self.erased:
+            place = orjson.dumps({"bundle": bundle, "offset": self.offset, "length": self.length})
+            return Erased(bundle, self.offset, self.length, self.comment - len(_COMMENT_START) + len(place))
         fields = dict(self.fields)
         if fields.pop("sphere") != FORMAT:
             raise ValueError("comment record of another format")
@@ -78,6 +93,26 @@ def member_header(name: str, length: int, received_at: datetime, fields: dict[st
     extended = _header_block(b"././@PaxHeader", 0, len(pax), 0, tarfile.XHDTYPE)
     plain = _header_block(name.encode("ascii"), 0o644, length, int(received_at.timestamp()), tarfile.REGTYPE)
     return b"".join((extended, pax, padding(len(pax)), plain))
+
+
+def erased_header(head: bytes) -> bytes:
+    """What stands in the place of the blocks `head` that precede a member once its bytes are gone: just as long, with
+    nothing that was said of it but its length. Raises ValueError where `head` is not what `member_header` makes."""
+    try:
+        records = _pax_records(head[BLOCK : BLOCK + _header(head[:BLOCK]).size])
+        length = _header(head[-BLOCK:]).size
+        comment = len(records["comment"].encode())
+    except (_Damaged, KeyError) as error:
+        raise ValueError(f"no headers of a member ({error})") from None
+    pax = _pax_record(b"comment", _ERASED.ljust(comment))
+    if "size" in records:
+        pax += _pax_record(b"size", records["size"].encode())
+    extended = _header_block(b"././@PaxHeader", 0, len(pax), 0, tarfile.XHDTYPE)
+    plain = _header_block(ERASED_NAME.encode(), 0o644, length, 0, tarfile.REGTYPE)
+    blocks = b"".join((extended, pax, padding(len(pax)), plain))
+    if len(blocks) != len(head):
+        raise ValueError("headers of another length")
+    return blocks
 
 
 def _pax_record(keyword: bytes, value: bytes) -> bytes:
@@ -159,7 +194,8 @@ def _member_at(fetch: Fetch, at: int, size: int) -> TarMember | None:
     end = offset + _rounded(length)
     if end > size:
         raise _Damaged("a member that ends after the file")
-    return TarMember(at, offset, length, end, pax.get("path", plain.name), _fields(pax, length))
+    comment = len(pax.get("comment", "").encode("utf-8", "surrogateescape"))
+    return TarMember(at, offset, length, end, pax.get("path", plain.name), _fields(pax, length), comment)
 
 
 def _take(fetch: Fetch, at: int, length: int, size: int) -> bytes:
@@ -189,8 +225,10 @@ def _length(pax: dict[str, str], plain: tarfile.TarInfo) -> int:
 def _fields(pax: dict[str, str], length: int) -> dict[str, Any]:
     try:
         fields = orjson.loads(pax["comment"])
+        if fields.get("erased") is True:
+            return dict(fields)
         offset, received_at = fields["dataset_offset"], fields["received_at"]
-    except (KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, TypeError, ValueError):
         raise _Damaged("an extended header without our comment record") from None
     if not isinstance(offset, int) or not isinstance(received_at, str):
         raise _Damaged("a comment record with values of other types")

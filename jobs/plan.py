@@ -9,7 +9,7 @@ from typing import Any
 from deltalake import DeltaTable
 
 from sphere.ingest.journal import Landed
-from sphere.ingest.records import MemberRecord
+from sphere.ingest.records import Member, MemberRecord
 from sphere.jobs.tables import Tables
 from sphere.jobs.versions import Order, Place, order, place
 
@@ -74,21 +74,27 @@ def batches(landed: Landed, done: Mapping[str, Mapping[str, Any]], size: int) ->
         position, members = before["journal_bytes"], before["members"]
         if state.journal_size <= position:
             continue
-        records, end, is_sealed = landed.records(state.bundle, from_byte=position)
-        while len(batch.records) + len(records) > size:
-            part = records[: size - len(batch.records)]
-            records = records[len(part) :]
-            position += sum(len(record.to_json()) + 1 for record in part)
+        lines = landed.lines(state.bundle, from_byte=position)
+        found = lines.members
+        while len(batch.records) + len(found) > size:
+            part = found[: size - len(batch.records)]
+            found = found[len(part) :]
+            position += sum(len(one.to_json()) + 1 for one in part)
             members += len(part)
-            batch.records += part
+            batch.records += _there(part)
             if part:
                 batch.bundles.append(_row(state.bundle, position, members, False))
             yield batch
             batch = Batch()
-        batch.records += records
-        batch.bundles.append(_row(state.bundle, end, members + len(records), is_sealed))
+        batch.records += _there(found)
+        batch.bundles.append(_row(state.bundle, lines.next_byte, members + len(found), lines.sealed is not None))
     if batch.bundles:
         yield batch
+
+
+def _there(members: Iterable[Member]) -> list[MemberRecord]:
+    """Those whose bytes did not go at compaction."""
+    return [one for one in members if isinstance(one, MemberRecord)]
 
 
 def _row(bundle: str, journal_bytes: int, members: int, sealed: bool) -> dict[str, Any]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from io import FileIO
 
 from sphere.conf.errors import StorageError
 
 Buffer = bytes | bytearray | memoryview
+Piece = bytes | int
+"""A part of a file that is written anew: bytes, or so many zeros."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +125,16 @@ class Storage(Readable):
     @abstractmethod
     def write(self, path: str, data: bytes) -> None:
         """Replace the whole file atomically and durably."""
+
+    @abstractmethod
+    def rewrite(self, path: str, pieces: Callable[[], Iterable[Piece]], *, check: Callable[[str], None]) -> int:
+        """Replace a file that nobody writes to, atomically and durably, by `pieces` in order; returns how many bytes
+        the storage has more room for.
+
+        Zeros take no room where the storage can leave them out. `check` is called with the path under which the new
+        file is until it takes the place of the old one, and what it raises leaves the old one as it is. Who reads the
+        old one goes on; `pieces` may be asked for again. One process at a time may do so for a file.
+        """
 
     @abstractmethod
     def rename(self, path: str, to: str) -> None:

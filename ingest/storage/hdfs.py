@@ -25,9 +25,9 @@ from urllib.parse import unquote, urlsplit
 from hdfs_native import Client, FileReader, FileWriter, WriteOptions
 
 from sphere.conf.errors import StorageError, StorageFull, StorageMissing
-from sphere.ingest.storage.base import Appender, Buffer, Entry, Storage
+from sphere.ingest.storage.base import Appender, Buffer, Entry, Piece, Storage
 from sphere.ingest.storage.deadline import Deadline
-from sphere.ingest.storage.paths import TEMPORARY, checked, checked_prefix, is_temporary
+from sphere.ingest.storage.paths import TEMPORARY, checked, checked_prefix, is_temporary, rewritten
 
 COPY = 8 << 20  # bytes copied at a time when a file is cut
 RECOVER_S = 120.0  # seconds to wait for lease recovery (HDFS needs 2 s as a rule)
@@ -177,14 +177,52 @@ class HdfsStorage(Storage):
     def read(self, path: str, offset: int = 0, length: int | None = None) -> bytes:
         full = self._path(path)
         with _told(f"reading {full}"):
-            reader = self._reader(full, None if length is None else offset + length)
-            end = len(reader) if length is None else min(offset + length, len(reader))
-            return reader.read_range(offset, end - offset) if end > offset else b""
+            reader, kept = self._reader(full, None if length is None else offset + length)
+            try:
+                return _range(reader, offset, length)
+            except Exception:
+                if not kept:
+                    raise
+        self._forget(full)  # another process put a new file in its place, and the blocks of the old one are gone
+        with _told(f"reading {full}"):
+            return _range(self._reader(full, None)[0], offset, length)
 
     def write(self, path: str, data: bytes) -> None:
         full = self._path(path)
         with _told(f"writing {full}"):
             self._replace(full, lambda: [data])
+
+    def rewrite(self, path: str, pieces: Callable[[], Iterable[Piece]], *, check: Callable[[str], None]) -> int:
+        full, temporary = self._path(path), rewritten(path)
+        for left in reversed(range(self.attempts)):
+            self.delete(temporary)  # of a process that was killed
+            try:
+                self._fill(self._path(temporary), _written_out(pieces()), self.attempts - 1 - left)
+                break
+            except StorageError as error:
+                if not left or isinstance(error, StorageFull):
+                    raise
+                log.warning("once more, in another file: %s", error)
+        try:
+            check(temporary)
+            with _told(f"putting {temporary} in the place of {full}"):
+                self._client.rename(self._path(temporary), full, True)
+        except BaseException:
+            self.delete(temporary)
+            raise
+        finally:
+            self._forget(full)
+            self._forget(self._path(temporary))
+        return 0
+
+    def _fill(self, full: str, pieces: Iterable[bytes], attempt: int) -> None:
+        appender = self._create(full, attempt)
+        try:
+            for piece in pieces:
+                appender.write([piece])
+            appender.close()
+        finally:
+            appender.abandon()
 
     def rename(self, path: str, to: str) -> None:
         full, other = self._path(path), self._path(to)
@@ -305,38 +343,50 @@ class HdfsStorage(Storage):
     def _replace_once(self, full: str, pieces: Iterable[bytes], attempt: int) -> None:
         folder, _, name = full.rpartition("/")
         temporary = f"{folder}/.{name}.{secrets.token_hex(8)}{TEMPORARY}"
-        appender = self._create(temporary, attempt)
         try:
-            for piece in pieces:
-                appender.write([piece])
-            appender.close()
+            self._fill(temporary, pieces, attempt)
             self._client.rename(temporary, full, True)
         except BaseException:
             self._client.delete(temporary)
             raise
         finally:
-            appender.abandon()
             self._forget(full)
 
-    def _reader(self, full: str, end: int | None) -> FileReader:
-        """A reader of the file; one of the last 5 s where it is long enough for `end`, None: the file as it is now."""
+    def _reader(self, full: str, end: int | None) -> tuple[FileReader, bool]:
+        """A reader of the file, and whether it is one of the last 5 s: where that is long enough for `end`; None: the
+        file as it is now."""
         client = self._client
         now = time.monotonic()
         with self._lock:
             kept = self._readers.get(full)
         if kept is not None and end is not None and now - kept[0] < READER_S and end <= len(kept[1]):
-            return kept[1]
+            return kept[1], True
         reader = client.read(full)
         with self._lock:
             self._readers[full] = (now, reader)
             self._readers.move_to_end(full)
             while len(self._readers) > _READERS:
                 self._readers.popitem(last=False)
-        return reader
+        return reader, False
 
     def _forget(self, full: str) -> None:
         with self._lock:
             self._readers.pop(full, None)
+
+
+def _range(reader: FileReader, offset: int, length: int | None) -> bytes:
+    end = len(reader) if length is None else min(offset + length, len(reader))
+    return reader.read_range(offset, end - offset) if end > offset else b""
+
+
+def _written_out(pieces: Iterable[Piece]) -> Iterator[bytes]:
+    """The pieces, with zeros as bytes."""
+    for piece in pieces:
+        if isinstance(piece, int):
+            for at in range(0, piece, COPY):
+                yield bytes(min(COPY, piece - at))
+        else:
+            yield piece
 
 
 def _write_all(writer: FileWriter, buffers: Sequence[Buffer]) -> None:

@@ -30,6 +30,12 @@ def is_temporary(path: str) -> bool:
     return name.startswith(".") and name.endswith(TEMPORARY)
 
 
+def rewritten(path: str) -> str:
+    """The one name under which a file is made anew: who goes on after another's end removes it first."""
+    folder, _, name = path.rpartition("/")
+    return f"{folder}/.{name}.rewrite{TEMPORARY}" if folder else f".{name}.rewrite{TEMPORARY}"
+
+
 def storage_error(error: OSError, doing: str) -> StorageError:
     """The error of the tree for an error of the operating system; `doing` says what was tried, with the path."""
     message = f"{doing}: {error.strerror or error}"

@@ -10,7 +10,7 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
@@ -20,8 +20,8 @@ from hdfs.client import InsecureClient, _Request
 from hdfs.util import HdfsError
 
 from sphere.conf.errors import StorageError, StorageFull, StorageMissing
-from sphere.ingest.storage.base import Appender, Buffer, Entry, Storage
-from sphere.ingest.storage.paths import TEMPORARY, checked, checked_prefix, is_temporary
+from sphere.ingest.storage.base import Appender, Buffer, Entry, Piece, Storage
+from sphere.ingest.storage.paths import TEMPORARY, checked, checked_prefix, is_temporary, rewritten
 
 FLUSH = 8 << 20  # bytes buffered before an APPEND is sent without waiting for `sync`
 RECOVER_S = 120.0  # seconds to wait for a lease: HDFS lets go of a dead writer's after 60 s
@@ -126,6 +126,24 @@ class WebHdfsStorage(Storage):
                 client.delete(temporary)
                 raise
 
+    def rewrite(self, path: str, pieces: Callable[[], Iterable[Piece]], *, check: Callable[[str], None]) -> int:
+        temporary = rewritten(path)
+        self.delete(temporary)  # of a process that was killed
+        try:
+            appender = self.create(temporary)
+            for piece in pieces():
+                for data in [piece] if isinstance(piece, bytes) else _zeros(piece):
+                    appender.write([data])
+            appender.close()
+            check(temporary)
+            with _told(f"putting {temporary} in the place of {path}"):
+                full = self._path(path)
+                self._client()._rename(self._path(temporary), destination=full, renameoptions="OVERWRITE")
+        except BaseException:
+            self.delete(temporary)
+            raise
+        return 0
+
     def rename(self, path: str, to: str) -> None:
         full, other = self._path(path), self._path(to)
         with _told(f"renaming {full}"):
@@ -204,6 +222,11 @@ class WebHdfsStorage(Storage):
 
     def _path(self, path: str) -> str:
         return f"{self._root}/{checked(path)}"
+
+
+def _zeros(count: int) -> Iterator[bytes]:
+    for at in range(0, count, FLUSH):
+        yield bytes(min(FLUSH, count - at))
 
 
 _LEASED = {"AlreadyBeingCreatedException", "RecoveryInProgressException"}
