@@ -1,4 +1,5 @@
-"""Who writes the catalog: at most one process at a time, and the others learn which one it is.
+"""Who writes the catalog: at most one process at a time, and the others learn which one it is. Of what was deleted, who
+decides whether it comes back or goes for good, in the same way.
 
 A local catalog is guarded by ``flock`` on ``<catalog>/_writer.lock``: the kernel lets go of it when the holder dies.
 On HDFS the file ``<catalog>/_writer/lock`` itself is the lock: created exclusively, its owner's heartbeat renewed in
@@ -19,6 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
+from typing import TypeVar
 from urllib.parse import unquote, urlsplit
 
 import orjson
@@ -27,6 +29,7 @@ from sphere.conf.errors import LockHeld, SphereError, StorageError, StorageMissi
 from sphere.conf.settings import Settings
 from sphere.ingest.storage import open_storage
 from sphere.ingest.storage.base import Storage
+from sphere.ingest.storage.local import LocalStorage
 
 FLOCK_NAME = "_writer.lock"
 LOCK_FOLDER = "_writer"
@@ -35,8 +38,14 @@ STALE_S = 120.0
 """Seconds without a heartbeat after which a lock on HDFS is taken over."""
 HEARTBEAT_S = 10.0
 """Seconds between two heartbeats of a lock on HDFS."""
+FATE = "_tombstones"
+FATE_WAIT_S = 60.0
+"""Seconds to wait for who writes the tombstones: some ms, on HDFS a second or two."""
 POLL_S = 0.2
 """Seconds between two attempts to take a lock that is held."""
+
+
+Held = TypeVar("Held", bound="Lock")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,28 +85,22 @@ class Owner:
         return age.total_seconds() > STALE_S
 
 
-class CatalogLock:
-    """The right to write the catalog, as a context manager.
+class Lock:
+    """A right that one process has at a time, as a context manager.
 
-    Waits up to ``settings.extract.lock_wait_s`` seconds, then raises LockHeld naming the holder's job, process, host
-    and since when. Not reentrant.
+    Waits up to `wait_s` seconds, then raises LockHeld naming the holder's job, process, host and since when; `what` it
+    is doing completes the sentence. Not reentrant.
     """
 
-    def __init__(self, settings: Settings, *, job: str = "extract") -> None:
-        self._wait_s = settings.extract.lock_wait_s
+    def __init__(self, guard: _Guard, *, job: str, what: str, wait_s: float) -> None:
+        self._guard, self._what, self._wait_s = guard, what, wait_s
         self._owner = Owner.here(job)
-        root = settings.catalog_root
-        self._guard: _Guard
-        if urlsplit(root).scheme == "file":
-            self._guard = _FlockGuard(Path(unquote(urlsplit(root).path)) / FLOCK_NAME)
-        else:
-            self._guard = _FileGuard(open_storage(root, user=settings.storage.user))
 
-    def __enter__(self) -> CatalogLock:
+    def __enter__(self: Held) -> Held:
         deadline = time.monotonic() + self._wait_s
         while not self._guard.take(self._owner):
             if time.monotonic() >= deadline:
-                raise LockHeld(_explain(self._guard.holder()))
+                raise LockHeld(self._explain(self._guard.holder()))
             time.sleep(POLL_S)
         return self
 
@@ -110,7 +113,41 @@ class CatalogLock:
         """Raise LockHeld when the lock was lost: this process stood still so long that another one took it over."""
         holder = self._guard.holder()
         if holder is None or holder.token != self._owner.token:
-            raise LockHeld(f"the right to write the catalog was lost; {_explain(holder)}")
+            raise LockHeld(f"the right to write {self._what} was lost; {self._explain(holder)}")
+
+    def _explain(self, holder: Owner | None) -> str:
+        if holder is None:
+            return f"another process is writing {self._what}; try again when it has finished"
+        verb = "are" if self._what.endswith("s") else "is"
+        return (
+            f"{self._what} {verb} being written by {holder.job} (process {holder.pid} on {holder.host}, "
+            f"since {holder.since}); try again when it has finished"
+        )
+
+
+class CatalogLock(Lock):
+    """The right to write the catalog; waits for it up to ``settings.extract.lock_wait_s`` seconds."""
+
+    def __init__(self, settings: Settings, *, job: str = "extract") -> None:
+        root = settings.catalog_root
+        guard: _Guard
+        if urlsplit(root).scheme == "file":
+            guard = _FlockGuard(Path(unquote(urlsplit(root).path)) / FLOCK_NAME)
+        else:
+            guard = _FileGuard(open_storage(root, user=settings.storage.user))
+        super().__init__(guard, job=job, what="the catalog", wait_s=settings.extract.lock_wait_s)
+
+
+class FateLock(Lock):
+    """The right to say of deleted instances that they come back, or that their bytes go."""
+
+    def __init__(self, storage: Storage, *, job: str) -> None:
+        guard: _Guard
+        if isinstance(storage, LocalStorage):
+            guard = _FlockGuard(storage.root / f"{FATE}.lock")
+        else:
+            guard = _FileGuard(storage, FATE)
+        super().__init__(guard, job=job, what="the tombstones", wait_s=FATE_WAIT_S)
 
 
 class _Guard(ABC):
@@ -165,13 +202,14 @@ class _FileGuard(_Guard):
     Only one process can take over a given dead owner: it first creates a file named by that owner's token.
     """
 
-    def __init__(self, storage: Storage) -> None:
+    def __init__(self, storage: Storage, folder: str = LOCK_FOLDER) -> None:
         self._storage = storage
+        self._folder, self._path = folder, f"{folder}/lock"
         self._done = threading.Event()
         self._beat: threading.Thread | None = None
 
     def take(self, owner: Owner) -> bool:
-        if not self._create(LOCK_PATH, owner):
+        if not self._create(self._path, owner):
             holder = self.holder()
             if holder is None or not holder.is_gone() or not self._take_over(holder, owner):
                 return False
@@ -194,7 +232,7 @@ class _FileGuard(_Guard):
         return True
 
     def _take_over(self, dead: Owner, owner: Owner) -> bool:
-        claim = f"{LOCK_FOLDER}/{dead.token}"
+        claim = f"{self._folder}/{dead.token}"
         if not self._create(claim, owner):
             claimant = self._read(claim)
             if claimant is not None and claimant.is_gone():
@@ -204,13 +242,13 @@ class _FileGuard(_Guard):
             current = self.holder()
             if current is None or current.token != dead.token:
                 return False
-            self._storage.write(LOCK_PATH, owner.to_json())
+            self._storage.write(self._path, owner.to_json())
             return True
         finally:
             self._storage.delete(claim)
 
     def holder(self) -> Owner | None:
-        return self._read(LOCK_PATH)
+        return self._read(self._path)
 
     def _read(self, path: str) -> Owner | None:
         try:
@@ -220,7 +258,7 @@ class _FileGuard(_Guard):
 
     def _unnamed(self, path: str) -> Owner | None:
         """The owner of a file that was created and not yet written, or never: as old as the file."""
-        for entry in self._storage.walk(LOCK_FOLDER):
+        for entry in self._storage.walk(self._folder):
             if entry.path == path:
                 created = datetime.fromtimestamp(entry.mtime, timezone.utc).isoformat(timespec="seconds")
                 return Owner("?", 0, "a job", created, f"unnamed-{entry.mtime}", created)
@@ -232,7 +270,7 @@ class _FileGuard(_Guard):
                 holder = self.holder()
                 if holder is None or holder.token != owner.token:
                     return
-                self._storage.write(LOCK_PATH, replace(owner, heartbeat=_now()).to_json())
+                self._storage.write(self._path, replace(owner, heartbeat=_now()).to_json())
 
     def release(self, owner: Owner) -> None:
         self._done.set()
@@ -240,16 +278,7 @@ class _FileGuard(_Guard):
             self._beat.join()
         holder = self.holder()
         if holder is not None and holder.token == owner.token:
-            self._storage.delete(LOCK_PATH)
-
-
-def _explain(holder: Owner | None) -> str:
-    if holder is None:
-        return "another process is writing the catalog; try again when it has finished"
-    return (
-        f"the catalog is being written by {holder.job} (process {holder.pid} on {holder.host}, since {holder.since}); "
-        "try again when it has finished"
-    )
+            self._storage.delete(self._path)
 
 
 def _runs(pid: int) -> bool:

@@ -335,6 +335,7 @@ _TOMBSTONES = pa.schema(
         ("deleted_at", TIMESTAMP),
         ("deleted_by", pa.string()),
         ("reason", pa.string()),  # as it was given; "": none was
+        ("erased_at", TIMESTAMP),  # since when its bytes are gone; null: they are there
     ]
 )
 

@@ -1,5 +1,7 @@
 """Tombstones: which instances were deleted, so that nobody is shown them; their bytes stay until compaction.
 
+Compaction says of them that they are erased before it takes the first byte, and from then on they cannot be restored.
+
 A deletion and its undoing are events below ``tombstones/`` of the storage (see sphere.ingest.events), durable and seen
 by every process of every host when they return; of an instance the latest counts. Extraction carries them out in the
 tables, see docs/decisions/0031-tombstones.md.
@@ -13,7 +15,7 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from itertools import groupby
 from math import inf
@@ -22,7 +24,8 @@ from typing import Any, Final, Literal, Protocol
 
 import orjson
 
-from sphere.conf.errors import StorageError
+from sphere.catalog.lock import FateLock
+from sphere.conf.errors import BytesGone, StorageError
 from sphere.conf.settings import Settings
 from sphere.ingest.events import EventLog
 from sphere.ingest.storage import open_storage
@@ -38,7 +41,8 @@ PAGE: Final = 20_000  # changes given at once
 _TICK = timedelta(microseconds=1)
 
 Stamp = tuple[int, int]
-Action = Literal["deleted", "restored"]
+Action = Literal["deleted", "restored", "erased"]
+_STATES: Final[Mapping[Action, int]] = {"restored": 0, "deleted": 1, "erased": 2}
 
 
 class Named(Protocol):
@@ -54,7 +58,10 @@ class Named(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Tombstone:
-    """The latest that was done to an instance: whether it is deleted, when (RFC 3339, UTC), by whom, and why."""
+    """The latest that was done to an instance: whether it is deleted, when (RFC 3339, UTC), by whom, and why.
+
+    That it is `erased` changes nothing of these.
+    """
 
     StudyInstanceUID: str
     SeriesInstanceUID: str
@@ -63,12 +70,14 @@ class Tombstone:
     at: str
     by: str
     reason: str
+    erased: bool = False
 
 
 _DDL = """
 CREATE TABLE IF NOT EXISTS instances (
   SOPInstanceUID TEXT PRIMARY KEY, StudyInstanceUID TEXT NOT NULL, SeriesInstanceUID TEXT NOT NULL,
-  deleted INTEGER NOT NULL, at TEXT NOT NULL, id TEXT NOT NULL, by TEXT NOT NULL, reason TEXT NOT NULL,
+  deleted INTEGER NOT NULL, at TEXT NOT NULL, id TEXT NOT NULL, since TEXT NOT NULL, by TEXT NOT NULL,
+  reason TEXT NOT NULL,
   seq INTEGER NOT NULL) WITHOUT ROWID;
 CREATE UNIQUE INDEX IF NOT EXISTS by_seq ON instances (seq);
 CREATE INDEX IF NOT EXISTS by_study ON instances (StudyInstanceUID) WHERE deleted;
@@ -77,14 +86,13 @@ CREATE TABLE IF NOT EXISTS made (one INTEGER PRIMARY KEY, name TEXT NOT NULL);
 INSERT OR IGNORE INTO made VALUES (1, lower(hex(randomblob(8))));
 CREATE TABLE IF NOT EXISTS told (table_id TEXT PRIMARY KEY, cursor TEXT NOT NULL);
 """
-_FIELDS = [field.name for field in fields(Tombstone)]
-_NAMES = ", ".join(_FIELDS)
+_NAMES = "StudyInstanceUID, SeriesInstanceUID, SOPInstanceUID, deleted, since, by, reason"
 _LATER = """
-INSERT INTO instances VALUES (:sop, :study, :series, :deleted, :at, :id, :by, :reason,
+INSERT INTO instances VALUES (:sop, :study, :series, :deleted, :at, :id, :since, :by, :reason,
   (SELECT coalesce(max(seq), 0) + 1 FROM instances))
 ON CONFLICT DO UPDATE SET StudyInstanceUID = excluded.StudyInstanceUID, SeriesInstanceUID = excluded.SeriesInstanceUID,
-  deleted = excluded.deleted, at = excluded.at, id = excluded.id, by = excluded.by, reason = excluded.reason,
-  seq = excluded.seq
+  deleted = excluded.deleted, at = excluded.at, id = excluded.id, since = excluded.since, by = excluded.by,
+  reason = excluded.reason, seq = CASE WHEN excluded.deleted = 2 AND deleted THEN seq ELSE excluded.seq END
 WHERE (excluded.at, excluded.id) > (at, id)
 """
 _AMONG = "IN (SELECT value FROM json_each(?))"
@@ -93,7 +101,8 @@ _AMONG = "IN (SELECT value FROM json_each(?))"
 def _apply(db: sqlite3.Connection, event: Mapping[str, Any]) -> None:
     action: Action = event["action"]
     said = {name: event[name] for name in ("at", "id", "by", "reason")}
-    said |= {"study": event["StudyInstanceUID"], "series": event["SeriesInstanceUID"], "deleted": action == "deleted"}
+    said |= {"since": event.get("since", event["at"]), "deleted": _STATES[action]}
+    said |= {"study": event["StudyInstanceUID"], "series": event["SeriesInstanceUID"]}
     db.executemany(_LATER, [{**said, "sop": uid} for uid in event["SOPInstanceUIDs"]])
 
 
@@ -125,9 +134,42 @@ class Tombstones:
         return self._tell("deleted", new, by=by, reason=reason)
 
     def restore(self, sop_instance_uids: Sequence[str], *, by: str, reason: str = "") -> int:
-        """Undo the deletion of these instances; how many were deleted. Raises StorageError."""
-        buried = list(self.find(sop=sop_instance_uids)) if sop_instance_uids else []
-        return self._tell("restored", buried, by=by, reason=reason)
+        """Undo the deletion of these instances; how many were deleted.
+
+        Raises BytesGone, and restores none, where some are erased; LockHeld where another process restores or erases
+        for long; StorageError.
+        """
+        if not sop_instance_uids or not any(True for _ in self.find(sop=sop_instance_uids)):
+            return 0
+        with self._deciding("undelete") as lock:
+            buried = list(self.find(sop=sop_instance_uids))
+            _refuse_erased(buried)
+            lock.check()
+            done = self._tell("restored", buried, by=by, reason=reason)
+        _refuse_erased(self.find(sop=sop_instance_uids))  # the lock was lost, and who has it was faster
+        return done
+
+    def erase(self, sop_instance_uids: Sequence[str], *, until: datetime) -> set[str]:
+        """Say that the bytes of these go: of those that are deleted, and were by `until`; returns which are erased by
+        now. Their bytes may go then, and cannot come back. Raises LockHeld where another process restores or erases for
+        long, and StorageError.
+        """
+        with self._deciding("compact") as lock:
+            latest = until.isoformat(timespec="microseconds")
+            found = self.find(sop=sop_instance_uids)
+            going = [one for one in found if not one.erased and one.at <= latest]
+            lock.check()
+            self._tell("erased", going)
+        return {one.SOPInstanceUID for one in self.find(sop=sop_instance_uids) if one.erased}
+
+    @contextmanager
+    def _deciding(self, job: str) -> Iterator[FateLock]:
+        """Nobody else restores or erases meanwhile, and what was done until now is known."""
+        with FateLock(self._storage, job=job) as lock:
+            self._seen = self._settled = None
+            yield lock
+            lock.check()  # what was said may have been said too late: it is not acted upon
+            self._seen = self._settled = None
 
     def deleted(self, sop_instance_uids: Sequence[str]) -> set[str]:
         """Those of the UIDs that are deleted. Raises StorageError."""
@@ -229,17 +271,25 @@ class Tombstones:
             self._seen = stamp
             yield db
 
-    def _tell(self, action: Action, instances: Sequence[Named], *, by: str, reason: str) -> int:
+    def _tell(self, action: Action, instances: Sequence[Named], *, by: str = "", reason: str = "") -> int:
+        """What was said when they were deleted stays said of those that are erased."""
         if not instances:
             return 0
         at = self._moment([one.SOPInstanceUID for one in instances]).isoformat(timespec="microseconds")
+
+        def said(one: Named) -> tuple[str, str, dict[str, str]]:
+            told = {"by": by, "reason": reason}
+            if action == "erased" and isinstance(one, Tombstone):
+                told = {"since": one.at, "by": one.by, "reason": one.reason}
+            return one.StudyInstanceUID, one.SeriesInstanceUID, told
+
         events = []
-        for (study, series), group in groupby(sorted(instances, key=_uids), key=lambda one: _uids(one)[:2]):
+        for (study, series, told), group in groupby(sorted(instances, key=_uids), key=said):
             sops = [one.SOPInstanceUID for one in group]
             for start in range(0, len(sops), EVENT):
                 named = {"StudyInstanceUID": study, "SeriesInstanceUID": series}
-                said = {"id": uuid.uuid4().hex, "action": action, "at": at, "by": by, "reason": reason}
-                events.append({**said, **named, "SOPInstanceUIDs": sops[start : start + EVENT]})
+                event = {"id": uuid.uuid4().hex, "action": action, "at": at, **told}
+                events.append({**event, **named, "SOPInstanceUIDs": sops[start : start + EVENT]})
         self._log.append(events)
         self._spread()
         return len(instances)
@@ -279,5 +329,14 @@ def _uids(one: Named) -> tuple[str, str, str]:
 
 
 def _tombstone(row: sqlite3.Row) -> Tombstone:
-    study, series, sop, deleted, at, by, reason = tuple(row)[: len(_FIELDS)]
-    return Tombstone(study, series, sop, bool(deleted), at, by, reason)
+    study, series, sop, state, since, by, reason = tuple(row)[:7]
+    return Tombstone(study, series, sop, state != 0, since, by, reason, erased=state == _STATES["erased"])
+
+
+def _refuse_erased(found: Iterable[Tombstone]) -> None:
+    gone = [one.SOPInstanceUID for one in found if one.erased]
+    if gone:
+        raise BytesGone(
+            f"the bytes of {len(gone)} of these instances are gone since compaction, as of {gone[0]}: "
+            "they cannot be shown again"
+        )

@@ -81,6 +81,12 @@ class NotThere(SphereError):
     dimse, http = 0x0112, 404  # No such SOP Instance (PS3.7 C.5.8)
 
 
+class BytesGone(SphereError):
+    """What is to come back is gone for good: its bytes were taken out of the bundles."""
+
+    dimse, http = 0x0112, 410
+
+
 class Overtaken(SphereError):
     """Another version is there than the one that a change was meant for."""
 

@@ -56,7 +56,7 @@ class TarMember:
         return self.fields.get("erased") is True
 
     def record(self, bundle: str) -> Member:
-        """What the journal says of it; raises ValueError, TypeError or KeyError where the comment does not give that."""
+        """What the journal says of it; raises ValueError, TypeError or KeyError where the comment does not."""
         if self.erased:
             place = orjson.dumps({"bundle": bundle, "offset": self.offset, "length": self.length})
             return Erased(bundle, self.offset, self.length, self.comment - len(_COMMENT_START) + len(place))

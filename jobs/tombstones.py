@@ -27,6 +27,7 @@ from sphere.jobs.versions import Place, order, place
 TABLE = "tombstones"
 _PLACE = ("bundle", "offset")
 _SHOWN = ("SOPInstanceUID", *_PLACE, "length")
+_BURIED = (*_SHOWN, "erased_at")
 _log = logging.getLogger(__name__)
 
 
@@ -67,8 +68,9 @@ class Deletions:
         rejected = self._find("quarantine", _SHOWN, by_uid)
         settled = mentioned(self._tables, by_uid)
         on_step(TABLE)
-        rows = [*self._find(TABLE, _SHOWN, by_uid), *_versions(settled, members), *rejected, *shown]
-        self._record((_at(row), row["length"], by_uid[row["SOPInstanceUID"]]) for row in rows)
+        rows = [*self._find(TABLE, _BURIED, by_uid), *_versions(settled, members), *rejected, *shown]
+        erased_at = {_at(row): row["erased_at"] for row in rows if row.get("erased_at")}
+        self._record(((_at(row), row["length"], by_uid[row["SOPInstanceUID"]]) for row in rows), erased_at)
         on_step("conflicts")
         self._tables.merge("conflicts", (), gone=[row for found in settled.values() for row in found])
         on_step("quarantine")
@@ -111,8 +113,11 @@ class Deletions:
         self._record((where, record.length, one) for where, (record, one) in buried.items())
         return set(buried)
 
-    def _record(self, members: Iterable[tuple[Place, int, Tombstone]]) -> None:
-        rows = {where: _row(where, length, one) for where, length, one in members}
+    def _record(
+        self, members: Iterable[tuple[Place, int, Tombstone]], erased_at: Mapping[Place, datetime] | None = None
+    ) -> None:
+        since = erased_at or {}
+        rows = {where: {**_row(where, length, one), "erased_at": since.get(where)} for where, length, one in members}
         self._tables.merge(TABLE, list(rows.values()))
 
     def _find(self, name: str, columns: Sequence[str], uids: Collection[str]) -> list[dict[str, Any]]:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import multiprocessing
+import threading
 from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
+from datetime import datetime, timedelta, timezone
 from itertools import islice, permutations
 from pathlib import Path
 
 import orjson
 import pytest
 
-from sphere.catalog import tombstones
+from sphere.catalog import lock, tombstones
 from sphere.catalog.annotations import Target
+from sphere.catalog.lock import FateLock
 from sphere.catalog.tombstones import FOLDER, Tombstones, open_tombstones
-from sphere.conf.errors import StorageError
+from sphere.conf.errors import BytesGone, LockHeld, StorageError
 from sphere.conf.settings import Settings
 from sphere.ingest.storage import open_storage
 from sphere.ingest.storage.base import Storage
@@ -136,6 +141,97 @@ def test_applied_in_any_order(tmp_path: Path) -> None:
         graves = open_tombstones(other)
         assert [(found.SOPInstanceUID, found.reason) for found in graves.find()] == [("9.2", "last")]
         graves.close()
+
+
+def now() -> datetime:
+    return datetime.now(timezone.utc)
+
+
+def test_what_is_erased_stays_deleted_for_good(graves: Tombstones, settings: Settings) -> None:
+    graves.delete(named(1, 2, 3), by="ann", reason="withdrawn")
+    before, state, cursor = list(graves.find()), graves.state(), graves.changes()[1]
+    assert graves.erase(["9.1", "9.2", "9.7"], until=now()) == {"9.1", "9.2"}
+    assert [(one.SOPInstanceUID, one.erased) for one in graves.find()] == [("9.1", True), ("9.2", True), ("9.3", False)]
+    assert [replace(one, erased=False) for one in graves.find()] == before  # who deleted it, when and why
+    assert (graves.count(), graves.state(), graves.changes(cursor)[0]) == (3, state, [])  # nobody looks anew
+    assert graves.deleted(["9.1", "9.3"]) == {"9.1", "9.3"}
+    assert graves.delete(named(1), by="ben") == 0
+    other = open_tombstones(settings)
+    for uids in (["9.1"], ["9.1", "9.3"]):
+        with pytest.raises(BytesGone, match=r"the bytes of 1 of these instances are gone since compaction, as of 9\.1"):
+            other.restore(uids, by="cem")
+    assert other.count() == 3
+    assert other.restore(["9.3"], by="cem") == 1
+    assert other.erase(["9.1", "9.3"], until=now()) == {"9.1"}
+    other.close()
+
+
+def test_what_was_deleted_too_late_is_not_erased(graves: Tombstones) -> None:
+    graves.delete(named(1), by="x")
+    between = now()
+    graves.delete(named(2), by="x")
+    assert graves.erase(["9.1", "9.2"], until=between - timedelta(days=1)) == set()
+    assert graves.erase(["9.1", "9.2"], until=between) == {"9.1"}
+    assert graves.erase(["9.1", "9.2"], until=between) == {"9.1"}
+    assert graves.restore(["9.2"], by="x") == 1
+
+
+def test_erased_is_applied_in_any_order(tmp_path: Path) -> None:
+    settings = archive(tmp_path / "a")
+    one = open_tombstones(settings)
+    one.delete(named(1, 2), by="x", reason="first")
+    one.restore(["9.1"], by="x")
+    one.delete(named(1), by="y", reason="last")
+    one.erase(["9.1", "9.2"], until=now())
+    one.close()
+    events = lines(settings)
+    assert len(events) == 5
+    for number, order in enumerate(islice(permutations(events), 0, None, 11)):
+        other = archive(tmp_path / f"order{number}")
+        open_storage(other.storage.root).write(f"{FOLDER}/2026/03/01/a.jsonl", b"\n".join([*order, order[0], b""]))
+        graves = open_tombstones(other)
+        found = [(found.SOPInstanceUID, found.reason, found.erased) for found in graves.find()]
+        assert found == [("9.1", "last", True), ("9.2", "first", True)]
+        graves.close()
+
+
+def test_undoing_and_erasing_take_turns(
+    settings: Settings, graves: Tombstones, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock, "FATE_WAIT_S", 0.0)
+    graves.delete(named(1), by="x")
+    other = open_tombstones(settings)
+    with FateLock(open_storage(settings.storage.root), job="compact"):
+        with pytest.raises(LockHeld, match=r"the tombstones are being written by compact \(process \d+ on "):
+            graves.restore(["9.1"], by="x")
+        with pytest.raises(LockHeld, match="the tombstones are being written by compact"):
+            graves.erase(["9.1"], until=now())
+    assert graves.count() == 1
+    assert other.restore(["9.1"], by="x") == 1
+    assert graves.erase(["9.1"], until=now()) == set()
+    other.close()
+
+
+@pytest.mark.parametrize("round_", range(4))
+def test_at_the_same_moment_one_of_them_wins(settings: Settings, round_: int) -> None:
+    uids = [f"9.{number}" for number in range(20)]
+    first, second = open_tombstones(settings), open_tombstones(settings)
+    first.delete(named(*range(20)), by="x")
+    erased: list[set[str]] = []
+    thread = threading.Thread(target=lambda: erased.extend(second.erase([uid], until=now()) for uid in uids))
+    thread.start()
+    back = set()
+    for uid in reversed(uids):
+        with suppress(BytesGone):
+            back |= {uid} if first.restore([uid], by="y") else set()
+    thread.join()
+    gone = set().union(*erased)
+    assert gone | back == set(uids)
+    assert not gone & back
+    assert {one.SOPInstanceUID for one in second.find() if one.erased} == gone
+    assert second.deleted(uids) == gone
+    first.close()
+    second.close()
 
 
 def test_a_clock_that_is_behind_does_not_keep_a_deletion_alive(settings: Settings) -> None:
