@@ -209,6 +209,14 @@ class Extract(Section):
     lock_wait_s: Seconds = Field(60.0, description="Seconds to wait for another extraction before giving up.")
 
 
+class Compact(Section):
+    after_days: Annotated[float, Field(ge=0, le=36500)] = Field(
+        7.0,
+        description="Days for which what was deleted can be shown again (`sphere undelete`), before `sphere compact` "
+        "erases its bytes.",
+    )
+
+
 class Snapshot(Section):
     ae_title: AETitle = Field(
         description="AE title that answers from an earlier state of the catalog; it takes no instances."
@@ -242,6 +250,7 @@ class Settings(Section):
     ingest: Ingest = Ingest()
     spark: Spark = Spark()
     extract: Extract = Extract()
+    compact: Compact = Compact()
     annotations: Annotations = Annotations()
     strangers: Strangers = Strangers()
     peers: tuple[Peer, ...] = ()

@@ -17,7 +17,7 @@ from sphere.conf.errors import QueryError, SettingsError
 from sphere.conf.settings import Settings, load
 
 if TYPE_CHECKING:
-    from datetime import datetime
+    from datetime import datetime, timedelta
 
     import pyarrow as pa
     from pyspark.sql import SparkSession
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from sphere.catalog.queries import Queries
     from sphere.catalog.schema import Level
     from sphere.ingest.media import Imported
+    from sphere.jobs.compact_report import CompactReport
     from sphere.jobs.report import Report
     from sphere.status import Status
 
@@ -209,12 +210,30 @@ class Archive:
     def undelete(self, *, study: Sequence[str] = (), series: Sequence[str] = (), sop: Sequence[str] = ()) -> int:
         """Show deleted instances again; returns how many. Those that left the tables are back after an extraction.
 
-        Raises NotThere where nothing is deleted of a UID.
+        Raises NotThere where nothing is deleted of a UID, BytesGone where compaction has erased some of them.
         """
         from sphere import deleting
 
         found = deleting.choose_deleted(self.settings, {"study": study, "series": series, "sop": sop})
         return deleting.undelete(self.settings, found)
+
+    def compact(
+        self,
+        *,
+        after: timedelta | None = None,
+        dry_run: bool = False,
+        vacuum: timedelta | None = None,
+        on_step: Callable[..., None] | None = None,
+    ) -> CompactReport:
+        """Erase the bytes of what was deleted `after` ago or longer (default: ``compact.after_days``); nothing else
+        moves, and it cannot be undone. With `vacuum` what only earlier versions of the tables have goes as well, and
+        these can no longer be asked.
+
+        What could not be done is in the report's `failures`. Raises LockHeld while another process writes the catalog.
+        """
+        from sphere.compacting import compact
+
+        return compact(self.settings, after=after, dry_run=dry_run, vacuum=vacuum, on_step=on_step)
 
     def extract(self, *, on_step: Callable[..., None] | None = None) -> Report:
         """Catalogue what landed and is not yet in the tables; raises LockHeld while another process does so."""

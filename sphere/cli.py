@@ -313,6 +313,7 @@ for verb in (
         "sphere.delete_commands",
         "Show studies, series and instances no more; their bytes stay until compaction.",
     ),
+    Late("compact", "sphere.compact_command", "Erase the bytes of what was deleted a while ago."),
     Late(
         "undelete",
         "sphere.delete_commands",

@@ -80,23 +80,27 @@ def delete(ctx: click.Context, /, where: tuple[str, ...], reason: str, yes: bool
 
 @click.command()
 @_chosen
+@click.option("--remaining", is_flag=True, help="Only those that are not erased yet.")
 @click.pass_context
-def undelete(ctx: click.Context, /, **uids: Sequence[str]) -> None:
+def undelete(ctx: click.Context, /, remaining: bool, **uids: Sequence[str]) -> None:
     """Show deleted studies, series and instances again.
 
-    At once, or where an extraction has taken them out of the tables, after the next one.
+    At once, or where an extraction has taken them out of the tables, after the next one. Where `sphere compact` has
+    erased some of them nothing is shown again, unless --remaining chooses the others.
 
     \b
     Examples:
       sphere undelete --study 1.2.3
       sphere undelete --instance 1.2.3.5.6
+      sphere undelete --study 1.2.3 --remaining
     """
     from sphere import deleting
 
     if not any(uids.values()):
         raise click.UsageError("say what to show again: --study, --series or --instance")
     settings = load(ctx.obj)
-    done = deleting.undelete(settings, deleting.choose_deleted(settings, uids))
+    found = deleting.choose_deleted(settings, uids)
+    done = deleting.undelete(settings, [one for one in found if not (remaining and one.erased)])
     click.echo(f"{done} are shown again; those that had left the tables, after the next sphere extract")
 
 

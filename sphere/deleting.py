@@ -71,7 +71,7 @@ def delete(settings: Settings, instances: Collection[StoredInstance], *, reason:
 
 
 def undelete(settings: Settings, instances: Collection[Tombstone]) -> int:
-    """Show these instances again; how many were deleted. Raises StorageError."""
+    """Show these instances again; how many were deleted. Raises BytesGone where some are erased, StorageError."""
     with closing(open_tombstones(settings)) as tombstones:
         uids = [one.SOPInstanceUID for one in instances]
         return _recorded(settings, "UNDELETE", instances, lambda: tombstones.restore(uids, by=who_calls()))

@@ -17,6 +17,7 @@ from sphere.conf.settings import Settings
 from sphere.ingest.journal import BundleState, Landed
 from sphere.ingest.spool import backlog, in_use
 from sphere.ingest.storage import open_storage
+from sphere.jobs.compact import pending
 from sphere.jobs.forward_queue import ForwardState, states
 from sphere.jobs.tables import Tables, read
 from sphere.jobs.tombstones import waiting as tombstones_waiting
@@ -43,7 +44,8 @@ class Status:
     serving: ServeState | None
     spool: SpoolState | None  # what waits to be shipped, where instances are spooled
     forwards: tuple[ForwardState, ...] = ()  # what is sent on to peers
-    deleted: int = 0  # instances that are shown no more; their bytes stay until compaction
+    deleted: int = 0  # instances that are shown no more
+    compactable_bytes: int = 0  # of what is deleted and has its bytes: sphere compact erases them after a while
     deletions_waiting: bool = False  # what was deleted or restored since the last extraction: the tables do not show it
     verified: VerifyState | None = None  # what reading sealed bundles back found; None where none ever was
     problem: str = ""  # why storage and catalog could not be read: what is said of them is then 0
@@ -77,7 +79,12 @@ class Status:
     def _deleted(self) -> str:
         """Rows are counted as extraction left them: a deletion of since is in every answer, and not in their number."""
         late = ", not all of them taken out of the rows above yet (sphere extract)"
-        return f"{self.deleted} instances" + (late if self.deletions_waiting else "")
+        kept = (
+            f", {self.compactable_bytes / 1e6:.1f} MB of them kept until sphere compact"
+            if self.compactable_bytes
+            else ""
+        )
+        return f"{self.deleted} instances{kept}" + (late if self.deletions_waiting else "")
 
 
 def take(settings: Settings) -> Status:
@@ -118,6 +125,7 @@ def _stored(settings: Settings) -> Status:
         quarantine=reasons,
         forwards=tuple(states(tables)),
         deleted=deleted,
+        compactable_bytes=pending(tables).bytes if deleted else 0,
         deletions_waiting=settings.catalog.mode == "delta" and tombstones_waiting(settings),
     )
 

@@ -161,6 +161,8 @@ class LocalStorage(Storage):
             _make_folders(full.parent)
             try:
                 _write_new(temporary, data)
+                if full.exists():
+                    _keep_owner(full.stat(), temporary)
                 temporary.replace(full)
             except OSError:
                 temporary.unlink(missing_ok=True)
@@ -175,6 +177,7 @@ class LocalStorage(Storage):
             with _Told(f"writing {full} anew"):
                 before = full.stat()
                 _write_pieces(new, pieces())
+                _keep_owner(before, new)
                 after = new.stat()
             check(temporary)
             with _Told(f"putting {new.name} in the place of {full}"):
@@ -305,6 +308,14 @@ def _write_pieces(path: Path, pieces: Iterable[Piece]) -> None:
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(fd)
+
+
+def _keep_owner(before: os.stat_result, path: Path) -> None:
+    """Have a file that takes the place of another be whose that was, and readable by who could read it."""
+    now = path.stat()
+    if (now.st_uid, now.st_gid) != (before.st_uid, before.st_gid):
+        os.chown(path, before.st_uid, before.st_gid)
+    path.chmod(before.st_mode & 0o777)
 
 
 def _rename(path: Path, to: Path) -> None:
