@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
+import stat
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import BinaryIO
 
 from sphere.conf.errors import SphereError
 from sphere.ingest.bundle import BundleWriter, FileRange, NewMember
@@ -35,14 +38,32 @@ class Imported:
 
 
 def find_files(paths: Iterable[Path]) -> Iterator[Path]:
-    """Every regular file of the paths, folders walked in the order of their names; missing ones come as they are."""
+    """Every file of the paths, folders walked in the order of their names.
+
+    What is missing, no regular file, or a folder that cannot be read comes as it is: `open_regular` says what it is.
+    """
     for path in paths:
-        if not path.is_dir():
-            yield path
-            continue
-        for folder, folders, names in os.walk(path):
-            folders.sort()
-            yield from (Path(folder) / name for name in sorted(names))
+        yield from _walk(path) if path.is_dir() else (path,)
+
+
+def _walk(path: Path) -> Iterator[Path]:
+    unread: list[Path] = []
+    for folder, folders, names in os.walk(path, onerror=lambda error: unread.append(Path(error.filename))):
+        folders.sort()
+        yield from (Path(folder) / name for name in sorted(names))
+    yield from unread
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """A file to be read; raises OSError, also where it is a pipe, a socket or a device, which may never end."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, "is no regular file")
+        return os.fdopen(fd, "rb")
+    except BaseException:
+        os.close(fd)
+        raise
 
 
 def import_files(
@@ -82,8 +103,9 @@ def import_files(
 
 def _look_at(path: Path, memory_bytes: int, only_dicom: bool, received_at: datetime) -> NewMember | None:
     """The file as a member; None where it is to be left out."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    with open_regular(path) as file:
+        status = os.fstat(file.fileno())
+        size = status.st_size
         prefix = file.read(memory_bytes if size <= memory_bytes else PREFIX)
         identity = identify(prefix, size=size)
         if not identity.complete:
@@ -103,7 +125,7 @@ def _look_at(path: Path, memory_bytes: int, only_dicom: bool, received_at: datet
         origin=f"import:{path.absolute()}",
         received_at=received_at,
         preamble=preamble,
-        dataset=memoryview(prefix)[offset:] if whole else FileRange(path, offset, size - offset),
+        dataset=memoryview(prefix)[offset:] if whole else FileRange(path, offset, size - offset, status.st_mtime_ns),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -20,14 +21,20 @@ CHUNK = 1 << 20  # bytes of a waiting file held in memory at a time
 
 @dataclass(frozen=True, slots=True)
 class FileRange:
-    """A data set that waits in a local file: bytes ``[offset, offset + length)`` of `path`."""
+    """A data set that waits in a local file: bytes ``[offset, offset + length)`` of `path`.
+
+    Of a file that is not ours `mtime_ns` is its modification time, as the digest and the bytes are read one after the
+    other; 0 is any.
+    """
 
     path: Path
     offset: int
     length: int
+    mtime_ns: int = 0
 
     def chunks(self) -> Iterator[bytes]:
-        """The bytes in pieces of at most 1 MiB; raises StorageError when the file cannot be read or is shorter."""
+        """The bytes in pieces of at most 1 MiB; raises StorageError when the file cannot be read, is shorter, or was
+        written to since."""
         left = self.length
         try:
             with self.path.open("rb", buffering=0) as file:
@@ -38,6 +45,8 @@ class FileRange:
                         raise StorageError(f"{self.path} ends {left} bytes early")
                     left -= len(data)
                     yield data
+                if self.mtime_ns and os.fstat(file.fileno()).st_mtime_ns != self.mtime_ns:
+                    raise StorageError(f"{self.path} was written to while it was stored; store it again")
         except OSError as error:
             raise storage_error(error, f"reading {self.path}") from error
 

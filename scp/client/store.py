@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from sphere.conf.errors import PeerError
 from sphere.conf.peers import Peer
 from sphere.conf.settings import Settings
 from sphere.ingest.header import identify
+from sphere.ingest.media import open_regular
 from sphere.ingest.members import FileRange
 from sphere.ingest.storage.base import Readable
 from sphere.scp.peers import describe
@@ -159,8 +161,8 @@ class _Sending(Generic[T]):
 def _look_at(path: Path) -> _File | StoreResult:
     """What the file is, by its first bytes."""
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
             found = identify(file.read(PREFIX), size=size)
     except OSError as error:
         return StoreResult(path, None, f"cannot be read: {error.strerror}")
