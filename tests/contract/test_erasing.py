@@ -277,6 +277,16 @@ class TestHdfs(ErasingContract, Hdfs):
         erase(storage, records[0].bundle, [record.offset for record in records])
         assert not other.exists(records[0].bundle)
 
+    def test_a_file_that_a_dead_process_was_writing(self, storage: Storage, other: Storage, archive: Settings) -> None:
+        records = landed(storage, archive)
+        appender = other.create(rewritten(records[0].bundle))
+        appender.write([b"half of it"])
+        appender.sync()
+        erase(storage, records[0].bundle, going(records))
+        assert verify(storage, records[0].bundle).problems == ()
+        appender.abandon()
+        assert not other.exists(rewritten(records[0].bundle))
+
 
 class TestWebHdfs(ErasingContract, WebHdfs):
     """webhdfs://"""
