@@ -340,8 +340,13 @@ class _Compaction:
         lock = BundleLock.take(self._settings.archive.state_dir, bundle)
         if lock is None:
             raise StorageError(f"bundle {bundle}: another process recovers it; try again")
+
+        def on_step(step: str) -> None:
+            self._lock.check()  # who stood still for long does not put an old copy in the place of a newer one
+            self._tell(step, number, total)
+
         try:
-            return erase(self._storage, bundle, members.keys(), on_step=lambda step: self._tell(step, number, total))
+            return erase(self._storage, bundle, members.keys(), on_step=on_step)
         finally:
             lock.release()
 

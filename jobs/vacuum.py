@@ -16,7 +16,7 @@ from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError
 
 from sphere.catalog.schema import TABLES
-from sphere.conf.errors import CatalogError, SettingsError, SphereError
+from sphere.conf.errors import CatalogError, SettingsError, SphereError, StorageMissing
 from sphere.conf.settings import Settings
 from sphere.ingest.storage import open_storage
 from sphere.ingest.storage.base import Entry, Storage
@@ -128,9 +128,23 @@ def _added(commit: bytes) -> Iterator[str]:
 
 
 def _checkpoint(tables: Tables, storage: Storage, name: str, version: int) -> None:
-    """Have a checkpoint of the version, so that nothing before it is needed to read it."""
+    """Have a checkpoint of the version, so that nothing before it is needed to read it, and none pointed at that goes.
+
+    What points at the checkpoint that is to be read first is written with each one, be it older than the one before.
+    """
     path = f"{name}/{_LOG}/{version:020}.checkpoint.parquet"
-    if not storage.exists(path):
+    pointed = _pointed(storage, name)
+    if not storage.exists(path) or pointed < version:
         DeltaTable(tables.url(name), version=version).create_checkpoint()
-    if not storage.exists(path):
+        if pointed > version:
+            DeltaTable(tables.url(name)).create_checkpoint()
+    if not storage.exists(path) or _pointed(storage, name) < version:
         raise CatalogError(f"table {name}: there is no checkpoint of version {version}; nothing of it was removed")
+
+
+def _pointed(storage: Storage, name: str) -> int:
+    """The version of the checkpoint that `_last_checkpoint` names, -1 where there is none."""
+    try:
+        return int(orjson.loads(storage.read(f"{name}/{_LOG}/_last_checkpoint"))["version"])
+    except StorageMissing:
+        return -1

@@ -10,6 +10,7 @@ import errno
 import os
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from io import FileIO
 from pathlib import Path
 
@@ -161,7 +162,7 @@ class LocalStorage(Storage):
             _make_folders(full.parent)
             try:
                 _write_new(temporary, data)
-                if full.exists():
+                with suppress(FileNotFoundError, PermissionError):  # there was none, or it may not be: as ours
                     _keep_owner(full.stat(), temporary)
                 temporary.replace(full)
             except OSError:
@@ -312,10 +313,10 @@ def _write_pieces(path: Path, pieces: Iterable[Piece]) -> None:
 
 def _keep_owner(before: os.stat_result, path: Path) -> None:
     """Have a file that takes the place of another be whose that was, and readable by who could read it."""
+    path.chmod(before.st_mode & 0o777)
     now = path.stat()
     if (now.st_uid, now.st_gid) != (before.st_uid, before.st_gid):
         os.chown(path, before.st_uid, before.st_gid)
-    path.chmod(before.st_mode & 0o777)
 
 
 def _rename(path: Path, to: Path) -> None:

@@ -214,6 +214,17 @@ class TestLocal(ErasingContract, Local):
         assert done.freed > 8_000_000
         assert path.stat().st_size == size
 
+    def test_who_could_read_it_still_can(self, storage: Storage, archive: Settings, tmp_path: Path) -> None:
+        records = landed(storage, archive)
+        files = [tmp_path / "storage folder" / name for name in (records[0].bundle, journal_path(records[0].bundle))]
+        for file in files:
+            file.chmod(0o664)
+            if os.getuid() == 0:
+                os.chown(file, 1234, 5678)
+        before = [(file.stat().st_mode, file.stat().st_uid, file.stat().st_gid) for file in files]
+        erase(storage, records[0].bundle, going(records))
+        assert [(file.stat().st_mode, file.stat().st_uid, file.stat().st_gid) for file in files] == before
+
     def test_a_file_that_has_another_name_gives_no_room(self, storage: Storage, tmp_path: Path) -> None:
         storage.write("file", bytes(range(256)) * 4096)
         os.link(tmp_path / "storage folder" / "file", tmp_path / "snapshot")

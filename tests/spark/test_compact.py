@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import orjson
 import pytest
+from deltalake import DeltaTable
 from pyspark.sql import SparkSession
 
 from sphere.catalog.lock import CatalogLock
@@ -346,6 +348,40 @@ def test_vacuum_keeps_what_is_young_or_still_to_be_forwarded(spark: SparkSession
     assert [path for path, _ in contents(local) if "/instances/part" in path and path.endswith(".parquet")] == [
         path for path in kept if "/instances/part" in path
     ]
+
+
+def test_a_log_that_is_cut_again_and_again_stays_readable(spark: SparkSession, local: Settings) -> None:
+    """The checkpoint that readers are pointed at is always there, for delta-rs and for Spark."""
+    landed(local)
+    run(spark, local)
+    tables = Tables(local)
+    table = f"{local.catalog_root}/studies"
+    log = Path(unquote(urlsplit(table).path)) / "_delta_log"
+    DeltaTable(table).create_checkpoint()
+    rows = table_rows(local, "studies")
+    last = DeltaTable(table).version()
+    for number in range(3):
+        for _ in range(2):
+            tables.append("studies", [], onto=tables.ensure("studies"))
+        moment = datetime.now(timezone.utc)
+        tables.append("studies", [], onto=tables.ensure("studies"))
+        if number == 1:
+            DeltaTable(table).create_checkpoint()
+        age = datetime.now(timezone.utc) - moment
+        report = compact.run(local, vacuum=age)
+        assert dict(report.failures) == {}
+        pointed = orjson.loads((log / "_last_checkpoint").read_bytes())["version"]
+        assert (log / f"{pointed:020}.checkpoint.parquet").exists()
+        versions = sorted(int(path.name[:20]) for path in log.glob("*.json"))
+        assert versions[-1] == DeltaTable(table).version() == last + 3
+        assert versions[0] >= last
+        last = versions[-1]
+        assert table_rows(local, "studies") == rows
+        assert spark.read.format("delta").load(unquote(table)).count() == len(rows)
+    compact.run(local, vacuum=NOW)
+    assert [int(path.name[:20]) for path in log.glob("*.json")] == [last]
+    assert table_rows(local, "studies") == rows
+    run(spark, local)
 
 
 def test_snapshots_of_the_settings_are_not_vacuumed(spark: SparkSession, local: Settings) -> None:
