@@ -51,7 +51,7 @@ bench-files: $(VENV)/.ready-test ## queries without a catalog: headers/s, first 
 bench-policy: $(VENV)/.ready-test ## what rules and the search for copies cost an instance on its way in
 	$(BIN)/python -m tests.bench.bench_policy $(POLICY)
 
-bench-query: $(VENV)/.ready-test ## C-FIND over generated catalogs, and Orthanc with SQLite and PostgreSQL; QUERY="--full" for 1,000,000 studies
+bench-query: $(VENV)/.ready-test ## C-FIND and QIDO over generated catalogs beside Orthanc with SQLite and PostgreSQL (orthanc-postgresql, orthanc-dicomweb); QUERY="--full" for 1,000,000 studies
 	$(BIN)/python -m tests.bench.bench_query $(QUERY)
 
 bench-retrieve: $(VENV)/.ready-test ## C-MOVE and C-GET against Orthanc and dcmqrscp; needs DCMTK and Orthanc

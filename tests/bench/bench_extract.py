@@ -102,7 +102,8 @@ def machine(cores: int, module: str) -> str:
     return (
         f"date      {datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC\n"
         f"machine   {os.cpu_count()} x {model}, {memory:.0f} GiB, load {os.getloadavg()[0]:.1f} at the start\n"
-        f"command   {' '.join(['python -m', module, *sys.argv[1:]])} (Spark on {cores} cores)"
+        f"command   {' '.join(['python -m', module, *sys.argv[1:]])}"
+        f"{f' (Spark on {cores} cores)' if cores else ''}"
     )
 
 

@@ -105,8 +105,8 @@ class Web:
         self._sock = socket.create_connection(("127.0.0.1", port), timeout=120)
         self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
-    def ask(self, path: str) -> Asked:
-        """GET, and read the answers to the end."""
+    def ask(self, path: str, *, counted: bytes = b'"0020000D"') -> Asked:
+        """GET, and read the answers to the end: as many as `counted` stands in them."""
         request = f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nAccept: application/dicom+json\r\n\r\n".encode()
         began = time.perf_counter()
         self._sock.sendall(request)
@@ -119,7 +119,7 @@ class Web:
         length = next((int(line[15:]) for line in lines if line.startswith(b"content-length:")), 0)
         while len(body) < length:
             body += self._sock.recv(1 << 16)
-        return Asked(first, time.perf_counter() - began, body.count(b'"0020000D"'))
+        return Asked(first, time.perf_counter() - began, body.count(counted))
 
     def close(self) -> None:
         """End the connection."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -34,22 +35,34 @@ from tests.bench.hospital import KINDS
 from tests.support.dicom_tools import require_tool, running, wait_for_port
 from tests.support.ports import free_port
 
-PLUGIN = Path("/usr/share/orthanc/plugins/libOrthancPostgreSQLIndex.so")
+PLUGINS = Path("/usr/share/orthanc/plugins")
 SPREAD = 20
+SAID_S = 60.0
+"""Seconds between two words on how far loading is."""
 POSTGRES = Path("/usr/lib/postgresql/15/bin")
 
 
+@dataclass(frozen=True, slots=True)
+class Ports:
+    """Where a server listens."""
+
+    dicom: int
+    http: int
+
+
 @contextmanager
-def orthanc(folder: Path, *, postgresql: int = 0) -> Iterator[int]:
-    """Orthanc's DICOM port; its index is SQLite, or the PostgreSQL that listens on port `postgresql`."""
+def orthanc(folder: Path, *, postgresql: int = 0) -> Iterator[Ports]:
+    """Orthanc with its DICOMweb plugin; its index is SQLite, or the PostgreSQL that listens on port `postgresql`."""
     folder.mkdir(parents=True, exist_ok=True)
+    plugins = ["libOrthancDicomWeb.so", *(["libOrthancPostgreSQLIndex.so"] if postgresql else [])]
     dicom, http = free_port(), free_port()
     configuration = {
         "StorageDirectory": str(folder / "db"), "IndexDirectory": str(folder / "db"), "HttpPort": http,
         "DicomPort": dicom, "DicomAet": "ORTHANC", "DicomCheckCalledAet": False, "DicomAlwaysAllowStore": True,
         "DicomAlwaysAllowFind": True, "LimitFindResults": 0, "LimitFindInstances": 0, "SyncStorageArea": False,
-        "SaveJobs": False, "DefaultEncoding": "Utf8", "Plugins": [str(PLUGIN)] if postgresql else [],
-        "DicomThreadsCount": 16, "DicomScpTimeout": 300,
+        "SaveJobs": False, "DefaultEncoding": "Utf8", "Plugins": [str(PLUGINS / name) for name in plugins],
+        "DicomThreadsCount": 16, "DicomScpTimeout": 300, "DicomWeb": {"Enable": True, "Root": "/dicom-web/"},
+        "KeepAlive": True, "AuthenticationEnabled": False, "RemoteAccessAllowed": False, "HttpThreadsCount": 16,
     }  # fmt: skip
     if postgresql:
         configuration["PostgreSQL"] = {
@@ -60,7 +73,13 @@ def orthanc(folder: Path, *, postgresql: int = 0) -> Iterator[int]:
     path.write_text(json.dumps(configuration))
     with running([require_tool("Orthanc"), path], http, folder / "orthanc.log") as process:
         wait_for_port(dicom, process)
-        yield dicom
+        yield Ports(dicom, http)
+
+
+def orthanc_study(patient_id: str, study_instance_uid: str) -> str:
+    """Orthanc's own name for a study: SHA-1 of its identifiers, in groups of eight digits."""
+    digest = hashlib.sha1(f"{patient_id}|{study_instance_uid}".encode(), usedforsecurity=False).hexdigest()
+    return "-".join(digest[at : at + 8] for at in range(0, 40, 8))
 
 
 @contextmanager
@@ -115,26 +134,31 @@ class Loaded:
     studies: list[str] = field(default_factory=list)
 
 
-def load(port: int, settings: Settings, note: Path, *, seconds: float) -> Loaded:
-    """C-STORE instances of the catalog without their pixels, study by study, until that took so long in all."""
+def load(port: int, settings: Settings, note: Path, *, seconds: float, first: str = "") -> Loaded:
+    """C-STORE instances of the catalog without their pixels, study by study, the study `first` before all others, until
+    that took so long in all."""
     loaded = Loaded(**orjson.loads(note.read_bytes())) if note.exists() else Loaded()
     if loaded.seconds < seconds:
         began = time.monotonic()
-        _store(port, settings, loaded, until=began + seconds - loaded.seconds)
+        _store(port, settings, loaded, first, until=began + seconds - loaded.seconds)
         loaded.seconds += time.monotonic() - began
         note.write_bytes(orjson.dumps(loaded))
     return loaded
 
 
-def _store(port: int, settings: Settings, loaded: Loaded, *, until: float) -> None:
+def _store(port: int, settings: Settings, loaded: Loaded, first: str, *, until: float) -> None:
     peer = Peer(name="bench", ae_title="ORTHANC", host="127.0.0.1", port=port)
     proposed = [Proposed(kind.sop_class, (str(ExplicitVRLittleEndian),)) for kind in KINDS][:MAX_CONTEXTS]
     with connect(peer, from_dict({}, base=Path.cwd()), proposed) as requested:
         contexts = {str(context.abstract_syntax): context for context in requested.user_contexts}
-        for uid, header in islice(_headers(settings), loaded.instances, None):
+        said = time.monotonic()
+        for uid, header in islice(_headers(settings, first), loaded.instances, None):
             if not loaded.studies or uid != loaded.studies[-1]:
                 if time.monotonic() > until:
                     break
+                if time.monotonic() > said + SAID_S:
+                    said = time.monotonic()
+                    print(f"  loading: {loaded.instances:,} instances, {until - said:,.0f} s left", flush=True)
                 loaded.studies.append(uid)
             elements = orjson.loads(header)
             sop_class, instance = (elements[tag]["Value"][0] for tag in ("00080016", "00080018"))
@@ -176,19 +200,23 @@ def _text(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-def _headers(settings: Settings) -> Iterator[tuple[str, str]]:
-    """StudyInstanceUIDs and headers of the catalog, study by study, in turns that each take some studies of every file.
+def _headers(settings: Settings, before: str) -> Iterator[tuple[str, str]]:
+    """StudyInstanceUIDs and headers of the catalog, study by study: the study `before`, where one is given, then in
+    turns that each take some studies of every file.
 
     A file is sorted by study, and the UIDs of a modality begin alike: its first studies are all of one modality.
     """
     actions = pa.table(DeltaTable(f"{settings.catalog_root}/instances").get_add_actions(flatten=True))
     order = sorted(zip(actions["min.received_at"].to_pylist(), actions["path"].to_pylist(), strict=True))
     folder = Path(settings.catalog_root.removeprefix("file://")) / "instances"
+    for _, path in order if before else ():
+        found = pq.read_table(folder / path, columns=["dataset"], filters=[("StudyInstanceUID", "=", before)])
+        yield from ((before, header) for header in found["dataset"].to_pylist())
     for turn in range(SPREAD):
         for _, path in order:
             for batch in pq.ParquetFile(folder / path).iter_batches(2048, columns=["StudyInstanceUID", "dataset"]):
                 for uid, dataset in zip(batch[0].to_pylist(), batch[1].to_pylist(), strict=True):
-                    if zlib.crc32(uid.encode()) % SPREAD == turn:
+                    if zlib.crc32(uid.encode()) % SPREAD == turn and uid != before:
                         yield uid, dataset
 
 
