@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Mapping
+from typing import Literal
 
 import pyarrow as pa
 
@@ -45,6 +46,31 @@ def roll_up_sql(
     grouped = f"SELECT {keys}, {', '.join(chosen)} FROM {rows} GROUP BY {keys}"
     patient = f", {PATIENT_KEY_SQL.replace('AS STRING', 'AS VARCHAR')} AS patient_key" if name == "studies" else ""
     return f"SELECT *{patient} FROM ({grouped})"
+
+
+def grown_sql(name: str, source: str) -> str:
+    """A SELECT that gives the rows of the roll-up `name` from rows of it, in the relation `source`, of which several
+    may have one key: all that a row is of came before all that the next one is of, by their column ``place``.
+
+    For roll-ups that count nothing distinct, as what is in two rows would count twice.
+    """
+    roll_up = description(name)
+    keys = ", ".join(f'"{key}"' for key in roll_up.keys)
+    chosen = [f'{_first(column)} AS "{column}"' for column in roll_up.attributes if column not in roll_up.keys]
+    for one in roll_up.aggregates:
+        again = Aggregate(one.column, _GROWN[one.kind], one.column, one.arrow)
+        chosen.append(f'{_sql(again)} AS "{one.column}"')
+    return f"SELECT {keys}, {', '.join(chosen)} FROM {source} GROUP BY {keys}"
+
+
+_GROWN: Mapping[str, Literal["sum", "min", "max", "union"]] = {
+    "count": "sum",
+    "sum": "sum",
+    "min": "min",
+    "max": "max",
+    "union": "union",
+    "collect_set": "union",
+}
 
 
 def source_columns(name: str) -> dict[str, None]:

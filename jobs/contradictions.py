@@ -35,6 +35,7 @@ SAID = (
 )
 """What of an instance can contradict another one."""
 _SAID = pa.schema([TABLES["instances"].schema.field(column) for column in SAID])
+_OWNER = ("StudyInstanceUID", "PatientID", "patient_key")
 _PLACE = ("bundle", "offset", "length", "sha256", "received_at", "source_aet", "origin", "SOPInstanceUID")
 
 
@@ -104,6 +105,30 @@ def _conflict(kind: str, subject: str, first: Row, row: Row, text: str) -> dict[
     }
 
 
+def doubted(tables: Tables, heard: pa.Table, studies: pa.Table, patients: pa.Table) -> set[str]:
+    """Those of the `patients` (rows as they were) of which something else was ever said, or is now.
+
+    `heard` is what some `studies` say (SAID). Who has a study with two patients is doubted too: what the patient's row
+    says may be of the other one.
+    """
+    owners = {row["StudyInstanceUID"]: row for row in studies.select(_OWNER).to_pylist()}
+    known = patients.select(["patient_key", "PatientBirthDate", "PatientSex"]).to_pylist()
+    if not known:
+        return set()
+    present = [dict.fromkeys(SAID) | row for row in known] + [_owned(row, owners) for row in heard.to_pylist()]
+    found = contradicted(present)["patient"]
+    mixed = set()
+    for row in _recorded(tables):
+        if row["kind"] == "STUDY_PATIENT":
+            mixed.add(row["subject"])
+        elif _LEVEL[row["kind"]] == "patient":
+            found.add(row["subject"])
+    theirs = tables.find(
+        "studies", ("patient_key",), key="StudyInstanceUID", values=mixed, at=tables.current("studies")
+    )
+    return found.union(theirs["patient_key"].to_pylist())
+
+
 def record(
     tables: Tables,
     instances: DeltaTable,
@@ -115,9 +140,9 @@ def record(
 ) -> None:
     """Bring `conflicts` to the present for what changed.
 
-    `heard` is what the studies that changed say now (SAID). `studies` has them and all the others of their patients,
-    `series` their series and the same series in other studies, `before` the keys of `studies`, `series` and `patients`
-    that they had.
+    `heard` is what the studies that changed say now (SAID). `studies` has them and all the others of their patients
+    (but not of patients who are not `doubted`), `series` their series and the same series in other studies, `before`
+    the keys of `studies`, `series` and `patients` that they had.
     """
     owners = {row["StudyInstanceUID"]: row for row in studies.to_pylist()}
     found = [piece for rows in (heard, studies, series) for piece in shaped(rows, _SAID).to_pylist()]
@@ -141,9 +166,10 @@ def record(
 
 
 def _owned(row: Row, owners: Mapping[str, Row]) -> dict[str, Any]:
-    """The row with the `patient_key` of its study, if it is of that patient: else it contradicts its study already."""
+    """The row with the `patient_key` of its study, unless it names another patient: then it contradicts its study
+    already."""
     owner = owners.get(row["StudyInstanceUID"])
-    same = owner is not None and (owner["PatientID"] or "") == (row["PatientID"] or "")
+    same = owner is not None and row["PatientID"] in (owner["PatientID"], "", None)
     return {**row, "patient_key": owner["patient_key"] if owner and same else None}
 
 

@@ -91,6 +91,17 @@ class KeyFiles:
         numbers = set(np.concatenate([run.find(wanted) for run in state.runs]).tolist()) if state.runs else set()
         return [path for path in files if state.files[path] in numbers]
 
+    def renamed(self, paths: Mapping[str, str]) -> None:
+        """Files that were written anew, by their paths of before: they have the same keys, or fewer of them."""
+        state = self._state
+        if state is None:
+            return
+        known = {old: new for old, new in paths.items() if old in state.files}
+        for old, new in known.items():
+            state.files[new] = state.files.pop(old)
+        if known:
+            self._write(state)
+
     def _refreshed(self, table: str, files: Sequence[str], load: Callable[[str], pa.Table]) -> _State:
         state = self._state or self._read()
         if state is None or state.table != table:

@@ -6,6 +6,7 @@ import io
 from collections.abc import Iterable, Iterator, Sequence
 from urllib.parse import unquote
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -37,15 +38,35 @@ def find(
 
 def _matching(file: pq.ParquetFile, columns: Sequence[str], key: str, values: pa.Array) -> Iterator[pa.Table]:
     """Row groups that have one of the values, some at a time: Arrow reads their columns with several threads."""
-    known = set(file.schema_arrow.names)
-    present = [column for column in dict.fromkeys((key, *columns)) if column in known]
-    held: list[int] = []
-    for group in range(file.num_row_groups):
-        if pc.any(pc.is_in(file.read_row_group(group, columns=[key])[key], value_set=values)).as_py():
-            held.append(group)
+    if key not in file.schema_arrow.names:
+        return
+    present = [key, *(column for column in said_columns(file, columns) if column != key)]
+    there = pc.is_in(file.read(columns=[key])[key], value_set=values).to_numpy()
+    ends = np.cumsum([file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)])
+    groups = np.split(there, ends[:-1])
+    held = [group for group, found in enumerate(groups) if found.any()]
     for start in range(0, len(held), TOGETHER):
-        rows = file.read_row_groups(held[start : start + TOGETHER], columns=present)
-        yield rows.filter(pc.is_in(rows[key], value_set=values))
+        some = held[start : start + TOGETHER]
+        rows = file.read_row_groups(some, columns=present)
+        yield rows.filter(pa.array(np.concatenate([groups[group] for group in some])))
+
+
+def said_columns(file: pq.ParquetFile, columns: Sequence[str]) -> list[str]:
+    """Those of the columns in which a file may say something, by its statistics: the others are null in every row."""
+    metadata, wanted = file.metadata, frozenset(columns)
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    names = [file.schema.column(at).path.partition(".")[0] for at in range(metadata.num_columns)]
+    said = {
+        name for at, name in enumerate(names) if name in wanted and any(_says(group.column(at)) for group in groups)
+    }
+    return [name for name in dict.fromkeys(columns) if name in said]
+
+
+def _says(chunk: pq.ColumnChunkMetaData) -> bool:
+    """Lists may: an empty one counts as null."""
+    found = chunk.statistics
+    nested = "." in chunk.path_in_schema
+    return nested or found is None or not found.has_null_count or bool(found.null_count < chunk.num_values)
 
 
 def shaped(rows: pa.Table, schema: pa.Schema) -> pa.Table:

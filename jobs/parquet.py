@@ -23,6 +23,13 @@ INDEXED = 32
 """Columns with statistics (delta.dataSkippingNumIndexedCols)."""
 ROW_GROUP = 8192
 """Rows of a row group at most: what a reader takes into memory at once."""
+_DISTINCT = frozenset(("dataset", "sha256", "SOPInstanceUID"))  # columns whose values differ: a dictionary only costs
+_DISTINCT_OF = {
+    "patients": (
+        "patient_key", "PatientID", "PatientName", "PatientBirthDate", "size_bytes", "first_received_at",
+        "last_received_at",
+    ),
+}  # fmt: skip
 _TEXT = 64  # characters of a text bound: a UID whole (PS3.5 9.1)
 
 
@@ -46,6 +53,7 @@ class FileWriter:
     def __init__(self, table: Table) -> None:
         self._schema = table.schema
         self._kept = frozenset(table.schema.names[:INDEXED] if table.sparse else table.schema.names)
+        self._distinct = _DISTINCT | frozenset(_DISTINCT_OF.get(table.name, ()))
         self._pieces: list[pa.Table] = []
         self.rows = 0
 
@@ -64,7 +72,7 @@ class FileWriter:
             schema,
             compression=dict.fromkeys(schema.names, "NONE") | dict.fromkeys(used, "zstd"),
             compression_level=dict.fromkeys(used, 1),
-            use_dictionary=[name for name in used if name not in ("dataset", "sha256", "SOPInstanceUID")],
+            use_dictionary=[name for name in used if name not in self._distinct],
         ) as writer:
             for piece in self._pieces:
                 writer.write_table(shaped(piece, schema), row_group_size=len(piece))

@@ -15,7 +15,7 @@ import duckdb
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sphere.catalog.rollup import description, optional_columns, roll_up_sql, source_columns
+from sphere.catalog.rollup import description, grown_sql, optional_columns, roll_up_sql, source_columns
 from sphere.catalog.schema import TABLES
 from sphere.jobs.contradictions import said
 from sphere.jobs.lookup import shaped
@@ -101,16 +101,28 @@ def _narrow(name: str, rows: pa.Table) -> pa.Table:
         return schema.empty_table()
     absent = () if name == "patients" else _OPTIONAL.difference(rows.column_names)
     ordered = rows.sort_by([(column, "ascending") for column in description(name).order])
+    found = _placed(ordered, roll_up_sql(name, "source", absent=absent, narrow=True, placed=True))
+    there = set(found.column_names)
+    return shaped(found, pa.schema([field for field in schema if field.name in there]))
+
+
+def grow(name: str, before: pa.Table, more: pa.Table) -> pa.Table:
+    """The rows of the roll-up `name` for what it had `before`, all of which came before what the rows `more` are of."""
+    rows = pa.concat_tables([before, more]).sort_by("first_received_at")
+    found = _placed(rows, grown_sql(name, "source")) if len(rows) else rows
+    return shaped(found, TABLES[name].schema)
+
+
+def _placed(ordered: pa.Table, statement: str) -> pa.Table:
+    """What a statement gives of "source", which has a column of its rows' places."""
     with _database().cursor() as db:
         db.execute(
             "PRAGMA disable_optimizer"
         )  # to plan one scan and one aggregate better takes longer than to run them
         db.register("source", ordered.append_column("place", pa.array(range(len(ordered)))))
-        sql = roll_up_sql(name, "source", absent=absent, narrow=True, placed=True)
-        found = db.execute(sql).to_arrow_table()
+        found = db.execute(statement).to_arrow_table()
         assert found is not None  # a SELECT has a result
-    there = set(found.column_names)
-    return shaped(found, pa.schema([field for field in schema if field.name in there]))
+    return found
 
 
 @functools.cache

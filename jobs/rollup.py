@@ -22,7 +22,7 @@ from sphere.catalog.rollup import MARK, roll_up_sql, source_columns
 from sphere.catalog.schema import TABLES
 from sphere.conf.settings import Settings
 from sphere.jobs import contradictions
-from sphere.jobs.rolling import COLUMNS, Rolled, compute, join
+from sphere.jobs.rolling import COLUMNS, Rolled, compute, grow, join
 from sphere.jobs.tables import Tables, changed, read
 
 MEMORY_LIMIT = "1GB"
@@ -116,8 +116,8 @@ def _changed_studies(instances: DeltaTable, rolled: Mapping[str, DeltaTable | No
 class _News:
     """By table, the rows for the touched and the new studies, and the keys of what these had before.
 
-    `said` is what these studies say, `of_patients` all the studies of their patients, `same_series` their series and
-    the series of other studies that have the same UID.
+    `said` is what these studies say, `of_patients` all the studies of their patients (of those who only have more of
+    the same, these studies alone), `same_series` their series and the series of other studies that have the same UID.
     """
 
     rows: Mapping[str, pa.Table]
@@ -145,19 +145,56 @@ def _roll_up(
     )
     before = tables.find("studies", _OF_PATIENTS, key=_STUDY, values=touched, at=rolled["studies"])
     affected = {*before["patient_key"].to_pylist(), *studies["patient_key"].to_pylist()}
+    grown = _grown(tables, rolled["patients"], studies, heard, changed=touched, before=before) if new else None
+    if grown is not None:
+        affected.difference_update(grown["patient_key"].to_pylist())
     theirs = tables.find("studies", _OF_PATIENTS, key="patient_key", values=affected, at=rolled["studies"])
     theirs = pa.concat_tables([studies.select(_OF_PATIENTS), _without(theirs, touched)])
+    patients = compute("patients", theirs)
+    if grown is not None:
+        others = pc.invert(pc.is_in(patients["patient_key"], value_set=grown["patient_key"].combine_chunks()))
+        patients = pa.concat_tables([patients.filter(others), grown])
     keys = TABLES["series"].key
     had = tables.find("series", keys, key=_STUDY, values=touched, at=rolled["series"])
     uids = {uid for rows in (series, had) for uid in rows["SeriesInstanceUID"].to_pylist()}
     elsewhere = tables.find("series", keys, key="SeriesInstanceUID", values=uids, at=rolled["series"])
     return _News(
-        rows={"patients": compute("patients", theirs), "studies": studies, "series": series},
+        rows={"patients": patients, "studies": studies, "series": series},
         had={"patients": before.select(["patient_key"]), "studies": before.select([_STUDY]), "series": had},
         said=heard,
         of_patients=theirs,
         same_series=pa.concat_tables([series.select(keys), _without(elsewhere, touched)]),
     )
+
+
+def _grown(
+    tables: Tables,
+    patients: DeltaTable | None,
+    studies: pa.Table,
+    heard: pa.Table,
+    *,
+    changed: Collection[str],
+    before: pa.Table,
+) -> pa.Table:
+    """Rows of `patients` that follow from their rows of before and from the new ones among `studies`, without a look at
+    what else these patients have.
+
+    That is so where all of a patient's studies in hand are new and came after all that it had, and nobody ever said two
+    things of it. `changed` are the studies that are not new; `before` is what they were, `heard` what all of them say.
+    """
+    fresh = _without(studies, changed)
+    moved = {*before["patient_key"].to_pylist(), *_only(studies, changed)["patient_key"].to_pylist()}
+    keys = set(fresh["patient_key"].to_pylist()) - moved
+    names = TABLES["patients"].schema.names
+    had = tables.find("patients", names, key="patient_key", values=keys, at=patients)
+    more = compute("patients", _of(fresh, had["patient_key"].to_pylist()).select(_OF_PATIENTS))
+    came = had.select(["patient_key", "last_received_at"]).join(
+        more.select(["patient_key", "first_received_at"]), keys="patient_key", join_type="inner"
+    )
+    later = came.filter(pc.less(came["last_received_at"], came["first_received_at"]))["patient_key"].to_pylist()
+    doubted = contradictions.doubted(tables, heard, studies, had)
+    sure = [key for key in later if key not in doubted]
+    return grow("patients", _of(had, sure), _of(more, sure))
 
 
 def _roll_up_again(pieces: Iterator[pa.Table], settings: Settings) -> Rolled:
@@ -181,6 +218,16 @@ def _roll_up_again(pieces: Iterator[pa.Table], settings: Settings) -> Rolled:
 def _without(rows: pa.Table, studies: Collection[str]) -> pa.Table:
     """The rows of other studies."""
     return rows.filter(pc.invert(pc.is_in(rows[_STUDY], pa.array(studies, pa.string()))))
+
+
+def _only(rows: pa.Table, studies: Collection[str]) -> pa.Table:
+    """The rows of these studies."""
+    return rows.filter(pc.is_in(rows[_STUDY], pa.array(studies, pa.string())))
+
+
+def _of(rows: pa.Table, patients: Collection[str]) -> pa.Table:
+    """The rows of these patients."""
+    return rows.filter(pc.is_in(rows["patient_key"], pa.array(patients, pa.string())))
 
 
 def _gone(before: pa.Table, now: pa.Table) -> list[dict[str, Any]]:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import unquote
 
 import pyarrow as pa
-import pyarrow.compute as pc
 from deltalake import CommitProperties, DeltaTable, Field, QueryBuilder, Schema, Transaction
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 from deltalake.transaction import AddAction, RemoveAction, create_table_with_add_actions
@@ -25,6 +25,7 @@ from sphere.conf.settings import Settings
 from sphere.ingest.storage import open_storage
 from sphere.jobs.keys import KeyFiles
 from sphere.jobs.lookup import files, find, open_parquet, shaped
+from sphere.jobs.merge import Merge
 from sphere.jobs.parquet import ROW_GROUP, FileWriter, NewFile
 
 _PROPERTIES = {"delta.dataSkippingNumIndexedCols": "32"}
@@ -39,6 +40,10 @@ SMALL = 256 * 1024
 """Bytes below which a file is joined with others by a merge."""
 FILE_ROWS = 8 * ROW_GROUP
 """Rows of a file that a merge writes, at most."""
+_FILE_ROWS = {"patients": 2 * ROW_GROUP}
+"""Patients who come again are anywhere among all: each has the file written anew that holds it."""
+ABREAST = 2
+"""Files that a merge writes anew at once, by threads: Arrow's work is done without Python's lock."""
 JOINED = 8
 """Small files of a table, from which on a merge joins them."""
 
@@ -165,7 +170,7 @@ class Tables:
     ) -> None:
         """Put `rows` in by the table's key, and take the rows of the keys `gone` out; without either do nothing.
 
-        Files that hold one of the keys are written anew without it, and small ones are joined. The commit carries
+        Files that hold one of the keys are written anew, and small ones are joined. The commit carries
         `mark`, an application's name and version, and fails where the table is no longer as in `onto`: raises JobFailed
         then.
         """
@@ -174,37 +179,52 @@ class Tables:
             rows = pa.Table.from_pylist(list(rows), schema=schema)
         if not len(rows) and not gone:
             return
-        rows = rows.select(schema.names).cast(schema)
-        leaving = pa.concat_tables([rows.select(key), pa.Table.from_pylist(list(gone), schema=schema).select(key)])
+        coming = Merge(rows.select(schema.names).cast(schema), pa.Table.from_pylist(list(gone), schema=schema), key)
         table = onto or self.current(name)
-        kept, removed = self._without(name, table, leaving) if table else ([], {})
-        result = pa.concat_tables([*kept, rows]).sort_by([(column, "ascending") for column in key])
-        new = [self._write(name, result.slice(start, FILE_ROWS)) for start in range(0, len(result), FILE_ROWS)]
-        self.append(name, new, removed=removed, onto=table, mark=mark)
+        anew = self._placed(name, table, coming) if table else _Anew()
+        result = pa.concat_tables([*anew.joined, coming.rest()]).sort_by([(column, "ascending") for column in key])
+        new = [*anew.files, *self._write(name, result)]
+        self.append(name, new, removed=anew.removed, onto=table, mark=mark)
+        if name in self._keys:
+            self._keys[name].renamed(anew.renamed)
 
-    def _write(self, name: str, rows: pa.Table) -> NewFile:
-        writer = FileWriter(TABLES[name])
-        for batch in rows.combine_chunks().to_batches(max_chunksize=ROW_GROUP):
-            writer.add(batch)
-        return writer.finish(self._storage, name)
+    def _write(self, name: str, rows: pa.Table) -> list[NewFile]:
+        written = []
+        for start in range(0, len(rows), file_rows(name)):
+            writer = FileWriter(TABLES[name])
+            for batch in rows.slice(start, file_rows(name)).combine_chunks().to_batches(max_chunksize=ROW_GROUP):
+                writer.add(batch)
+            written.append(writer.finish(self._storage, name))
+        return written
 
-    def _without(self, name: str, table: DeltaTable, leaving: pa.Table) -> tuple[list[pa.Table], dict[str, int]]:
-        """What is left without the keys of the files that hold them and of small ones, and these files' sizes."""
-        schema = TABLES[name].schema
+    def _placed(self, name: str, table: DeltaTable, coming: Merge) -> _Anew:
+        """Files that hold one of the keys are written anew with the rows that come in their places, but small ones are
+        joined, and so are all small ones once there are many."""
         sizes = self._files_of(name, table)
-        key = leaving.column_names[0]
-        holding = set(self.holding(name, table, key, leaving[key].combine_chunks()))
+        holding = set(self.holding(name, table, TABLES[name].key[0], coming.keys))
         small = {path for path, size in sizes.items() if size < SMALL}
-        if len(small) < JOINED:
-            small = set()
-        kept, removed = [], {}
-        for path in sorted(holding | small):
+        joined = small if len(small) >= JOINED else small & holding
+        anew = _Anew()
+        for path in sorted(joined):
             with open_parquet(self._storage, f"{name}/{unquote(path)}") as file:
-                stays = _others(file.read(columns=leaving.column_names), leaving)
-                if stays.false_count or path in small:
-                    kept.append(shaped(file.read(), schema).filter(stays))
-                    removed[path] = sizes[path]
-        return kept, removed
+                stays = coming.others(file.read(columns=list(TABLES[name].key)))
+                if stays.false_count or len(small) >= JOINED:
+                    anew.joined.append(shaped(file.read(), TABLES[name].schema).filter(stays))
+                    anew.removed[path] = sizes[path]
+
+        def place(path: str) -> tuple[str, list[NewFile] | None, bool]:
+            with open_parquet(self._storage, f"{name}/{unquote(path)}") as file:
+                rows, same = coming.placed(file, KEYS.get(name, ()))
+            return path, None if rows is None else self._write(name, rows), same
+
+        with ThreadPoolExecutor(ABREAST) as pool:
+            for path, files, same in pool.map(place, sorted(holding - joined)):
+                if files is not None:
+                    anew.files += files
+                    anew.removed[path] = sizes[path]
+                    if same and len(files) == 1:
+                        anew.renamed[path] = files[0].path
+        return anew
 
     def append(
         self,
@@ -257,6 +277,17 @@ class Tables:
         )
 
 
+@dataclass(slots=True)
+class _Anew:
+    """What a merge makes of the files of a table: rows to be joined, new files, the sizes of files that are no more,
+    and of these the ones whose keys another path has now."""
+
+    joined: list[pa.Table] = field(default_factory=list)
+    files: list[NewFile] = field(default_factory=list)
+    removed: dict[str, int] = field(default_factory=dict)
+    renamed: dict[str, str] = field(default_factory=dict)
+
+
 @dataclass(frozen=True, slots=True)
 class _Files:
     """The files of a table in a version, by their paths as its log has them, with their sizes in bytes."""
@@ -264,6 +295,11 @@ class _Files:
     table: DeltaTable
     version: int
     sizes: Mapping[str, int]
+
+
+def file_rows(name: str) -> int:
+    """Rows of a file of the table at most, where a merge writes it."""
+    return _FILE_ROWS.get(name, FILE_ROWS)
 
 
 def _properties(name: str) -> dict[str, str | None]:
@@ -307,13 +343,6 @@ def _plain(type_: pa.DataType) -> pa.DataType:
     return pa.string() if type_ == pa.string_view() else type_
 
 
-def _others(rows: pa.Table, keys: pa.Table) -> pa.BooleanArray:
-    """Which of the rows have none of the keys."""
-    numbered = rows.append_column("_row", pa.array(range(len(rows)), pa.int64()))
-    found = numbered.join(keys, keys=keys.column_names, join_type="left semi")["_row"]
-    return pc.invert(pc.is_in(numbered["_row"], value_set=found.combine_chunks())).combine_chunks()
-
-
 def _commit(mark: tuple[str, int] | None) -> CommitProperties:
     """No retry: the commit is for the version after the one that was read, or not at all."""
     return CommitProperties(max_commit_retries=0, app_transactions=[Transaction(*mark)] if mark else None)
@@ -324,16 +353,16 @@ def _overtaken(name: str) -> JobFailed:
 
 
 def _extended(table: DeltaTable, name: str, wanted: pa.Schema) -> DeltaTable:
-    have = {field.name: field.type for field in pa.schema(table.schema().to_arrow())}
-    missing = [field for field in wanted if field.name not in have]
-    for field in wanted:
-        if field.name in have and not _same(have[field.name], field.type):
+    have = {one.name: one.type for one in pa.schema(table.schema().to_arrow())}
+    missing = [one for one in wanted if one.name not in have]
+    for one in wanted:
+        if one.name in have and not _same(have[one.name], one.type):
             raise CatalogError(
-                f"table {name}: column {field.name} is {have[field.name]}, this version needs {field.type}; "
+                f"table {name}: column {one.name} is {have[one.name]}, this version needs {one.type}; "
                 "extract into a new catalog.root"
             )
     if missing:
-        table.alter.add_columns([Field.from_arrow(field) for field in missing])
+        table.alter.add_columns([Field.from_arrow(one) for one in missing])
         table.update_incremental()
     return table
 

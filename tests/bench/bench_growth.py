@@ -5,8 +5,8 @@
 A study has 25 instances on average: 4,000 studies are 100,000 instances, 1,000,000 are 25 million. The catalogs are
 generated (tests.bench.hospital_catalog) and kept in the folder, if one is given. Per catalog: a first small batch,
 which makes what is kept of the keys from nothing; then batches of new instances, which are the figure: of new patients,
-a series more for each study of that batch, and new studies of patients from all over the catalog; then the same
-instances once more. "read" counts files and bytes of the catalog that the driver opened: tasks read bundles only.
+a series more for each study of that batch, and new studies of patients from all over the catalog, twice; then the
+instances of the first of these once more. "read" counts files and bytes of the catalog that the driver opened: tasks read bundles only.
 "merged" are the files that a batch took out of a table (-) and put in (+).
 """
 
@@ -146,6 +146,7 @@ def _batches(spark: SparkSession, settings: Settings, hospital: Hospital) -> Non
         "new patients too": _Series(12, BATCH),
         "series more": _Series(13, BATCH, studies=11),
         "known patients": _Series(14, BATCH, patients=hospital, slices=25),
+        "and once more": _Series(15, BATCH, patients=hospital, slices=25),
         "the same again": _Series(14, BATCH, patients=hospital, slices=25),
     }
     LocalStorage.read = counted  # type: ignore[method-assign]

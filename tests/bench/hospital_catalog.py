@@ -29,7 +29,7 @@ from sphere.conf.settings import Settings
 from sphere.ingest.storage import open_storage
 from sphere.jobs.headers import TASK_MEMBERS
 from sphere.jobs.parquet import ROW_GROUP, FileWriter
-from sphere.jobs.tables import FILE_ROWS, NewFile, Tables
+from sphere.jobs.tables import NewFile, Tables, file_rows
 from tests.bench.hospital import (
     BATCH_STUDIES,
     IMAGE_VALUES,
@@ -44,7 +44,7 @@ from tests.bench.hospital import (
 )
 
 _MADE = "generated"
-_LAYOUT = 3  # raised when rows or files change: catalogs kept from before are made anew
+_LAYOUT = 4  # raised when rows or files change: catalogs kept from before are made anew
 
 
 def _write_instances(settings: Settings, hospital: Hospital, batches: Sequence[Batch], threads: int) -> None:
@@ -77,9 +77,9 @@ def _write(settings: Settings, name: str, columns: dict[str, pa.Array]) -> None:
     rows = pa.Table.from_arrays(arrays, schema=schema).sort_by([(key, "ascending") for key in TABLES[name].key])
     tables, storage = Tables(settings), open_storage(settings.catalog_root, user="")
     files = []
-    for start in range(0, count, FILE_ROWS):
+    for start in range(0, count, file_rows(name)):
         writer = FileWriter(TABLES[name])
-        for batch in rows.slice(start, FILE_ROWS).combine_chunks().to_batches(max_chunksize=ROW_GROUP):
+        for batch in rows.slice(start, file_rows(name)).combine_chunks().to_batches(max_chunksize=ROW_GROUP):
             writer.add(batch)
         files.append(writer.finish(storage, name))
     tables.append(name, files, onto=tables.open(name))

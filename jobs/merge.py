@@ -1,0 +1,109 @@
+"""Rows put in by the key of a table: what becomes of a file that holds some of the keys.
+
+Most rows of such a file stay, and so do most of its bytes' worth: new values are set in their rows' places, column by
+column, in the order that the rows are in. Nothing is sorted, and columns in which the file says nothing are not read.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from sphere.jobs.lookup import said_columns
+
+Positions = npt.NDArray[np.int64]
+
+
+class Merge:
+    """Rows that come into a table with the key columns `key`, and keys of rows that leave it.
+
+    Files are given to it, by several threads at once if one likes; a row that came into one of them is not among the
+    `rest`, for which no file had a row.
+    """
+
+    def __init__(self, rows: pa.Table, gone: pa.Table, key: Sequence[str]) -> None:
+        self._rows = rows.combine_chunks()
+        self._key = list(key)
+        keys = pa.concat_tables([rows.select(self._key), gone.select(self._key)]).combine_chunks()
+        self._numbered = keys.append_column("_number", pa.array(np.arange(len(keys))))
+        self._placed = np.zeros(len(rows), bool)
+        self._lock = threading.Lock()
+
+    @property
+    def keys(self) -> pa.Array:
+        """What the first key column says in the rows that come and in the keys that leave."""
+        return self._numbered[0].combine_chunks()
+
+    def rest(self) -> pa.Table:
+        """The rows that came into no file."""
+        return self._rows.filter(pa.array(~self._placed))
+
+    def others(self, keys: pa.Table) -> pa.BooleanArray:
+        """Which rows of a file, of which these are the keys, have none of ours."""
+        stays = np.ones(len(keys), bool)
+        stays[self._found(keys)[0]] = False
+        return pa.array(stays)
+
+    def placed(self, file: pq.ParquetFile, kept_keys: Sequence[str]) -> tuple[pa.Table | None, bool]:
+        """All that the file says, with our rows in the places of those with the same key, without the keys that leave;
+        None where it has none of the keys. With it, whether no value came into one of the columns `kept_keys`."""
+        said = said_columns(file, self._rows.column_names)
+        before = file.read(columns=list(dict.fromkeys((*self._key, *said))))
+        at, numbers = self._found(before.select(self._key))
+        if not len(at):
+            return None, True
+        ours = numbers < len(self._rows)
+        first = np.zeros(len(at), bool)
+        first[np.unique(numbers, return_index=True)[1]] = True
+        ours &= first
+        with self._lock:  # a key that two files have: one of them goes
+            ours[ours] &= ~self._placed[numbers[ours]]
+            self._placed[numbers[ours]] = True
+        return self._set(before, at[ours], self._rows.take(pa.array(numbers[ours])), at[~ours], kept_keys)
+
+    def _found(self, keys: pa.Table) -> tuple[Positions, Positions]:
+        """Places of the rows that have one of our keys, ascending, and the number of each one's key."""
+        first = self._key[0]
+        maybe = np.flatnonzero(pc.is_in(keys[first], value_set=self.keys).to_numpy())
+        rows = keys.take(pa.array(maybe)).append_column("_at", pa.array(maybe))
+        found = rows.join(self._numbered, keys=self._key, join_type="inner")
+        at, numbers = (found[name].to_numpy().astype(np.int64) for name in ("_at", "_number"))
+        order = np.lexsort((numbers, at))  # a row that comes before a key that leaves
+        at, once = np.unique(at[order], return_index=True)
+        return at, numbers[order][once]
+
+    def _set(
+        self, before: pa.Table, at: Positions, rows: pa.Table, leaving: Positions, kept_keys: Sequence[str]
+    ) -> tuple[pa.Table, bool]:
+        schema = rows.schema
+        there = set(before.column_names)
+        names = [name for name in schema.names if name in there or rows[name].null_count < len(rows)]
+        mask = np.zeros(len(before), bool)
+        mask[at] = True
+        columns, same = [], True
+        for name in names:
+            type_ = schema.field(name).type
+            old = before[name].combine_chunks().cast(type_) if name in there else pa.nulls(len(before), type_)
+            new = rows[name].combine_chunks()
+            if name in kept_keys:
+                same = same and old.take(pa.array(at)).equals(new)
+            columns.append(_replaced(old, mask, at, new))
+        table = pa.Table.from_arrays(columns, schema=pa.schema([schema.field(name) for name in names]))
+        stays = np.ones(len(before), bool)
+        stays[leaving] = False
+        return (table.filter(pa.array(stays)) if len(leaving) else table), same
+
+
+def _replaced(old: pa.Array, mask: npt.NDArray[np.bool_], at: Positions, new: pa.Array) -> pa.Array:
+    """The values of `old`, but those of `new`, in their order, where the mask is set, which is at the places `at`."""
+    if not pa.types.is_nested(old.type):
+        return pc.replace_with_mask(old, pa.array(mask), new)
+    taken = np.arange(len(old))
+    taken[at] = len(old) + np.arange(len(new))
+    return pa.concat_arrays([old, new]).take(pa.array(taken))
