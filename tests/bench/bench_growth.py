@@ -6,8 +6,8 @@ A study has 25 instances on average: 4,000 studies are 100,000 instances, 1,000,
 generated (tests.bench.hospital_catalog) and kept in the folder, if one is given. Per catalog: a first small batch,
 which makes what is kept of the keys from nothing; then batches of new instances, which are the figure: of new patients,
 a series more for each study of that batch, and new studies of patients from all over the catalog, twice; then the
-instances of the first of these once more. "read" counts files and bytes of the catalog that the driver opened: tasks read bundles only.
-"merged" are the files that a batch took out of a table (-) and put in (+).
+instances of the first of these once more. "read" counts files and bytes of the catalog that the driver opened: tasks
+read bundles only. "merged" are the files that a batch took out of a table (-) and put in (+).
 """
 
 from __future__ import annotations

@@ -86,6 +86,14 @@ def test_rows_are_as_if_computed_anew(tmp_path: Path, seed: int) -> None:
     assert sorted_rows(grown, "patients") == sorted(str(sorted(row.items())) for row in expected)
 
 
+def test_of_studies_of_one_moment_the_first_by_uid_speaks(tmp_path: Path) -> None:
+    settings = archive(tmp_path / "archive")
+    for number, name in ((5, "Doe^J"), (10, "Doe^Jane")):  # 1.9.10 comes before 1.9.5
+        extract(settings, instances_of(number, "A", received_at=EPOCH, PatientName=name), rolled=True)
+    [row] = table_rows(settings, "patients")
+    assert (row["PatientName"], row["NumberOfPatientRelatedStudies"]) == ("Doe^Jane", 2)
+
+
 @pytest.mark.parametrize("other", [None, "Y"])
 def test_what_an_instance_of_nobody_or_of_another_patient_said_counts(tmp_path: Path, other: str | None) -> None:
     """The patient's row has its birth date from there; the second study says another one, and the third does not."""
