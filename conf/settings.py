@@ -83,8 +83,8 @@ class Web(Section):
     )
     auth: Literal["remote", "all"] = Field(
         "remote",
-        description="Who must show a token: clients of other hosts, or all. A reverse proxy on this host is no client "
-        "of this host by its Host header.",
+        description="Who must show a token: clients of other hosts, or all. Behind a reverse proxy on this host it has "
+        "to be all: one that names itself in no header makes everybody a client of this host.",
     )
     tls_certificate: str = Field("", description="PEM file of the server's certificate and those up to its CA.")
     tls_key: str = Field("", description="PEM file of its private key; empty: it is in `tls_certificate`.")

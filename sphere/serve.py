@@ -122,6 +122,8 @@ class Supervisor:
             if not self._announced and all(child.state == "ready" for child in self.children):
                 self._announced = True
                 self.announce(banner(settings))
+                if line := without_tokens(settings):
+                    self.announce(line)
         return self._stop_all()
 
     def _watch(self) -> None:
@@ -329,3 +331,13 @@ def _pages(settings: Settings) -> str:
     host = f"[{settings.web.host}]" if ":" in settings.web.host else settings.web.host
     page = f"{'https' if settings.web.tls_certificate else 'http'}://{host}:{settings.web.port}/"
     return f"its page on {page}, DICOMweb on {page}dicom-web; "
+
+
+def without_tokens(settings: Settings) -> str:
+    """Who needs no token; nothing where everybody does."""
+    if not settings.web.enabled or settings.web.auth == "all":
+        return ""
+    return (
+        "Who uses this host may do everything over HTTP without a token; behind a reverse proxy, or where others have "
+        'accounts here, set web.auth = "all".'
+    )

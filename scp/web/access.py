@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 from dataclasses import dataclass
 from typing import Final
 
@@ -14,6 +13,7 @@ from sphere.catalog.cohorts import Cohorts
 from sphere.catalog.grant import Grant
 from sphere.conf.errors import SphereError
 from sphere.conf.settings import Web
+from sphere.scp.web.local import is_local
 from sphere.scp.web.oidc import Known, Oidc
 from sphere.scp.web.problem import problem
 from sphere.scp.web.tokens import PREFIX, ROLES, Role, Token, Tokens
@@ -24,7 +24,6 @@ NEEDED: Final[dict[str, Role]] = {**dict.fromkeys(("GET", "HEAD", "OPTIONS"), "r
 """The least role for a method; any other needs an admin. What a researcher may get, operations say (`in_part`)."""
 ANNOTATING: Final = ("/annotations", frozenset(("PUT", "DELETE")))
 """Below this path these methods change what a writer adds, and keep what was before."""
-LOCAL_NAMES: Final = frozenset(("localhost", "127.0.0.1", "::1"))
 MAX_TOKEN: Final = 16 << 10  # characters
 
 
@@ -80,7 +79,7 @@ class Access:
         headers = Headers(scope=scope)
         kind, _, secret = headers.get("authorization", "").partition(" ")
         if not kind:
-            return Principal("local", "admin") if self._is_local(scope, headers.get("host", "")) else None
+            return Principal("local", "admin") if is_local(scope, self._settings) else None
         secret = secret.strip()
         if kind.lower() != "bearer" or not 0 < len(secret) <= MAX_TOKEN:
             return None
@@ -98,19 +97,3 @@ class Access:
         if shown.role != "researcher":
             return Principal(who, shown.role)
         return Principal(who, shown.role, self._cohorts.grant(shown.collections, shown.cohorts))
-
-    def _is_local(self, scope: Scope, host: str) -> bool:
-        """Whether somebody of this host asks, under a name of this host.
-
-        The name keeps out web pages of elsewhere whose name was made to lead here (DNS rebinding), and what a reverse
-        proxy on this host passes on.
-        """
-        if self._settings.auth == "all" or not scope.get("client"):
-            return False
-        try:
-            if not ipaddress.ip_address(scope["client"][0]).is_loopback:
-                return False
-        except ValueError:
-            return False
-        name = host.rpartition("]")[0].lstrip("[") if host.startswith("[") else host.partition(":")[0]
-        return name.lower() in LOCAL_NAMES | {self._settings.host}

@@ -31,10 +31,10 @@ from sphere.scp.policy import Policy
 from sphere.scp.retrieve.transcoder import Transcoder
 from sphere.scp.store import StoreService
 from sphere.scp.upper.tls import web_context
-from sphere.scp.web.access import LOCAL_NAMES
 from sphere.scp.web.app import Services, make_app
 from sphere.scp.web.archive import Archive
 from sphere.scp.web.known import KnownSeries
+from sphere.scp.web.local import LOCAL_NAMES
 from sphere.scp.web.protocol import BoundedHttp
 from sphere.scp.web.tokens import Tokens
 

@@ -292,6 +292,21 @@ def test_who_is_of_this_host(settings: Settings) -> None:
         assert status(auth="all") == 401
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["Forwarded", "X-Forwarded-For", "X-Forwarded-Proto", "X-Forwarded-Host", "X-Forwarded", "X-Real-IP", "Via"],
+)
+def test_what_a_proxy_on_this_host_passes_on_is_not_local(settings: Settings, name: str) -> None:
+    """Whoever it is for, and though it calls us by our address, as nginx and Apache do by default."""
+    with services_of(settings) as services:
+        client = TestClient(make_app(settings, services), client=("127.0.0.1", 1), base_url="http://127.0.0.1:8080")
+        assert asked(client) == 204
+        for value in ("203.0.113.9", "127.0.0.1", "for=127.0.0.1", "1.1 proxy", ""):
+            assert asked(client, {name: value}) == asked(client, {name: value}, "DELETE") == 401
+        secret = services.tokens.create("behind a proxy", "reader", None)
+        assert asked(client, {name: "203.0.113.9", "authorization": f"Bearer {secret}"}) == 204
+
+
 def test_every_request_that_touches_data_is_recorded(tmp_path: Path) -> None:
     settings = from_dict({}, base=tmp_path)
     with services_of(settings) as services:

@@ -30,6 +30,18 @@ def test_http_is_a_child_like_the_others(tmp_path: Path) -> None:
         assert serving.stop() == 0
 
 
+@pytest.mark.parametrize(("auth", "said"), [("remote", 1), ("all", 0)])
+def test_it_says_that_clients_of_this_host_need_no_token(
+    tmp_path: Path, auth: str, said: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPHERE_WEB__AUTH", auth)
+    with running_supervisor(tmp_path, workers=1, web=True) as serving:
+        serving.wait(ready)
+        assert serving.stop() == 0
+    lines = [line for line in serving.log_path.read_text().splitlines() if "without a token" in line]
+    assert len(lines) == said and all('web.auth = "all"' in line for line in lines)
+
+
 def test_it_says_which_part_does_not_serve(tmp_path: Path) -> None:
     with running_supervisor(tmp_path, workers=2, web=True) as serving:
         state = serving.wait(ready)
