@@ -6,9 +6,11 @@ import logging
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
+from pyspark import SparkContext
 from pyspark.errors import PySparkException
 from pyspark.sql import SparkSession
 
@@ -59,11 +61,34 @@ def spark_session(settings: Settings, *, app_name: str) -> SparkSession:
     builder = SparkSession.builder.appName(app_name).master(settings.spark.master)
     for key, value in _options(settings).items():
         builder = builder.config(key, value)
-    with _errors_to(settings.archive.state_dir / "spark" / "driver.log") as log:
+    with _errors_to(settings.archive.state_dir / "spark" / "driver.log") as log, _none_left_behind():
         try:
             return builder.getOrCreate()
         except (PySparkException, OSError) as error:
             raise JobFailed(f"Spark did not start on {settings.spark.master}: {error}; see {log}") from error
+
+
+@contextmanager
+def _none_left_behind() -> Iterator[None]:
+    """Where this is interrupted before PySpark is connected to the JVM that it starts, end that JVM: it would stay for
+    ever, as the file by which it tells its port is gone."""
+    import psutil  # type: ignore[import-untyped]
+
+    before = {child.pid for child in psutil.Process().children()}
+    try:
+        yield
+    except BaseException:
+        if SparkContext._gateway is None:
+            for child in psutil.Process().children():
+                if child.pid not in before and "pyspark-shell" in _command(child):  # as script and as JVM
+                    child.kill()
+        raise
+
+
+def _command(process: Any) -> list[str]:
+    with suppress(Exception):  # it ended meanwhile
+        return list(process.cmdline())
+    return []
 
 
 @contextmanager

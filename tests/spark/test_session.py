@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import gc
 import importlib
+import signal
+import subprocess
 import sys
+import time
 import zipimport
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import psutil
 import pyarrow as pa
 import pytest
 from pyspark.errors import AnalysisException
@@ -68,3 +72,40 @@ def test_python_workers_have_everything_before_their_first_task_and_open_no_arch
 
     rows = spark.range(0, 2, 1, 2).mapInArrow(seen, "opened bigint, here boolean").collect()
     assert [(row["opened"], row["here"]) for row in rows] == [(0, True)] * 2
+
+
+def _is_spark(process: psutil.Process) -> bool:
+    try:
+        return "pyspark-shell" in process.cmdline()
+    except psutil.Error:  # it ended meanwhile
+        return False
+
+
+INTERRUPTED = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # who runs the tests in the background may have it ignored
+from sphere.cli import main
+main(["--config", sys.argv[1], "sql", "SELECT 1"], prog_name="sphere")
+"""
+
+
+@pytest.mark.parametrize("pause_s", [0.0, 0.3, 1.2])
+def test_ctrl_c_while_spark_starts_leaves_no_jvm(tmp_path: Path, pause_s: float) -> None:
+    """Whatever has begun of it: PySpark's script, the JVM, or the JVM that tells its port in vain."""
+    (tmp_path / "sphere.toml").write_text("")
+    command = [sys.executable, "-c", INTERRUPTED, str(tmp_path / "sphere.toml")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as running:
+        process, started = psutil.Process(running.pid), list[psutil.Process]()
+        while not started and running.poll() is None:
+            started = [one for one in process.children(recursive=True) if _is_spark(one)]
+        time.sleep(pause_s)
+        started = process.children(recursive=True)
+        running.send_signal(signal.SIGINT)
+        try:
+            assert running.wait(60) == 130
+            assert psutil.wait_procs(started, timeout=30)[1] == []
+        finally:
+            for one in started:
+                if one.is_running():
+                    one.kill()
+        assert "interrupted" in running.stderr.read()
