@@ -14,11 +14,13 @@ import secrets
 import sqlite3
 import time
 import uuid
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
 from typing import Any, Final, Literal, Protocol
+
+import orjson
 
 from sphere.catalog.schema import UNIQUE_KEY, Level
 from sphere.conf.errors import BadRequest, BundleDamaged, NotThere, Overtaken, StorageError, TooLarge
@@ -122,6 +124,25 @@ _INSERT = (
 _NEWEST = "UPDATE versions SET newest = (version = (SELECT max(version) FROM versions WHERE id = :id)) WHERE id = :id"
 
 
+_OWN: Final[Mapping[Level, str]] = {level: UNIQUE_KEY[level] for level in TARGETS}
+_WHEN = " ".join(f"WHEN '{level}' THEN {name}" for level, name in _OWN.items())
+_TARGET_UID = f"CASE level {_WHEN} END"
+
+
+def _where(uid: str, level: Level | None, type: str, author: str) -> tuple[str, list[str]]:
+    """A condition on `versions`, and its values."""
+    where, values = ["newest", "action = 'put'"], []
+    if uid:
+        found = " UNION ".join(f"SELECT id FROM versions WHERE newest AND {name} = ?" for name in _OWN.values())
+        where.append(f"id IN ({found})")
+        values += [uid] * len(_OWN)
+    for name, value in (("level", level), ("type", type), ("author", author)):
+        if value:
+            where.append(f'"{name}" = ?')
+            values.append(value)
+    return " AND ".join(where), values
+
+
 def _apply(db: sqlite3.Connection, event: Mapping[str, Any]) -> None:
     row = {name: event[name] for name in COLUMNS}
     db.execute(_INSERT, row)
@@ -172,30 +193,43 @@ class Annotations:
         level: Level | None = None,
         type: str = "",
         author: str = "",
+        without: Collection[str] = (),
         limit: int = -1,
         offset: int = 0,
     ) -> tuple[list[Version], int]:
         """(newest versions in the order of time, how many there are without `limit` and `offset`) of what was not
         deleted.
 
-        `uid` is that of a study, series or instance: what is linked to it or to something in it. Raises StorageError.
+        `uid` is that of a study, series or instance: what is linked to it or to something in it. What is linked to one
+        of the UIDs `without` itself is left out. Raises StorageError.
         """
-        where, values = ["newest", "action = 'put'"], []
-        if uid:
-            named = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID")
-            found = " UNION ".join(f"SELECT id FROM versions WHERE newest AND {name} = ?" for name in named)
-            where.append(f"id IN ({found})")
-            values += [uid] * 3
-        for name, value in (("level", level), ("type", type), ("author", author)):
-            if value:
-                where.append(f'"{name}" = ?')
-                values.append(value)
-        condition = " AND ".join(where)
+        condition, values = _where(uid, level, type, author)
+        if without:
+            condition += f" AND {_TARGET_UID} NOT IN (SELECT value FROM json_each(?))"
+            values.append(orjson.dumps(list(without)).decode())
         with self._log.reading() as db:
             (total,) = db.execute(f"SELECT count(*) FROM versions WHERE {condition}", values).fetchone()
             sql = f"SELECT {_NAMES} FROM versions WHERE {condition} ORDER BY at, id LIMIT ? OFFSET ?"
             rows = db.execute(sql, [*values, limit, offset]).fetchall()
         return [Version(**row) for row in rows], total
+
+    def targets(self, *, uid: str = "", level: Level | None = None, type: str = "", author: str = "") -> set[str]:
+        """The UIDs that what `find` gives is linked to, each of its level. Raises StorageError."""
+        condition, values = _where(uid, level, type, author)
+        with self._log.reading() as db:
+            rows = db.execute(f"SELECT DISTINCT {_TARGET_UID} FROM versions WHERE {condition}", values).fetchall()
+        return {row[0] for row in rows}
+
+    def linked(self, uids: Collection[str]) -> int:
+        """How many there are that were not deleted, linked to one of these UIDs itself. Raises StorageError."""
+        among = "IN (SELECT value FROM json_each(:uids))"
+        found = " UNION ".join(
+            f"SELECT id FROM versions WHERE newest AND action = 'put' AND level = '{level}' AND {name} {among}"
+            for level, name in _OWN.items()
+        )
+        with self._log.reading() as db:
+            given = {"uids": orjson.dumps(list(uids)).decode()}
+            return int(db.execute(f"SELECT count(*) FROM ({found})", given).fetchone()[0])
 
     def history(self, id: str) -> list[Version]:
         """Every version, the newest first; raises NotThere, and StorageError."""

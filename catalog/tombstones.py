@@ -13,7 +13,7 @@ import os
 import sqlite3
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
@@ -198,6 +198,17 @@ class Tombstones:
             if len(page) < PAGE:
                 return
             last = page[-1].SOPInstanceUID
+
+    def named(self, uids: Collection[str]) -> tuple[set[str], set[str]]:
+        """Those of the UIDs that are of a deleted instance, and those of a study or series that had one. Raises
+        StorageError."""
+        if not uids or (stamp := self._stamp()) is None:
+            return set(), set()
+        named = ("SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID")
+        sql = [f"SELECT DISTINCT {name} FROM instances WHERE deleted AND {name} {_AMONG}" for name in named]
+        with self._reading(stamp) as db:
+            instances, *others = [{row[0] for row in db.execute(one, (_json(list(uids)),))} for one in sql]
+        return instances, set().union(*others)
 
     def count(self) -> int:
         """How many instances are deleted. Raises StorageError."""

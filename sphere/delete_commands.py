@@ -48,7 +48,8 @@ def delete(ctx: click.Context, /, where: tuple[str, ...], reason: str, yes: bool
     """Show studies, series and instances no more; their bytes stay until compaction.
 
     No service shows them from now on, and no table after the next extraction. What comes again with the UID of a
-    deleted instance is refused. Says what it is about to delete, and asks; without a terminal it needs --yes.
+    deleted instance is refused. Says what it is about to delete, and asks; without a terminal it needs --yes. Files
+    that are linked to it (`sphere annotate`) stay, and are shown to admins only: it says how many there are.
 
     \b
     Examples:
@@ -68,14 +69,19 @@ def delete(ctx: click.Context, /, where: tuple[str, ...], reason: str, yes: bool
             found = deleting.choose_matching(queries, dict(split_key(key) for key in where))
         else:
             found = deleting.choose(queries, uids)
-    if not found:
-        click.echo("nothing matches")
-        return
-    click.echo(_counted(found))
-    if not yes:
-        _ask()
-    done = deleting.delete(settings, found, reason=reason)
-    click.echo(f"{done} deleted; the tables follow with the next sphere extract, sphere undelete shows them again")
+        if not found:
+            click.echo("nothing matches")
+            return
+        click.echo(_counted(found))
+        if not yes:
+            _ask()
+        done = deleting.delete(settings, found, reason=reason)
+        click.echo(f"{done} deleted; the tables follow with the next sphere extract, sphere undelete shows them again")
+        if count := deleting.annotations_of(settings, queries, found):
+            click.echo(
+                f"{count} annotations refer to what was deleted: only admins are shown them, and their files stay, "
+                "also after sphere compact; sphere annotate list --uid UID names them, sphere annotate delete deletes them"
+            )
 
 
 @click.command()

@@ -8,10 +8,12 @@ from contextlib import closing
 from typing import Any
 
 from sphere.caller import who_calls
+from sphere.catalog.annotations import Annotations
 from sphere.catalog.audit import MAX_TEXT, AuditJournal
 from sphere.catalog.queries import Queries
 from sphere.catalog.service import StoredInstance
 from sphere.catalog.tombstones import Named, Tombstone, open_tombstones
+from sphere.catalog.withdrawn import Withdrawn
 from sphere.conf.errors import BadRequest, NotThere
 from sphere.conf.settings import Settings
 from sphere.finding import find_instances
@@ -68,6 +70,13 @@ def delete(settings: Settings, instances: Collection[StoredInstance], *, reason:
             instances,
             lambda: tombstones.delete(instances, by=who_calls(), reason=reason),
         )
+
+
+def annotations_of(settings: Settings, queries: Queries, instances: Iterable[Named]) -> int:
+    """How many annotations are linked to these instances, and to studies and series of which they were the last."""
+    with closing(open_tombstones(settings)) as tombstones, closing(Annotations(settings)) as annotations:
+        uids = {getattr(one, name) for one in instances for name in NAMES.values()}
+        return annotations.linked(Withdrawn(tombstones, queries).among(uids))
 
 
 def undelete(settings: Settings, instances: Collection[Tombstone]) -> int:

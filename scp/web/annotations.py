@@ -24,6 +24,7 @@ from sphere.catalog.queries import Queries
 from sphere.catalog.query import Query
 from sphere.catalog.references import KINDS, references
 from sphere.catalog.service import StoredInstance
+from sphere.catalog.withdrawn import Withdrawn
 from sphere.conf.errors import BadRequest, NotThere
 from sphere.conf.uids import UID
 from sphere.scp.web.archive import as_seen
@@ -54,6 +55,7 @@ class Service:
     read_only: bool
     indexed: bool
     """Whether a patient is found without reading every header."""
+    withdrawn: Withdrawn
 
     def change(self, request: Request, allowed: tuple[str, ...]) -> dict[str, str]:
         """The parameters of a request that changes something; raises WebError and BadRequest."""
@@ -133,7 +135,9 @@ def _list(service: Service, request: Request) -> Response:
     kept = {name: asked.get(name, "") for name in ("type", "author")}
     catalog = as_seen(service.catalog, request)
     if catalog is service.catalog:
-        found, total = service.annotations.find(uid=uid, level=level, **kept, limit=limit, offset=offset)
+        asked_for: dict[str, Any] = {"uid": uid, "level": level, **kept}
+        without = set() if _sees_all(request) else service.withdrawn.among(service.annotations.targets(**asked_for))
+        found, total = service.annotations.find(**asked_for, without=without, limit=limit, offset=offset)
     else:
         found, total = _granted(service, catalog, uid, level=level, **kept)
         found = found[offset : offset + limit]
@@ -166,12 +170,26 @@ def _is_seen(catalog: Queries, version: Version) -> bool:
     return locate(catalog, target.uid, target.level) is not None
 
 
+def _sees_all(request: Request) -> bool:
+    """Whether what is linked to what was deleted is shown: to those who may delete."""
+    return getattr(request.state, "role", "") == "admin"
+
+
 def _check(service: Service, request: Request, version: Version) -> Version:
     """The version, if the caller may see what it is linked to; raises NotThere."""
     catalog = as_seen(service.catalog, request)
-    if catalog is not service.catalog and not _is_seen(catalog, version):
+    if catalog is not service.catalog:
+        shown = _is_seen(catalog, version)
+    else:
+        shown = _sees_all(request) or not service.withdrawn.has(version)
+    if not shown:
         raise NotThere(f"there is no annotation {version.id!r}")
     return version
+
+
+def _checked_id(service: Service, request: Request) -> str:
+    """The id in the path, of an annotation that the caller may see; raises NotThere."""
+    return _check(service, request, service.annotations.history(_id(request))[0]).id
 
 
 def _objects(catalog: Queries, uid: str, *, whole_patient: bool) -> Iterator[dict[str, Any]]:
@@ -232,7 +250,8 @@ def _describe(service: Service, request: Request) -> Response:
 def _download(service: Service, request: Request) -> Response:
     asked = _parameters(request, ("version",))
     wanted = number(asked, "version", 0) or None
-    version = _check(service, request, service.annotations.version(_id(request), wanted))
+    # first whether it may be seen at all: what versions it has tells that there is one
+    version = service.annotations.version(_checked_id(service, request), wanted)
     tag = f'"{version.sha256[:32]}"'
     headers = {
         "ETag": tag,
@@ -251,7 +270,7 @@ def _download(service: Service, request: Request) -> Response:
 def _delete(service: Service, request: Request) -> Response:
     asked = service.change(request, ("onto",))
     onto = number(asked, "onto", 0) or None
-    service.annotations.delete(_id(request), made_by=who(request), onto=onto)
+    service.annotations.delete(_checked_id(service, request), made_by=who(request), onto=onto)
     request.state.found = 1
     return Response(status_code=204)
 
@@ -267,7 +286,8 @@ async def _add(service: Service, request: Request) -> Response:
 
 async def _change(service: Service, request: Request) -> Response:
     given = service.change(request, (*ABOUT, "sha256", "onto"))
-    upload = Upload(service, request, given, (*ABOUT, "sha256", "onto"), id=_id(request))
+    id = await to_thread.run_sync(_checked_id, service, request)
+    upload = Upload(service, request, given, (*ABOUT, "sha256", "onto"), id=id)
     return JSONResponse(_row(await _taken(service, request, upload)))
 
 

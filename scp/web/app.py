@@ -19,6 +19,7 @@ from sphere.catalog.cohorts import Cohorts
 from sphere.catalog.overview import Overview
 from sphere.catalog.queries import Queries
 from sphere.catalog.tombstones import Tombstones
+from sphere.catalog.withdrawn import Withdrawn
 from sphere.conf.errors import SphereError
 from sphere.conf.settings import Settings
 from sphere.scp.upper.dataset import Budget
@@ -89,7 +90,9 @@ def make_app(settings: Settings, services: Services) -> Starlette:
     web = settings.web
     offered += deleting.offered(deleting.Deleting(services.finder, services.tombstones, web.delete, web.read_only))
     indexed = settings.catalog.mode == "delta"
-    linked = annotating.Service(services.annotations, services.archive.catalog, web.idle_s, web.read_only, indexed)
+    catalog = services.archive.catalog
+    withdrawn = Withdrawn(services.tombstones, catalog)
+    linked = annotating.Service(services.annotations, catalog, web.idle_s, web.read_only, indexed, withdrawn)
     offered += annotating.offered(linked)
     arrivals = Arrivals(services.archive.storage, settings.archive.state_dir)
     state = status.State(settings, arrivals, services.overview, services.finder, services.tombstones)

@@ -80,6 +80,20 @@ def test_series_instances_and_keys(config: Path, records: list[MemberRecord]) ->
     assert (result.exit_code, result.stdout) == (0, "nothing matches\n")
 
 
+def test_it_says_how_many_annotations_refer_to_it(config: Path, records: list[MemberRecord], tmp_path: Path) -> None:
+    file = tmp_path / "mask"
+    file.write_bytes(b"mask")
+    one, other, last = records[:3]
+    for uid in (one.StudyInstanceUID, one.SeriesInstanceUID, one.SOPInstanceUID, last.SOPInstanceUID):
+        assert call(config, "annotate", "add", str(file), "--uid", uid).exit_code == 0
+    first = call(config, "delete", "--instance", one.SOPInstanceUID, "--yes")
+    assert "1 annotations refer to what was deleted: only admins are shown them" in first.stdout
+    assert "annotations" not in call(config, "delete", "--instance", other.SOPInstanceUID, "--yes").stdout
+    assert "3 annotations refer" in call(config, "delete", "--study", one.StudyInstanceUID, "--yes").stdout
+    listed = call(config, "annotate", "list", "--uid", one.StudyInstanceUID, "--format", "json")
+    assert len(orjson.loads(listed.stdout)) == 4, "who has the archive itself is an admin"
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [

@@ -162,6 +162,63 @@ def test_undone_it_is_shown_again(settings: Settings, web: Web) -> None:
     assert set(doors(web, UIDS[0]).values()) == {200}
 
 
+def test_annotations_of_what_was_deleted_are_for_admins(settings: Settings, web: Web) -> None:
+    """A study of which something is left keeps its own; what is shown again has its annotations again."""
+    tokens = Tokens(open_storage(settings.storage.root))
+    root = f"http://127.0.0.1:{web.port}/annotations"
+    roles: tuple[Role, ...] = ("reader", "writer", "admin")
+    who = {role: {"authorization": f"Bearer {tokens.create(role, role, None)}"} for role in roles}
+    own = {"study": STUDY, "series": SERIES, "instance": UIDS[0], "other instance": UIDS[1], "not here": "1.9"}
+    ids = {}
+    for name, uid in own.items():
+        level = "study" if name == "not here" else name.split()[-1]
+        made = web.client.post(root, content=b"mask", params={"uid": uid, "allow_unknown": "true", "level": level})
+        ids[name] = made.json()["id"]
+
+    def shown(role: str) -> tuple[set[str], set[str]]:
+        """What is listed, with its count, in one list and in those of each UID; and what is given by its id."""
+        listed = set()
+        for params in ({}, *({"uid": uid} for uid in own.values())):
+            answer = web.client.get(root, params=params, headers=who[role])
+            mine = {row["id"] for row in answer.json() if row["id"] in ids.values()}
+            assert len(answer.json()) == int(answer.headers["x-total-count"]) >= len(mine)
+            assert not params or mine <= listed
+            listed |= mine
+        given = set()
+        for id in ids.values():
+            statuses = {
+                web.client.get(f"{root}/{id}{path}", headers=who[role]).status_code
+                for path in ("", "/file", "/file?version=1")
+            }
+            assert statuses in ({200}, {404})
+            given |= {id} if statuses == {200} else set()
+        return listed, given
+
+    def without(*names: str) -> tuple[set[str], set[str]]:
+        left = {id for name, id in ids.items() if name not in names}
+        return left, left
+
+    assert shown("reader") == shown("writer") == shown("admin") == without()
+    assert delete(web, at(UIDS[0])).status_code == 204
+    assert shown("reader") == shown("writer") == without("instance")
+    assert delete(web).status_code == 204
+    gone = [name for name in own if name != "not here"]
+    assert shown("reader") == shown("writer") == without(*gone)
+    assert shown("admin") == without()
+    for id in (ids["study"], ids["instance"]):
+        told = [
+            web.client.put(f"{root}/{id}", content=b"new", headers=who["writer"]),
+            web.client.delete(f"{root}/{id}", headers=who["writer"]),
+            web.client.get(f"{root}/{id}/file", params={"version": 99}, headers=who["writer"]),
+        ]
+        assert {(one.status_code, one.json()["detail"]) for one in told} == {(404, f"there is no annotation {id!r}")}
+    assert web.client.put(f"{root}/{ids['series']}", content=b"new", headers=who["admin"]).status_code == 200
+    assert web.services.tombstones.restore([UIDS[1]], by="test") == 1
+    assert shown("reader") == without("instance")
+    assert web.services.tombstones.restore([UIDS[0]], by="test") == 1
+    assert shown("reader") == without()
+
+
 def test_the_list_of_arrivals_shows_no_more_than_is_there(web: Web) -> None:
     def told(path: str) -> Any:
         return web.client.get(f"http://127.0.0.1:{web.port}/status/{path}").json()
