@@ -80,7 +80,8 @@ def delete(ctx: click.Context, /, where: tuple[str, ...], reason: str, yes: bool
         if count := deleting.annotations_of(settings, queries, found):
             click.echo(
                 f"{count} annotations refer to what was deleted: only admins are shown them, and their files stay, "
-                "also after sphere compact; sphere annotate list --uid UID names them, sphere annotate delete deletes them"
+                "also after sphere compact; sphere annotate list --uid UID names them, sphere annotate delete ID "
+                "deletes one"
             )
 
 
