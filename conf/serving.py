@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, Literal
 
 import orjson
+
+from sphere.conf.errors import SettingsError
 
 FILE = "serve.json"
 SPOOL_FILE = "spool.json"
@@ -137,6 +141,19 @@ class ServeState:
 def now() -> str:
     """The time, as it is written here."""
     return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+
+
+def check_writable(state_dir: Path) -> None:
+    """Raise SettingsError where no file can be made in the folder of states, unless the disk is full: that may pass."""
+    try:
+        state_dir.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=state_dir):
+            return
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise SettingsError(
+                f"archive.state_dir: {state_dir} cannot be written to: {error.strerror}; choose another folder"
+            ) from None
 
 
 def write(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -20,7 +22,7 @@ CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 
 class Verbs(click.Group):
-    """A click group that turns every SphereError into one clear line and its exit status."""
+    """A click group that turns every SphereError, and what the system refuses, into one clear line and a status."""
 
     def invoke(self, ctx: click.Context) -> object:
         try:
@@ -31,6 +33,13 @@ class Verbs(click.Group):
         except KeyboardInterrupt:
             click.echo("sphere: interrupted", err=True)
             ctx.exit(130)
+        except OSError as error:  # a folder that cannot be written to, a full disk
+            if error.errno == errno.EPIPE:  # who read our output went away: click ends quietly
+                raise
+            logging.getLogger("sphere").debug("where it happened", exc_info=True)
+            where = f"{error.filename}: " if error.filename else ""
+            click.echo(f"sphere: {where}{error.strerror or error}", err=True)
+            ctx.exit(1)
 
 
 class Late(click.Command):

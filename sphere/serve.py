@@ -90,13 +90,14 @@ class Supervisor:
     def run(self) -> int:
         """Serve until SIGTERM or SIGINT; returns the exit status, 0 when every child stopped cleanly.
 
-        Raises SettingsError when a port is taken, a rule asks for what cannot be matched, or TLS files cannot
-        be used.
+        Raises SettingsError when a port is taken, `archive.state_dir` cannot be written to, a rule asks for what cannot
+        be matched, or TLS files cannot be used.
         """
         from sphere.ingest.spool import in_use  # here, not above: this module is read by every child
         from sphere.scp.policy import Policy, check_forwards
         from sphere.scp.upper.tls import check_tls
 
+        serving.check_writable(self.settings.archive.state_dir)
         check_forwards(self.settings)
         Policy(self.settings)  # a rule that cannot be matched ends this here, not one receiver after the other
         check_tls(self.settings)  # and so do files of TLS that cannot be used

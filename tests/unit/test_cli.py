@@ -108,6 +108,25 @@ def test_init_writes_settings_that_load(config: Path) -> None:
     assert settings.archive.state_dir.is_dir()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "status", "says"),
+    [
+        (("find", "-k", "QueryRetrieveLevel=STUDY"), 1, "index: Not a directory"),
+        (("serve",), 2, "archive.state_dir: {state} cannot be written to: {error}; choose another folder"),
+    ],
+)
+def test_a_state_folder_that_cannot_be_written_to_is_one_line(
+    config: Path, arguments: tuple[str, ...], status: int, says: str
+) -> None:
+    """A file in its place, as who is root may write everywhere."""
+    state = config.parent / "state"
+    state.rmdir()
+    state.write_bytes(b"")
+    found = call(*arguments, config=config)
+    assert (found.exit_code, found.output.count("\n")) == (status, 1), found.output
+    assert says.format(state=state, error="File exists") in found.output
+
+
 def test_tables_over_webhdfs_are_refused_and_init_puts_them_elsewhere(tmp_path: Path) -> None:
     config = tmp_path / "sphere.toml"
     config.write_text('[storage]\nroot = "webhdfs://127.0.0.1:9870/x"\n')
