@@ -315,8 +315,8 @@ class Annotations:
         newest = self.history(id)[0]
         if newest.action == "delete":
             raise NotThere(f"annotation {id} has been deleted")
-        if onto is not None and onto != newest.version:
-            raise Overtaken(f"annotation {id} is at version {newest.version}, not {onto}")
+        if onto is not None:
+            _replaces(newest, onto)
         return newest
 
     def _next(self, newest: Version) -> int:
@@ -366,6 +366,11 @@ class Draft:
             self._sha.update(data)
             self._appender.write([data])
 
+    def expect(self, onto: int | None) -> None:
+        """Go on only if this was the newest version when the draft was begun (None: any); raises Overtaken."""
+        if self._before is not None and onto is not None:
+            _replaces(self._before, onto)
+
     def commit(self, target: Target | None = None, *, action: Action = "put", sha256: str = "") -> Version:
         """Make the version durable, then known; a first one needs its target.
 
@@ -411,6 +416,12 @@ class Draft:
             id=self.id, version=self._number, action=action, **asdict(target), **said, size=self._size, sha256=digest,
             path=self._path, at=datetime.now(timezone.utc).isoformat(timespec="milliseconds"), made_by=self._made_by,
         )  # fmt: skip
+
+
+def _replaces(newest: Version, onto: int) -> None:
+    """Raises Overtaken where the newest version is not the one that is to be replaced."""
+    if onto != newest.version:
+        raise Overtaken(f"annotation {newest.id} is at version {newest.version}, not {onto}")
 
 
 def file_path(id: str, number: int) -> str:

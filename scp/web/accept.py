@@ -27,6 +27,12 @@ class MediaRange:
         mine, theirs = self.type.partition("/"), media_type.partition("/")
         return mine[0] in ("*", theirs[0]) and mine[2] in ("*", theirs[2])
 
+    @property
+    def specific(self) -> int:
+        """How much it says (RFC 9110 12.5.1), parameters left aside: nothing, the kind, or the media type."""
+        kind, _, name = self.type.partition("/")
+        return (kind != "*") + (name != "*")
+
 
 def parse(text: str) -> list[MediaRange]:
     """Media ranges by quality, then in the order in which they stand; raises WebError where they cannot be read."""
@@ -73,11 +79,25 @@ def accepted(request: Request) -> list[MediaRange]:
 
 
 def choose(ranges: Sequence[MediaRange], offered: Sequence[str]) -> str:
-    """The offered media type that is wanted most, the first of several; raises WebError (406)."""
-    refused = {one.type for one in ranges if not one.quality}
-    for wanted in ranges:
-        kind = wanted.parameters.get("type", "") if wanted.type == "multipart/related" else wanted.type
-        for media_type in offered:
-            if wanted.quality and media_type not in refused and MediaRange(kind.lower() or "*/*").covers(media_type):
-                return media_type
-    raise WebError(f"none of the accepted media types can be given; there are {', '.join(offered)}", http=406)
+    """The offered media type that is wanted most, of several the one whose range stands first, then the first of them.
+
+    What a media type weighs is the quality of the most specific range that covers it, of equals the best. Raises
+    WebError (406).
+    """
+    named = [_named(one) for one in ranges]
+    weighed: list[tuple[float, int, int]] = []
+    for place, media_type in enumerate(offered):
+        found = [(-one.specific, -one.quality, at) for at, one in enumerate(named) if one.covers(media_type)]
+        _, quality, at = min(found, default=(0, 0.0, 0))
+        if quality:
+            weighed.append((quality, at, place))
+    if not weighed:
+        raise WebError(f"none of the accepted media types can be given; there are {', '.join(offered)}", http=406)
+    return offered[min(weighed)[2]]
+
+
+def _named(one: MediaRange) -> MediaRange:
+    """The range of the parts' type, where a body of parts is accepted."""
+    if one.type != "multipart/related":
+        return one
+    return MediaRange(one.parameters.get("type", "").lower() or "*/*", one.parameters, one.quality)

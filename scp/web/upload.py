@@ -86,6 +86,8 @@ class Upload:
         if sha256 and not _SHA256.fullmatch(sha256):
             raise BadRequest("sha256 is 64 hexadecimal digits")
         draft.about = self._about()
+        if self.id:  # a form may say it after the file
+            draft.expect(self._onto())
         return draft.commit(None if self.id else self.target(), sha256=sha256)
 
     def discard(self) -> None:
@@ -137,17 +139,22 @@ class Upload:
             return
         if given["name"] not in self.allowed:
             raise BadRequest(f"unknown field {given['name'][:40]!r}; known: file, {', '.join(self.allowed)}")
+        if given["name"] in self.given:
+            raise BadRequest(f"{given['name']} stands twice, in the form or also in the URL")
         self.part, self.value = given["name"], bytearray()
 
     def _file(self) -> Draft:
         if self.draft is None:
             annotations, maker = self.service.annotations, who(self.request)
             if self.id:
-                onto = number(self.given, "onto", 0) or None
-                self.draft = annotations.begin_version(self.id, About(), made_by=maker, onto=onto)
+                self.draft = annotations.begin_version(self.id, About(), made_by=maker, onto=self._onto())
             else:
                 self.draft = annotations.begin(About(), made_by=maker)
         return self.draft
+
+    def _onto(self) -> int | None:
+        """The version that is to be replaced, as far as was said until now."""
+        return number(self.given, "onto", 0) or None
 
     def _about(self) -> About:
         said = {

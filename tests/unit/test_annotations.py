@@ -123,6 +123,33 @@ def test_a_form_gives_file_and_fields_in_any_order(web: Web) -> None:
     assert (made.status_code, made.json()["level"], made.json()["size"]) == (201, "study", 1)
 
 
+@pytest.mark.parametrize("first", ["file", "onto"])
+def test_the_version_to_be_replaced_may_be_said_after_the_file(web: Web, first: str) -> None:
+    """A lost update otherwise: the other's version 2 would go unseen."""
+    id = post(web, b"one").json()["id"]
+    assert web.client.put(url(web, f"/{id}"), content=b"two").status_code == 200
+    parts = {"file": ("m.txt", b"mine", "text/plain"), "onto": (None, b"1")}
+
+    def put(onto: bytes) -> httpx.Response:
+        parts["onto"] = (None, onto)
+        ordered = [(name, parts[name]) for name in sorted(parts, key=lambda name: name != first)]
+        return web.client.put(url(web, f"/{id}"), files=ordered)
+
+    refused = put(b"1")
+    assert (refused.status_code, refused.json()["detail"]) == (409, f"annotation {id} is at version 2, not 1")
+    assert put(b"x").status_code == 400
+    assert web.client.get(url(web, f"/{id}/file")).content == b"two"
+    assert len(list(files(web.settings))) == len({path.name.lstrip(".") for path in files(web.settings)})
+    assert put(b"2").json()["version"] == 3
+
+
+def test_what_is_said_twice_is_refused(web: Web) -> None:
+    for params, fields in (({**UNKNOWN, "type": "a"}, {"type": "b"}), (UNKNOWN, {"author": ["a", "b"]})):
+        answer = web.client.post(url(web), params=params, data=fields, files={"file": ("a", b"a")})
+        assert answer.status_code == 400
+        assert "stands twice" in answer.json()["detail"]
+
+
 def test_the_list_is_by_uid_level_type_and_author(web: Web) -> None:
     study = {"uid": "9.1", "level": "study", "allow_unknown": "true"}
     ids = [post(web, **study, type="a", author="x").json()["id"], post(web, **study, type="b", author="x").json()["id"]]

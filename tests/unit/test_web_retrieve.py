@@ -159,6 +159,7 @@ def test_of_several_transfer_syntaxes_the_best_that_can_be_had(web: Web, accept:
         (SAMPLES["CT_small.dcm"].path, "text/plain", 406),
         (SAMPLES["CT_small.dcm"].path + "/metadata", "image/png", 406),
         (SAMPLES["CT_small.dcm"].path + "/frames/1", "image/jpeg", 406),
+        (SAMPLES["CT_small.dcm"].path + "/thumbnail", "image/*;q=0, */*", 406),
         (SAMPLES["rtplan.dcm"].path + "/frames/1", "*/*", 404),
         (SAMPLES["rtplan.dcm"].path + "/rendered", "*/*", 404),
         (SAMPLES["CT_small.dcm"].path + "/frames/2", "*/*", 404),

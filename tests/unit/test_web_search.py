@@ -287,10 +287,26 @@ def test_capabilities(web: Web) -> None:
         ('multipart/related; type="c/d"; transfer-syntax=*', "c/d"),
         ("multipart/related", "a/b"),
         ("*/*, a/b;q=0", "c/d"),
+        ("a/*;q=0, */*", "c/d"),
+        ("a/b;q=0.1, */*;q=0.9", "c/d"),
+        ("a/*;q=0.9, a/b;q=0.1, */*;q=0.5", "c/d"),
+        ("*/*;q=0.1, a/*;q=0.3, c/d;q=0.2", "a/b"),
+        ("*/*, c/d", "a/b"),
+        ("a/b;q=0.5, a/b;level=1, c/d;q=0.7", "a/b"),
+        ("a/b;q=0, multipart/related; type=a/b, c/d;q=0.7", "a/b"),
+        ("multipart/related; type=a/b; q=0.2, c/*;q=0.3", "c/d"),
     ],
 )
 def test_quality_values(accept: str, chosen: str) -> None:
+    """The most specific range of each says what it weighs (RFC 9110 12.5.1)."""
     assert choose(parse(accept), ("a/b", "c/d")) == chosen
+
+
+@pytest.mark.parametrize("accept", ["a/b;q=0, c/*;q=0, */*", "*/*;q=0", "*/*;q=0.000, a/b;q=0", "x/y"])
+def test_nothing_is_wanted(accept: str) -> None:
+    with pytest.raises(WebError, match="there are a/b, c/d") as raised:
+        choose(parse(accept), ("a/b", "c/d"))
+    assert raised.value.http == 406
 
 
 @pytest.mark.parametrize("accept", ["no type", "a/b;q=x", "a/b;q=5", '"', "a/b;=1", "x", ",".join(["a/b"] * 51)])
