@@ -35,7 +35,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sphere.ingest.storage import open_storage
-from tests.bench import landing_memory
+from tests.bench import landing_memory, landing_pages
 from tests.bench import landing_servers as servers
 from tests.support.dicom_tools import require_tool
 
@@ -64,6 +64,8 @@ RIVALS = {  # the aim of one association against each; the others are told besid
     },
 }
 STALLED = ("storescp", "Orthanc")  # they wait for delayed ACKs, whatever the sender does
+CORES = os.cpu_count() or 1
+FIRST_RAW, GROUP = 600, 4  # instances of a raw stream before all others, and a grouping to begin with
 SLOW = ("Orthanc, TCP_NODELAY=1", "pynetdicom")
 console = Console(width=150)
 
@@ -100,6 +102,13 @@ class Runs:
     @property
     def rate(self) -> float:
         return statistics.median(self.rates)
+
+
+@dataclass
+class HdfsRuns(Runs):
+    """Runs that end on HDFS: with ms of CPU an instance of its servers."""
+
+    nodes_ms: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -220,6 +229,8 @@ def measure(base: Path, size: str, each: int, client: str, options: argparse.Nam
             n, m = contest.left[1], contest.right[1]
             what = f"{name}, {client}: {ratio(ours, theirs):.2f} x {contest.right[0]}, {n} to {m} associations"
             say(what, ratio(ours, theirs) >= contest.aim, f"{contest.aim:g} x" if contest.aim else "")
+            if n != m:
+                say_ceiling(contest, ours, theirs)
         console.print(table)
         if size == "526":
             limit = disk(base, loads[1].size)
@@ -276,6 +287,19 @@ def say(what: str, reached: bool, aim: str) -> None:
     console.print(f"{mark} {what}{f' (aim: {aim})' if aim else ''}")
 
 
+def say_ceiling(contest: Contest, many: Runs, one: Runs) -> None:
+    """What all cores allow with many associations, by the CPU time that was measured."""
+    senders, receivers = statistics.median(many.sender_ms), statistics.median(many.server_ms)
+    few_senders, few_receivers = statistics.median(one.sender_ms), statistics.median(one.server_ms)
+    most, free = (1000 * CORES / ms for ms in (senders + receivers, senders))
+    console.print(
+        f"  CPU ms an instance, {contest.left[1]} and {contest.right[1]} associations: storescu {senders:.2f} and "
+        f"{few_senders:.2f}, receivers {receivers:.2f} and {few_receivers:.2f}\n"
+        f"  ceiling of this machine, all cores busy: {most:,.0f}/s, {most / one.rate:.2f} x; "
+        f"if receivers cost nothing {free:,.0f}/s, {free / one.rate:.2f} x"
+    )
+
+
 def disk(base: Path, size: int) -> float:
     """MB/s that the disk itself gives: 200 appends of one instance's size, each followed by fdatasync."""
     data, path = os.urandom(size), base / "disk.bin"
@@ -294,45 +318,79 @@ def disk(base: Path, size: int) -> float:
 
 
 def hdfs(base: Path, each: int, turns: int, many: Sequence[int]) -> None:
-    """Landing on HDFS against one raw stream of hdfs-native that syncs after as many instances as we did on average."""
+    """Landing on HDFS against one raw hdfs-native stream that syncs after as many instances as we did on average.
+
+    They take turns in who is first; a raw stream before all of them has the JVMs compile what both need, and pages of
+    blocks are given back behind both (`landing_pages`).
+    """
     from tests.support.hdfs import HdfsCluster
 
     load = make_load(base / "hdfs load", SIZES["526"][1], each)
     with (
         HdfsCluster(base / "hdfs") as cluster,
+        landing_pages.dropping(base / "hdfs"),
         fresh(base) as folder,
         servers.receivers(folder, "counted", root=f"{cluster.hdfs_url}/sphere") as server,
     ):
         nodes = [psutil.Process(pid) for pid in cluster.pids]
-        for associations in many:
-            ours, raw, groups = Runs(), Runs(), []
-            nodes_ms: dict[str, list[float]] = {"ours": [], "raw": []}
-            count = load.each * associations
-            for number in range(turns):
-                load.renew(associations)
-                members, syncs = servers.counted(folder)
-                used = servers.cpu_s(nodes)
-                run(load, server, associations, servers.NODELAY, ours)
-                nodes_ms["ours"].append(1000 * (servers.cpu_s(nodes) - used) / count)
-                after = servers.counted(folder)
-                groups.append(max(1, round((after[0] - members) / (after[1] - syncs))))
-                used, client = servers.cpu_s(nodes), time.process_time()
-                raw.rates.append(
-                    _raw_stream(cluster.hdfs_url, f"{associations}-{number}", count, load.size, groups[-1])
-                )
-                nodes_ms["raw"].append(1000 * (servers.cpu_s(nodes) - used) / count)
-                raw.server_ms.append(1000 * (time.process_time() - client) / count)
-            share = 100 * ratio(ours, raw)
-            what = f"{associations} associations: {ours.rate:,.0f}/s, {ours.rate * load.size / 1e6:,.0f} MB/s"
-            rival = f"{share:.0f} % of {raw.rate:,.0f}/s of a raw stream, hsync per {statistics.median(groups):.0f}"
-            say(f"HDFS, 526 kB, {what}; {rival}", share >= 80, "80 %")
-            costs = [statistics.median(ms) for ms in (ours.server_ms, ours.sender_ms, nodes_ms["ours"])]
-            most = 1000 * (os.cpu_count() or 1) / sum(costs)
-            console.print(
-                f"  CPU ms an instance: receivers {costs[0]:.2f}, storescu {costs[1]:.2f}, HDFS {costs[2]:.2f}: with "
-                f"all cores busy {most:,.0f}/s, {100 * most / raw.rate:.0f} % of the raw stream, which has no senders "
-                f"(client {statistics.median(raw.server_ms):.2f}, HDFS {statistics.median(nodes_ms['raw']):.2f})"
-            )
+        _raw_stream(cluster.hdfs_url, "first", FIRST_RAW, load.size, GROUP)
+        for n in many:
+            ours, raw, groups = HdfsRuns(), HdfsRuns(), [min(n, GROUP)]
+            for turn in range(turns):
+                for what in ("ours", "raw") if turn % 2 == 0 else ("raw", "ours"):
+                    if what == "ours":
+                        groups.append(_land(load, server, n, ours, nodes, folder))
+                    else:
+                        name = f"{n}-{turn}"
+                        _stream(cluster.hdfs_url, name, load.each * n, load.size, groups[-1], raw, nodes)
+            _say_share(n, ours, raw, groups[1:], load.size)
+
+
+def _land(
+    load: Load, server: servers.Server, associations: int, runs: HdfsRuns, nodes: list[psutil.Process], folder: Path
+) -> int:
+    """One run of ours; how many members a sync had, on average."""
+    load.renew(associations)
+    before, used = servers.counted(folder), servers.cpu_s(nodes)
+    run(load, server, associations, servers.NODELAY, runs)
+    runs.nodes_ms.append(1000 * (servers.cpu_s(nodes) - used) / (load.each * associations))
+    members, syncs = (a - b for a, b in zip(servers.counted(folder), before, strict=True))
+    return max(1, round(members / syncs))
+
+
+def _stream(
+    url: str, name: str, count: int, size: int, group: int, runs: HdfsRuns, nodes: list[psutil.Process]
+) -> None:
+    """One run of the raw stream."""
+    used, client = servers.cpu_s(nodes), time.process_time()
+    runs.rates.append(_raw_stream(url, name, count, size, group))
+    runs.nodes_ms.append(1000 * (servers.cpu_s(nodes) - used) / count)
+    runs.server_ms.append(1000 * (time.process_time() - client) / count)
+
+
+def _say_share(associations: int, ours: HdfsRuns, raw: HdfsRuns, groups: list[int], size: int) -> None:
+    """How much of the raw stream landing is, and how much it could be on these cores."""
+    single, share = [100 * r for r in ratios(ours, raw)], 100 * ratio(ours, raw)
+    say(
+        f"HDFS, 526 kB, {associations} associations: {ours.rate:,.0f}/s, {ours.rate * size / 1e6:,.0f} MB/s; "
+        f"{share:.0f} % ({min(single):.0f} to {max(single):.0f}) of {raw.rate:,.0f}/s of a raw stream, "
+        f"hsync per {statistics.median(groups):.0f}",
+        share >= 80,
+        "80 %",
+    )
+    receivers, senders, nodes, client, stream = (
+        statistics.median(ms) for ms in (ours.server_ms, ours.sender_ms, ours.nodes_ms, raw.server_ms, raw.nodes_ms)
+    )
+    console.print(
+        f"  CPU ms an instance: receivers {receivers:.2f}, storescu {senders:.2f}, HDFS {nodes:.2f}; raw stream, which "
+        f"has no senders: client {client:.2f}, HDFS {stream:.2f}"
+    )
+    for what, ms in (
+        ("", receivers + senders + nodes),
+        (" if only storescu came to the raw stream", senders + client + stream),
+    ):
+        most = 1000 * CORES / ms
+        console.print(f"  ceiling of this machine, all cores busy{what}: {most:,.0f}/s, {100 * most / raw.rate:.0f} %")
 
 
 def _raw_stream(url: str, name: str, count: int, size: int, group: int) -> float:

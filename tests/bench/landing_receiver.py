@@ -20,12 +20,14 @@ def count_groups(folder: Path) -> None:
     from sphere.ingest.records import MemberRecord
 
     put, counts = OpenBundle.put, [0, 0]
+    file = os.open(folder / f"{os.getpid()}.groups", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o640)
+    os.pwrite(file, b"0 0", 0)
 
     def counting(bundle: OpenBundle, group: Sequence[Prepared], now: float) -> list[MemberRecord]:
         records = put(bundle, group, now)
         counts[0] += len(records)
         counts[1] += 1
-        (folder / f"{os.getpid()}.groups").write_text(f"{counts[0]} {counts[1]}")
+        os.pwrite(file, b"%d %d" % (counts[0], counts[1]), 0)  # counts never get shorter
         return records
 
     OpenBundle.put = counting  # type: ignore[method-assign]
