@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tarfile
+import time
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
@@ -17,7 +18,8 @@ from sphere.ingest.erasing import Erasure, erase
 from sphere.ingest.journal import Landed, journal_path
 from sphere.ingest.records import MemberRecord
 from sphere.ingest.recovery import rebuild_journal, recover, verify
-from sphere.ingest.storage import Storage, open_storage
+from sphere.ingest.storage import Storage, hdfs, open_storage
+from sphere.ingest.storage.hdfs import HdfsStorage
 from sphere.ingest.storage.paths import rewritten
 from tests.contract.backends import Backend, Hdfs, Local, WebHdfs
 from tests.support.bundles import Failing, gnu_tar, member_bytes, new_member
@@ -287,6 +289,24 @@ class TestHdfs(ErasingContract, Hdfs):
         assert member_bytes(other, records[2]) == kept
         erase(storage, records[0].bundle, [record.offset for record in records])
         assert not other.exists(records[0].bundle)
+
+    def test_who_kept_the_places_of_blocks_reads_on_when_these_are_gone(
+        self, storage: Storage, other: Storage, archive: Settings, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """DataNodes remove the blocks of a replaced file within some seconds."""
+        records = landed(storage, archive)
+        kept = member_bytes(other, records[2])
+        anew: list[str] = []
+        forget = HdfsStorage._forget
+        monkeypatch.setattr(hdfs, "READER_S", 300.0)
+        erase(storage, records[0].bundle, going(records))
+        monkeypatch.setattr(HdfsStorage, "_forget", lambda self, full: anew.append(full) or forget(self, full))
+        for _ in range(20):
+            assert member_bytes(other, records[2]) == kept
+            if anew:
+                break
+            time.sleep(1)
+        assert anew
 
     def test_a_file_that_a_dead_process_was_writing(self, storage: Storage, other: Storage, archive: Settings) -> None:
         records = landed(storage, archive)
