@@ -42,7 +42,7 @@ def erase(storage: Storage, bundle: str, offsets: Collection[int], *, on_step: O
     where the bundle is not what its journal says, and StorageError.
     """
     if not storage.exists(bundle):
-        _remove(storage, bundle, on_step)
+        _finish_removal(storage, bundle, offsets, on_step)
         return Erasure()
     size = storage.size(bundle)
     members = _members(storage, bundle, size)
@@ -90,6 +90,18 @@ def _agree(member: Member, line: Member) -> bool:
     if isinstance(member, Erased):
         return (member.offset, member.length, member.line) == (line.offset, line.length, len(line.to_json()))
     return member == line
+
+
+def _finish_removal(storage: Storage, bundle: str, offsets: Collection[int], on_step: OnStep) -> None:
+    """Remove the journal of a bundle that was removed; raises BundleDamaged where it was lost, with others in it."""
+    try:
+        records = parse(storage.read(journal_path(bundle)), bundle).records
+    except StorageMissing:
+        return
+    if any(record.offset not in offsets for record in records):
+        raise BundleDamaged(f"bundle {bundle}: it is gone, and its journal names members that were not to go")
+    on_step("remove journal")
+    storage.delete(journal_path(bundle))
 
 
 def _remove(storage: Storage, bundle: str, on_step: OnStep) -> None:

@@ -246,7 +246,10 @@ class _Compaction:
         wanted = {orjson.dumps(uid)[1:-1]: uid for uid in due}
         keys = wanted.keys() | {digest.encode() for digest in by_digest}
         finished, spooled = self._finished(), self._spooled()
-        bundles = [entry.path for entry in self._storage.walk(BUNDLES) if entry.path.endswith(".tar")]
+        paths = [entry.path for entry in self._storage.walk(BUNDLES)]
+        bundles = sorted(
+            {path.removesuffix(".journal") + ".tar" if path.endswith(".journal") else path for path in paths}
+        )
         for number, bundle in enumerate(bundles):
             self._tell("plan", number, len(bundles))
             try:

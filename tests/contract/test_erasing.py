@@ -154,6 +154,14 @@ class ErasingContract(Backend):
         erase(storage, records[0].bundle, [record.offset for record in records])
         assert list(storage.walk()) == []
 
+    def test_a_lost_bundle_keeps_its_journal(self, storage: Storage, archive: Settings) -> None:
+        records = landed(storage, archive)
+        lines = storage.read(journal_path(records[0].bundle))
+        storage.delete(records[0].bundle)
+        with pytest.raises(BundleDamaged, match="it is gone, and its journal names members that were not to go"):
+            erase(storage, records[0].bundle, going(records))
+        assert storage.read(journal_path(records[0].bundle)) == lines
+
     def test_what_a_dead_process_left_does_not_stand_in_the_way(self, storage: Storage, archive: Settings) -> None:
         records = landed(storage, archive)
         storage.write(rewritten(records[0].bundle), b"half of it, and MARKER")
