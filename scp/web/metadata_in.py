@@ -17,6 +17,7 @@ from pydicom.uid import UID
 from sphere.ingest.members import FileRange
 from sphere.ingest.part10 import file_meta
 from sphere.scp.web.accept import parse
+from sphere.scp.web.bulk_in import BulkParts, Part, Unusable
 from sphere.scp.web.incoming import ArrivingBody, ArrivingFile
 from sphere.scp.web.problem import WebError
 
@@ -102,23 +103,11 @@ def broken(header: Header, reason: str) -> Broken:
     return found
 
 
-class Unusable(ValueError):
-    """Why metadata makes no instance; without a value of it."""
-
-
 class Described:
-    """The bulk data of a request by their Content-Location."""
+    """Instances of metadata; `base`: the Content-Location that these came with, "" where there was none."""
 
-    def __init__(self) -> None:
-        self._bodies: dict[str, list[tuple[str, ArrivingBody]]] = {}
-
-    def add(self, location: str, content_type: str, body: ArrivingBody) -> None:
-        """A part; several of one location are the frames of one value."""
-        self._bodies.setdefault(location, []).append((content_type, body))
-
-    def bodies(self) -> list[ArrivingBody]:
-        """All of them."""
-        return [body for parts in self._bodies.values() for _, body in parts]
+    def __init__(self, bulk: BulkParts, base: str = "") -> None:
+        self._bulk, self._base = bulk, base
 
     def write(self, header: Header, file: ArrivingFile) -> None:
         """One instance as a file; raises Unusable, with a reason, where the metadata does not make one."""
@@ -155,13 +144,8 @@ class Described:
         """The bulk data of an element that is no pixel data."""
         return b"".join(body.tobytes(MAX_VALUE, "a value") for _, body in self._parts(uri))
 
-    def _parts(self, uri: str) -> list[tuple[str, ArrivingBody]]:
-        found = self._bodies.get(uri) or next(
-            (parts for location, parts in self._bodies.items() if uri and location.endswith(uri)), None
-        )
-        if found is None:
-            raise Unusable("bulk data that the metadata refers to is not in the request")
-        return found
+    def _parts(self, uri: Any) -> list[Part]:
+        return self._bulk.find(uri, self._base)
 
     def _pixels(self, pixels: Header | None, header: Header) -> tuple[str, list[ArrivingBody]]:
         """(transfer syntax, bodies) of the pixel data."""

@@ -21,8 +21,9 @@ from sphere.conf.uids import UID
 from sphere.scp.store import PROCESSING_FAILURE, StoreAnswer, StoreRequest, identify_request
 from sphere.scp.upper.dataset import Budget
 from sphere.scp.web.accept import accepted, choose, parse
+from sphere.scp.web.bulk_in import BulkParts, Unusable
 from sphere.scp.web.incoming import ArrivingBody, ArrivingFile, pieces, take_in
-from sphere.scp.web.metadata_in import Described, Unusable, read_json
+from sphere.scp.web.metadata_in import Described, read_json
 from sphere.scp.web.multipart_in import Data, Event, Head, MultipartReader
 from sphere.scp.web.native_xml import native_model
 from sphere.scp.web.native_xml_in import read_xml
@@ -243,8 +244,9 @@ class _Described(Taking):
     ) -> None:
         super().__init__(landing, reader, study, who, address)
         self._root = root
-        self._described = Described()
+        self._bulk = BulkParts()
         self._metadata: list[ArrivingBody] = []
+        self._bases: list[str] = []  # Content-Location of each metadata
         self._body: ArrivingBody | None = None
 
     def take(self, event: Event) -> None:
@@ -253,8 +255,9 @@ class _Described(Taking):
             kind = event.headers.get("content-type", "").partition(";")[0].strip().lower()
             if kind in (self._root, "application/json", "application/xml", "text/xml"):
                 self._metadata.append(self._body)
+                self._bases.append(event.headers.get("content-location", ""))
             elif location := event.headers.get("content-location"):
-                self._described.add(location, event.headers.get("content-type", ""), self._body)
+                self._bulk.add(location, event.headers.get("content-type", ""), self._body)
             else:
                 self._metadata.append(self._body)  # to be given back
                 raise WebError("a part with bulk data has no Content-Location")
@@ -268,15 +271,15 @@ class _Described(Taking):
         super().close()
         if not self._metadata:
             raise WebError(f"there is no part of type {self._root}")
-        for body in self._metadata:
-            text = body.tobytes(MAX_METADATA, "metadata")
+        for body, base in zip(self._metadata, self._bases, strict=True):
+            text, described = body.tobytes(MAX_METADATA, "metadata"), Described(self._bulk, base)
             for header in read_json(text) if self._root == JSON else read_xml(text):
-                self._make(header)
+                self._make(described, header)
 
-    def _make(self, header: Any) -> None:
+    def _make(self, described: Described, header: Any) -> None:
         file = ArrivingFile(self._landing.body)
         try:
-            self._described.write(header, file)
+            described.write(header, file)
         except Unusable as error:
             file.dataset.discard()
             sop_class, sop = _named(header, "00080016"), _named(header, "00080018")
@@ -286,7 +289,7 @@ class _Described(Taking):
 
     def discard(self) -> None:
         super().discard()
-        for body in (*self._metadata, *self._described.bodies()):
+        for body in (*self._metadata, *self._bulk.bodies()):
             body.discard()
 
 

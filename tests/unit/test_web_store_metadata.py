@@ -53,6 +53,30 @@ def test_metadata_and_bulk_data_in_json(web: Web) -> None:
     assert {e.tag: e.value for e in got if e.VR != "SQ"} == {e.tag: e.value for e in sent if e.VR != "SQ"}
 
 
+def test_bulk_data_of_another_instance_is_never_taken(web: Web) -> None:
+    """Of two locations one ends with the other; and one that only ends with what is asked for is another."""
+    one, other = new(2)
+    (first, mine), (second, theirs) = described(one), described(other)
+    mine, theirs = mine[:-1] + b"m", theirs[:-1] + b"t"
+
+    def stored(*uris: str) -> httpx.Response:
+        for header, uri in zip((first, second), uris, strict=False):
+            header["7FE00010"]["BulkDataURI"] = uri
+        content = body(
+            (f"Content-Type: {JSON}", json.dumps([first, second][: len(uris)]).encode()),
+            ("Content-Type: application/octet-stream\r\nContent-Location: http://x/prebulk1", theirs),
+            ("Content-Type: application/octet-stream\r\nContent-Location: http://x/bulk1", mine),
+        )
+        return post(web, content, JSON)
+
+    refused = stored("k1")
+    assert (refused.status_code, reasons(refused)) == (409, [0xC000])
+    assert "not in the request" in refused.json()["00081198"]["Value"][0]["00000902"]["Value"][0]
+    assert stored("bulk1", "http://x/prebulk1").status_code == 200
+    for data, pixels in ((one, mine), (other, theirs)):
+        assert pydicom.dcmread(io.BytesIO(web.get(where(data), headers={"accept": DICOM}).content)).PixelData == pixels
+
+
 def test_compressed_frames_in_parts(web: Web) -> None:
     dataset = pydicom.dcmread(FILES / "SC_rgb_jpeg_gdcm.dcm")
     dataset.SOPInstanceUID = pydicom.uid.generate_uid()
@@ -187,6 +211,8 @@ def _xml(tag: str, element: dict[str, Any]) -> str:
         ({"PatientName": {"vr": "PN"}}, "not a tag"),
         ({"00081140": json.loads(DEEP)["00081140"]}, "too deep"),
         ({"00204000": {"vr": "LT", "BulkDataURI": "nowhere"}}, "not in the request"),
+        ({"00204000": {"vr": "LT", "BulkDataURI": 7}}, "cannot be encoded"),
+        ({"7FE00010": {"vr": "OW", "BulkDataURI": ["pixels"]}}, "no text"),
         ({"00020010": {"vr": "UI", "Value": ["1.2"]}, "0020000D": {"vr": "UI"}}, "identifying UID"),
     ],
 )

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 
 from sphere.ingest.header import Header, HeaderReader
 from sphere.scp.upper.dataset import Budget
+from sphere.scp.web.bulk_in import BulkParts, Unusable
 from sphere.scp.web.incoming import ArrivingBody, ArrivingFile
-from sphere.scp.web.metadata_in import Broken, Described, Unusable
+from sphere.scp.web.metadata_in import Broken, Described
 from sphere.scp.web.native_xml import native_model
 from sphere.scp.web.native_xml_in import read_xml
 from sphere.scp.web.problem import WebError
@@ -207,5 +208,5 @@ def test_whatever_comes_makes_a_file_or_is_refused(rows: list[tuple[str, ...]]) 
     )
     file = ArrivingFile(lambda: ArrivingBody(Path(gettempdir()), Budget(1 << 20)))
     with suppress(Unusable, WebError):
-        Described().write(header, file)
+        Described(BulkParts()).write(header, file)
     file.dataset.discard()
