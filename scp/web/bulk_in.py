@@ -92,8 +92,8 @@ def _taken_apart(reference: str) -> tuple[str, str, str, str]:
 
 
 def _resolved(base: str, uri: str) -> str:
-    """A reference in what is at `base`; nothing where there is no base, or it is no URI."""
+    """A reference in what is at `base`; as it stands where that is no URI."""
     try:
-        return urljoin(base, uri) if base else ""
+        return urljoin(base, uri)
     except ValueError:
-        return ""
+        return uri

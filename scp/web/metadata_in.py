@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
 from pydicom.datadict import dictionary_VR
@@ -110,7 +110,10 @@ class Described:
         self._bulk, self._base = bulk, base
 
     def write(self, header: Header, file: ArrivingFile) -> None:
-        """One instance as a file; raises Unusable, with a reason, where the metadata does not make one."""
+        """One instance as a file; raises Unusable, with a reason, where the metadata does not make one.
+
+        Raises StorageError, and OSError, where the bulk data cannot be read back.
+        """
         if isinstance(header, Broken):
             raise Unusable(header.reason)
         header = {tag: element for tag, element in header.items() if tag[:4] not in ("0000", "0002")}
@@ -130,15 +133,7 @@ class Described:
         file.end()
 
     def _encoded(self, header: Header) -> bytes:
-        out = DicomBytesIO()
-        out.is_implicit_VR, out.is_little_endian = False, True
-        try:
-            write_dataset(out, Dataset.from_json(header, self._value))
-        except Unusable:
-            raise
-        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, OSError, struct.error) as error:
-            raise Unusable(f"the metadata cannot be encoded ({type(error).__name__})") from None
-        return out.getvalue()
+        return _encoded(header, self._value, "the metadata")
 
     def _value(self, tag: str, vr: str, uri: str) -> bytes:
         """The bulk data of an element that is no pixel data."""
@@ -205,6 +200,21 @@ def _check(header: Mapping[str, Any], depth: int) -> None:
                 _check(item, depth + 1)
 
 
+def _encoded(header: Header, bulk: Callable[[str, str, str], bytes] | None, what: str) -> bytes:
+    """Elements as bytes, `bulk` asked for values that they refer to; raises Unusable, StorageError, and OSError."""
+    out = DicomBytesIO()
+    out.is_implicit_VR, out.is_little_endian = False, True
+    try:
+        write_dataset(out, Dataset.from_json(header, bulk))
+    except Unusable:
+        raise
+    except (ValueError, TypeError, LookupError, AttributeError, OverflowError, OSError, struct.error) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # pydicom raises one for numbers out of range
+            raise
+        raise Unusable(f"{what} cannot be encoded ({type(error).__name__})") from None
+    return out.getvalue()
+
+
 def _known(tag: int) -> frozenset[str]:
     try:
         return frozenset(dictionary_VR(tag).split(" or "))
@@ -215,13 +225,7 @@ def _known(tag: int) -> frozenset[str]:
 def _pixel_element(pixels: Header, syntax: str, parts: list[ArrivingBody]) -> Iterator[bytes]:
     """(7FE0,0010), its value copied in pieces."""
     if not parts:
-        out = DicomBytesIO()
-        out.is_implicit_VR, out.is_little_endian = False, True
-        try:
-            write_dataset(out, Dataset.from_json({_PIXEL_DATA: pixels}))
-        except (ValueError, TypeError, KeyError) as error:
-            raise Unusable(f"the pixel data cannot be encoded ({type(error).__name__})") from None
-        yield out.getvalue()
+        yield _encoded({_PIXEL_DATA: pixels}, None, "the pixel data")
         return
     if syntax == EXPLICIT:
         size = sum(body.size for body in parts)
@@ -243,6 +247,6 @@ def _pixel_element(pixels: Header, syntax: str, parts: list[ArrivingBody]) -> It
 
 def _copied(body: ArrivingBody) -> Iterator[bytes]:
     if body.content.error is not None:
-        raise Unusable("no room for the bulk data")
+        raise body.content.error
     content = body.content.content()
     yield from content.chunks() if isinstance(content, FileRange) else map(bytes, content)

@@ -16,9 +16,11 @@ from anyio import to_thread
 from starlette.requests import Request
 from starlette.responses import Response
 
+from sphere.conf.errors import SphereError, StorageError
 from sphere.conf.logs import hashed
 from sphere.conf.uids import UID
-from sphere.scp.store import PROCESSING_FAILURE, StoreAnswer, StoreRequest, identify_request
+from sphere.ingest.storage.paths import storage_error
+from sphere.scp.store import OUT_OF_RESOURCES, PROCESSING_FAILURE, StoreAnswer, StoreRequest, identify_request
 from sphere.scp.upper.dataset import Budget
 from sphere.scp.web.accept import accepted, choose, parse
 from sphere.scp.web.bulk_in import BulkParts, Unusable
@@ -101,9 +103,12 @@ async def answer(landing: Landing, request: Request) -> Response:
         try:
             await take_in(pieces(request, landing.idle_s), taking.feed)
             await to_thread.run_sync(taking.close)
-        except WebError as error:
+        except Exception as error:
             request.state.found = stored = await to_thread.run_sync(taking.stored)
-            raise WebError(f"{error}; {stored} instances of the request had been stored", http=error.http) from None
+            if not isinstance(error, SphereError | OSError):
+                raise
+            known = storage_error(error, "keeping what came") if isinstance(error, OSError) else error
+            raise WebError(f"{known}; {stored} instances of the request had been stored", http=known.http) from None
         outcomes = await to_thread.run_sync(taking.outcomes)
     finally:
         await to_thread.run_sync(taking.discard)
@@ -280,11 +285,16 @@ class _Described(Taking):
         file = ArrivingFile(self._landing.body)
         try:
             described.write(header, file)
-        except Unusable as error:
+        except (Unusable, StorageError, OSError) as error:
             file.dataset.discard()
+            reason = CANNOT_UNDERSTAND if isinstance(error, Unusable) else OUT_OF_RESOURCES
+            comment = str(error.strerror if isinstance(error, OSError) else error)
             sop_class, sop = _named(header, "00080016"), _named(header, "00080018")
-            self.fail(Outcome(sop_class, sop, reason=CANNOT_UNDERSTAND, comment=str(error)))
+            self.fail(Outcome(sop_class, sop, reason=reason, comment=comment))
             return
+        except BaseException:
+            file.dataset.discard()
+            raise
         self.land(file, wait=True)
 
     def discard(self) -> None:

@@ -10,20 +10,23 @@ import os
 import socket
 import struct
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import pydicom
 import pytest
 from dicomweb_client import DICOMwebClient
 
+from sphere.conf.errors import StorageError
 from sphere.conf.settings import from_dict
 from sphere.ingest import members
 from sphere.ingest.header import identify
 from sphere.ingest.journal import Landed
 from sphere.ingest.part10 import read_file_meta
 from sphere.ingest.storage import open_storage
+from sphere.scp.web import incoming, metadata_in
 from tests.support.landing import archive, changed
 from tests.support.samples import make_instance
 from tests.support.stow import (
@@ -125,6 +128,43 @@ def test_what_was_stored_before_a_body_went_wrong_is_told_and_recorded(tmp_path:
         [file] = Path(other.settings.storage.root.removeprefix("file://")).glob("audit/**/*.jsonl")
         first = json.loads(file.read_bytes().splitlines()[0])
     assert (first["status"], first["outcome"], first["entities"]) == (415, "failed", 1)
+
+
+@pytest.mark.parametrize("error", [StorageError("reading it back"), OSError(errno.EMFILE, "Too many open files")])
+@pytest.mark.parametrize("whole", [True, False], ids=["the metadata", "bulk data"])
+def test_what_cannot_be_read_back_is_told_and_what_was_stored_is_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, whole: bool
+) -> None:
+    """Of three instances the third's bulk data, or all of its metadata."""
+    headers = [pydicom.dcmread(io.BytesIO(one)).to_json_dict(bulk_data_threshold=1 << 30) for one in new(3)]
+    for header in headers[1:]:
+        header["7FE00010"] = {"vr": "OW", "BulkDataURI": "pixels"}
+    texts = [json.dumps(some).encode() for some in ((headers[:2], headers[2:]) if whole else (headers,))]
+    pixels = ("Content-Type: application/octet-stream\r\nContent-Location: pixels", bytes(128 * 128 * 2))
+    content = body(*((f"Content-Type: {JSON}", text) for text in texts), pixels)
+    calls: list[object] = []
+
+    def failing(real: Callable[..., Any], *arguments: Any) -> Any:
+        calls.append(None)
+        if len(calls) == 2:
+            raise error
+        return real(*arguments)
+
+    patched, name = (incoming.ArrivingBody, "tobytes") if whole else (metadata_in, "_copied")
+    real = getattr(patched, name)
+    monkeypatch.setattr(patched, name, lambda *arguments: failing(real, *arguments))
+    with serving_web(archive(tmp_path)) as other:
+        response = post(other, content, JSON)
+        assert landed(other) == 2
+        if whole:
+            assert response.status_code == 507
+            assert "2 instances of the request had been stored" in response.json()["detail"]
+        else:
+            assert (response.status_code, reasons(response)) == (202, [0xA700])
+        other.services.journal.close()
+        [file] = Path(other.settings.storage.root.removeprefix("file://")).glob("audit/**/*.jsonl")
+        first = json.loads(file.read_bytes().splitlines()[0])
+    assert (first["status"], first["entities"]) == (response.status_code, 2)
 
 
 def test_a_study_takes_its_own_instances_only(web: Web) -> None:

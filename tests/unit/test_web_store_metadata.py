@@ -212,6 +212,7 @@ def _xml(tag: str, element: dict[str, Any]) -> str:
         ({"00081140": json.loads(DEEP)["00081140"]}, "too deep"),
         ({"00204000": {"vr": "LT", "BulkDataURI": "nowhere"}}, "not in the request"),
         ({"00204000": {"vr": "LT", "BulkDataURI": 7}}, "cannot be encoded"),
+        ({"7FE00010": {"vr": "OW", "Value": [1]}, "00280100": {"vr": "US"}}, "cannot be encoded"),
         ({"7FE00010": {"vr": "OW", "BulkDataURI": ["pixels"]}}, "no text"),
         ({"00020010": {"vr": "UI", "Value": ["1.2"]}, "0020000D": {"vr": "UI"}}, "identifying UID"),
     ],
