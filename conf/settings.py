@@ -133,6 +133,8 @@ class Storage(Section):
     def _known_scheme(cls, value: str) -> str:
         if urlsplit(value).scheme not in ("file", "hdfs", "webhdfs"):
             raise ValueError("must begin with file:, hdfs:// or webhdfs://")
+        if value.startswith("file:") and urlsplit(value).netloc:
+            raise ValueError("names a host where a path is meant: file:///PATH, or file:PATH beside the settings file")
         return value.rstrip("/") if value != "file:///" else value
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from pyspark import SparkContext
 from pyspark.errors import PySparkException
 from pyspark.sql import SparkSession
+from pyspark.sql.functions import lit
 
 from sphere.catalog.schema import TABLES
 from sphere.conf import jars
@@ -112,7 +113,8 @@ def register_tables(spark: SparkSession, settings: Settings, names: Iterable[str
         if tables.open(name) is None:
             spark.catalog.dropTempView(name)
         else:
-            spark.read.format("delta").load(tables.spark_url(name)).createOrReplaceTempView(name)
+            rows = spark.read.format("delta").load(tables.spark_url(name))
+            rows.where(lit(True)).createOrReplaceTempView(name)  # what is not the table alone can only be read
 
 
 def _options(settings: Settings) -> dict[str, str]:

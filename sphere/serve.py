@@ -287,6 +287,8 @@ def _end_with(lifeline: Connection) -> None:
 def with_ports(settings: Settings) -> Settings:
     """The settings with free ports in place of 0; raises SettingsError when a wanted port is taken."""
     dimse, web = settings.dimse, settings.web
+    if web.enabled and web.port and web.port in (dimse.port, dimse.tls_port) and web.host == dimse.host:
+        raise SettingsError(f"web.port: {web.port} is a port of dimse on {dimse.host} too; choose another port")
     update: dict[str, object] = {
         "dimse": dimse.model_copy(update={"port": _port("dimse.port", dimse.host, dimse.port)})
     }

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pyarrow as pa
 import pytest
-from pyspark.errors import AnalysisException
+from pyspark.errors import AnalysisException, PySparkException
 from pyspark.sql import SparkSession
 
 from sphere.catalog.schema import TABLES
@@ -45,6 +45,29 @@ def test_tables_that_are_not_there_are_unknown(spark: SparkSession, tmp_path: Pa
     for name in TABLES:
         with pytest.raises(AnalysisException, match="TABLE_OR_VIEW_NOT_FOUND"):
             spark.sql(f"SELECT * FROM {name}")
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "DELETE FROM instances",
+        "UPDATE instances SET PatientName = 'X'",
+        "INSERT INTO instances SELECT * FROM instances",
+        "INSERT OVERWRITE instances SELECT * FROM instances WHERE false",
+        "MERGE INTO instances USING studies ON false WHEN NOT MATCHED BY SOURCE THEN DELETE",
+        "TRUNCATE TABLE instances",
+    ],
+)
+def test_tables_are_read_only(spark: SparkSession, tmp_path: Path, statement: str) -> None:
+    """Rows that were taken out here would not come back: extraction is done with their bundles."""
+    settings = archive(tmp_path)
+    land(settings, [new_member(data) for data in slices(2)])
+    run(spark, settings)
+    register_tables(spark, settings)
+    with pytest.raises(PySparkException):
+        spark.sql(statement).collect()
+    register_tables(spark, settings)
+    assert spark.sql("SELECT count(*) AS n FROM instances").collect()[0]["n"] == 2
 
 
 def test_times_are_utc(spark: SparkSession) -> None:

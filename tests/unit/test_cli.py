@@ -14,6 +14,7 @@ from click.testing import CliRunner, Result
 from pydicom.data import get_testdata_file
 
 from sphere.cli import Late, main
+from sphere.conf.errors import SettingsError
 from sphere.conf.settings import from_dict, load
 from sphere.output import as_csv, as_json, as_table
 from sphere.serve import banner, with_ports
@@ -234,3 +235,9 @@ def test_output_formats() -> None:
     assert orjson.loads(as_json(table))[0] == {"PatientName": 'Åse, "A"', "n": 1, "many": ["a", "b"]}
     text = as_table(table)
     assert "PatientName" in text and text.endswith("(2 rows)\n")
+
+
+def test_one_port_for_dimse_and_http_is_refused(tmp_path: Path) -> None:
+    both = {"dimse": {"port": 21112}, "web": {"port": 21112}}
+    with pytest.raises(SettingsError, match=r"web\.port: 21112 is a port of dimse on 127\.0\.0\.1 too"):
+        with_ports(from_dict(both, base=tmp_path))

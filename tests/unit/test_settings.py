@@ -57,6 +57,7 @@ def test_the_file_is_found_by_variable(tmp_path: Path) -> None:
         ('[archive]\nae_title = "WAY TOO LONG A TITLE"\n', r"archive\.ae_title: .*16"),
         ('[archive]\nae_title = "   "\n', r"archive\.ae_title"),
         ('[storage]\nroot = "s3://bucket"\n', r"storage\.root: must begin with file:, hdfs:// or webhdfs://"),
+        ('[storage]\nroot = "file://host/path"\n', r"storage\.root: names a host where a path is meant"),
         ('[storage]\nroot = "webhdfs://nn:9870/x"\n', r"catalog\.root: .*webhdfs"),
         ('[storage]\nroot = "file:odd[1]"\n', r"catalog\.root: .*\[ or \]"),
         ('[ingest]\non_conflict = "maybe"\n', r"ingest\.on_conflict: .*keep-first"),
