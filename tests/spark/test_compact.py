@@ -283,6 +283,43 @@ def test_what_landed_and_is_not_catalogued_waits(spark: SparkSession, local: Set
     assert holding(local, PIXELS) == []
 
 
+def test_what_this_host_still_ships_waits(spark: SparkSession, local: Settings) -> None:
+    gone, _ = landed(local)
+    run(spark, local)
+    delete(local, sorted({one.SOPInstanceUID for one in gone}))
+    run(spark, local)
+    spooled = local.ingest.spool_dir / gone[-1].bundle
+    spooled.parent.mkdir(parents=True)
+    spooled.write_bytes(storage_of(local).read(gone[-1].bundle))  # its shipper died before it removed it
+    before = bytes_of(local, gone)
+    report = compact.run(local, after=NOW)
+    assert (report.instances, dict(report.waiting)) == (1, {UNCATALOGUED: 2})
+    still = {
+        one: data
+        for one, data in before.items()
+        if one.SOPInstanceUID in {gone[-1].SOPInstanceUID, gone[-2].SOPInstanceUID}
+    }
+    assert bytes_of(local, list(still)) == still
+    spooled.unlink()
+    assert compact.run(local, after=NOW).instances == 2
+    assert holding(local, PIXELS) == []
+
+
+def test_quarantined_members_and_a_bundle_without_any_other(spark: SparkSession, local: Settings) -> None:
+    whole = marked(slices(1, seed=1)[0])
+    cut = whole[: whole.index(b"MARKER^PATIENT") + 20]
+    land(local, [new_member(cut)])
+    _, kept = landed(local)
+    run(spark, local)
+    [rejected] = table_rows(local, "quarantine")
+    delete(local, [rejected["SOPInstanceUID"]])
+    run(spark, local)
+    report = compact.run(local, after=NOW)
+    assert report.instances == 1
+    assert not storage_of(local).exists(rejected["bundle"])
+    assert bytes_of(local, kept).keys() == set(kept)
+
+
 def test_a_bundle_that_cannot_be_read_is_named_and_tried_again(spark: SparkSession, local: Settings) -> None:
     gone, kept = landed(local)
     run(spark, local)
