@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Final
 from xml.etree.ElementTree import Element, ParseError
 
@@ -17,7 +18,7 @@ from sphere.scp.web.problem import WebError
 _TWICE: Final = "is in the metadata twice"
 _PRIVATE = re.compile("[0-9A-F]{3}[13579BDF][0-9A-F]{4}")
 _TEXTS: Final = frozenset(("LO", "SH", "CS", "LT", "ST", "UC", "UT", "UN"))  # VRs that creators were seen with
-_MAX_VALUES: Final = 1 << 16  # of an element whose values are numbered with gaps
+MAX_GAPS: Final = 1 << 16  # values of a document that are left out by the numbers of those after them
 
 
 def read_xml(text: bytes) -> Iterator[Header]:
@@ -31,15 +32,29 @@ def read_xml(text: bytes) -> Iterator[Header]:
     models = [root] if _name(root) == "NativeDicomModel" else [one for one in root if _name(one) == "NativeDicomModel"]
     if not models:
         raise WebError("the metadata is no NativeDicomModel (PS3.19 A.1)")
+    gaps = _Gaps(MAX_GAPS)
     for model in models:
-        yield _of_model(model, 0)
+        yield _of_model(model, 0, gaps)
+
+
+@dataclass(slots=True)
+class _Gaps:
+    """Empty values that the numbers of a document may still make: a few letters each, and a place in memory."""
+
+    left: int
+
+    def take(self, number: int) -> bool:
+        """Whether so many could be had; they are then taken."""
+        granted = 0 <= number <= self.left
+        self.left -= number if granted else 0
+        return granted
 
 
 def _name(element: Element) -> str:
     return element.tag.rpartition("}")[2]
 
 
-def _of_model(model: Element, depth: int) -> Header:
+def _of_model(model: Element, depth: int, gaps: _Gaps) -> Header:
     if depth > MAX_DEPTH:
         raise WebError("sequences are too deep in one another")
     header: Header = {}
@@ -47,7 +62,7 @@ def _of_model(model: Element, depth: int) -> Header:
     for attribute in model:
         if _name(attribute) != "DicomAttribute":
             continue
-        tag, element = attribute.get("tag", "").upper(), _of_attribute(attribute, depth)
+        tag, element = attribute.get("tag", "").upper(), _of_attribute(attribute, depth, gaps)
         if creator := attribute.get("privateCreator", "").strip():
             private.append((tag, creator, element))
         elif tag in header:
@@ -87,7 +102,7 @@ def _place(header: Header, tag: str, creator: str, element: Header) -> str:
     return ""
 
 
-def _of_attribute(attribute: Element, depth: int) -> Header:
+def _of_attribute(attribute: Element, depth: int, gaps: _Gaps) -> Header:
     element: Header = {"vr": attribute.get("vr", "")}
     values: list[tuple[str, Any]] = []
     for child in attribute:
@@ -95,24 +110,27 @@ def _of_attribute(attribute: Element, depth: int) -> Header:
         if name == "Value":
             values.append((number, _number(child.text, element["vr"])))
         elif name == "Item":
-            values.append((number, _of_model(child, depth + 1)))
+            values.append((number, _of_model(child, depth + 1, gaps)))
         elif name == "PersonName":
             values.append((number, {_name(group): _of_name(group) for group in child}))
         elif name == "InlineBinary":
             element["InlineBinary"] = (child.text or "").strip()
         elif name == "BulkData":
             element["BulkDataURI"] = child.get("uri", "")
-    return _numbered(element, values) if values else element
+    return _numbered(element, values, gaps) if values else element
 
 
-def _numbered(element: Header, values: list[tuple[str, Any]]) -> Header:
+def _numbered(element: Header, values: list[tuple[str, Any]], gaps: _Gaps) -> Header:
     """The values at their numbers, from 1 on; those that are left out are empty."""
     found: list[Any] = []
     for text, value in values:
         number = int(text) if re.fullmatch(r"\d{1,9}", text, re.ASCII) else 0
-        if text and not len(found) < number <= max(len(found) + 1, _MAX_VALUES):
-            return broken(element, "its values are not numbered from 1 on")
-        found += [None] * (number - len(found) - 1) + [value]
+        gap = number - len(found) - 1 if text else 0
+        if gap < 0 or not gaps.take(gap):
+            return broken(
+                element, "its values are not numbered from 1 on" if gap < 0 else "too many values are left out"
+            )
+        found += [None] * gap + [value]
     element["Value"] = found
     return element
 

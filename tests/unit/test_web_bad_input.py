@@ -72,6 +72,8 @@ SIZE = 64 << 20  # of what a bomb unfolds to
 QUADRATIC = b'<!DOCTYPE x [<!ENTITY a "' + b"a" * 50_000 + b'">]><NativeDicomModel>' + b"&a;" * 50_000
 OUTSIDE = b'<!DOCTYPE x [<!ENTITY e SYSTEM "file:///etc/hostname">]><NativeDicomModel>&e;</NativeDicomModel>'
 PARAMETER = b'<!DOCTYPE x SYSTEM "http://127.0.0.1:1/x.dtd"><NativeDicomModel/>'
+NUMBERED = '<DicomAttribute tag="{:08X}" vr="US"><Value number="65536">1</Value></DicomAttribute>'
+SPARSE = f"<NativeDicomModel>{''.join(map(NUMBERED.format, range(2500)))}</NativeDicomModel>".encode()
 NESTED = b"<NativeDicomModel>" + b'<DicomAttribute tag="00081140" vr="SQ"><Item number="1">' * 20_000
 
 
@@ -83,6 +85,7 @@ NESTED = b"<NativeDicomModel>" + b'<DicomAttribute tag="00081140" vr="SQ"><Item 
         pytest.param(STOW, {**related(DICOM), "content-encoding": "gzip"}, gzip.compress(bytes(SIZE)), (400, 415),
                      id="gzip-bomb"),
         pytest.param(STOW, related(XML), part(XML, QUADRATIC), (400,), id="entity-expansion"),
+        pytest.param(STOW, related(XML), part(XML, SPARSE), (409,), id="numbers-far-apart"),
         pytest.param(STOW, related(XML), part(XML, OUTSIDE), (400,), id="external-entity"),
         pytest.param(STOW, related(XML), part(XML, PARAMETER), (400,), id="external-dtd"),
         pytest.param(STOW, related(XML), part(XML, NESTED), (400,), id="xml-nested"),
