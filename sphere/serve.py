@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import resource
 import signal
 import socket
 import threading
@@ -37,6 +38,7 @@ log = logging.getLogger(__name__)
 SPAWN = get_context("spawn")  # never fork: HDFS clients and Spark own threads
 DRAIN_S = 30.0  # seconds that children have to finish associations and seal bundles after SIGTERM
 RESTART_PAUSE_S = 0.2, 5.0  # seconds before a restart: first, longest; doubled while a child ends before it is ready
+DESCRIPTORS = 1 << 16  # of a child at most
 HEARTBEAT_S = 1.0  # seconds between heartbeats of a child
 PATIENCE_S = 6.0  # seconds without a heartbeat after which a receiver is killed: service resumes within 10 s
 JOB_PATIENCE_S = 60.0  # the same for jobs, which may wait long for memory or disk
@@ -239,6 +241,7 @@ def _run_child(target: Target, settings: Settings, lifeline: Connection, message
     logging.getLogger("sphere").setLevel(level)
     logs.keep(settings.archive.state_dir / "log" / f"{current_process().name}.log")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the supervisor decides
+    raise_descriptors()
     threading.Thread(target=_end_with, args=(lifeline,), daemon=True, name="lifeline").start()
     sending = threading.Lock()
 
@@ -253,6 +256,15 @@ def _run_child(target: Target, settings: Settings, lifeline: Connection, message
         log.error("%s", error)
         raise SystemExit(1) from None
     done.set()
+
+
+def raise_descriptors() -> None:
+    """Let this process have as many descriptors as the system lets it, up to DESCRIPTORS: each connection takes one or
+    two, and the usual soft limit of 1,024 is there for programs that use select(2)."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, DESCRIPTORS)
+    if soft not in (resource.RLIM_INFINITY, most) and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def _leave(done: threading.Event) -> None:

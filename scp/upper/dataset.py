@@ -34,19 +34,58 @@ class Budget:
             self.free += size
 
 
+class WaitingFile:
+    """What does not stay in memory, of one data set or of several, one after another: one descriptor for all.
+
+    The file has no name, so that nothing of it outlives the process; it is there from the first byte on.
+    """
+
+    __slots__ = ("_file", "_folder", "size")
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._file: IO[bytes] | None = None
+        self.size = 0
+
+    def open(self) -> None:
+        """Have the file; raises OSError."""
+        if self._file is None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._file = tempfile.TemporaryFile(dir=self._folder, buffering=0)  # noqa: SIM115  closed by close
+
+    def write(self, data: memoryview) -> None:
+        """Append; raises OSError, `size` being what came in."""
+        assert self._file is not None
+        while data:
+            written = self._file.write(data)
+            self.size += written
+            data = data[written:]
+
+    def range(self, offset: int, length: int) -> FileRange:
+        """Bytes of it; valid until `close`."""
+        assert self._file is not None
+        return FileRange(Path(f"/dev/fd/{self._file.fileno()}"), offset, length)
+
+    def close(self) -> None:
+        """Give the room back."""
+        if self._file is not None:
+            self._file.close()
+
+
 class ArrivingDataSet:
     """Bytes in the order of their arrival, never copied while they stay in memory.
 
     When the disk fails, `error` says so, and what comes later is dropped: the message still ends, and can be answered.
-    The file has no name, so that nothing of it outlives the process.
+    A `file` that is given is shared with data sets before and after it, and is closed by who gives it.
     """
 
-    __slots__ = ("_digest", "_file", "_folder", "_fragments", "error", "size")
+    __slots__ = ("_digest", "_file", "_folder", "_fragments", "_given", "_start", "error", "size")
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, file: WaitingFile | None = None) -> None:
+        self._folder, self._given = folder, file
         self._fragments: list[memoryview] = []
-        self._file: IO[bytes] | None = None
+        self._file: WaitingFile | None = None
+        self._start = 0  # of the file, where it begins
         self._digest = hashlib.sha256()
         self.size = 0
         self.error: OSError | None = None
@@ -78,9 +117,10 @@ class ArrivingDataSet:
     def spill(self) -> None:
         """Move what waits in memory to a file; what follows goes there, too. The views are given up."""
         if self._file is None and self.error is None:
+            file = self._given or WaitingFile(self._folder)
             try:
-                self._folder.mkdir(parents=True, exist_ok=True)
-                self._file = tempfile.TemporaryFile(dir=self._folder, buffering=0)  # noqa: SIM115  closed by discard
+                file.open()
+                self._file, self._start = file, file.size
             except OSError as error:
                 self.error = error
             for fragment in self._fragments:
@@ -89,26 +129,23 @@ class ArrivingDataSet:
 
     def content(self) -> list[memoryview] | FileRange:
         """All of it; valid until `discard`."""
-        if self._file is None:
-            return self._fragments
-        return FileRange(Path(f"/dev/fd/{self._file.fileno()}"), 0, self.size)
+        return self._fragments if self._file is None else self._file.range(self._start, self.size)
 
     def tobytes(self) -> bytes:
-        """All of it as one value, for what is known to be small; raises OSError."""
+        """All of it as one value, for what is known to be small; raises StorageError."""
         content = self.content()
-        return content.path.read_bytes() if isinstance(content, FileRange) else b"".join(content)
+        return content.read(0, self.size) if isinstance(content, FileRange) else b"".join(content)
 
     def discard(self) -> None:
         """Give memory and file back."""
         self._fragments = []
-        if self._file is not None:
+        if self._file is not None and self._file is not self._given:
             self._file.close()
 
     def _write(self, data: memoryview) -> None:
         if self._file is None or self.error is not None:
             return
         try:
-            while data:
-                data = data[self._file.write(data) :]
+            self._file.write(data)
         except OSError as error:
             self.error = error

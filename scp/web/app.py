@@ -148,9 +148,11 @@ async def _of_sphere(request: Request, error: Exception) -> Response:
     assert isinstance(error, SphereError)
     if error.http >= 500:
         log.error("request failed status=%d: %s", error.http, error)
-    return problem(
-        error.http, str(error), close=request.method in ("POST", "PUT")
-    )  # more of the body may be on its way
+    # more of the body may be on its way
+    response = problem(error.http, str(error), close=request.method in ("POST", "PUT"))
+    if retry_after := getattr(error, "retry_after", 0):
+        response.headers["Retry-After"] = str(retry_after)
+    return response
 
 
 async def _of_http(request: Request, error: Exception) -> Response:

@@ -12,7 +12,7 @@ from starlette.requests import Request
 
 from sphere.ingest.members import FileRange
 from sphere.ingest.part10 import read_file_meta
-from sphere.scp.upper.dataset import MAX_FRAGMENTS, ArrivingDataSet, Budget
+from sphere.scp.upper.dataset import MAX_FRAGMENTS, ArrivingDataSet, Budget, WaitingFile
 from sphere.scp.web.problem import WebError
 
 PIECE: Final = 1 << 20  # bytes handed on at once
@@ -80,11 +80,14 @@ async def _next(body: AsyncIterator[bytes]) -> bytes | None:
 
 
 class ArrivingBody:
-    """One part: small ones in memory, as long as the budget of the process lets them, large ones in a nameless file."""
+    """One part: small ones in memory, as long as the budget of the process lets them, large ones in a nameless file.
 
-    def __init__(self, folder: Path, budget: Budget) -> None:
+    `file`: shared with the parts before and after it, where many wait at once: each would take a descriptor.
+    """
+
+    def __init__(self, folder: Path, budget: Budget, file: WaitingFile | None = None) -> None:
         self._budget, self._taken = budget, 0
-        self.content = ArrivingDataSet(folder)
+        self.content = ArrivingDataSet(folder, file)
 
     @property
     def size(self) -> int:
@@ -106,7 +109,7 @@ class ArrivingBody:
         self._give()
 
     def tobytes(self, limit: int, what: str) -> bytes:
-        """All of it, which must not be more than `limit` bytes; raises WebError (413), and OSError."""
+        """All of it, which must not be more than `limit` bytes; raises WebError (413), StorageError, OSError."""
         if self.size > limit:
             raise WebError(f"{what} has at most {limit >> 20} MiB", http=413)
         if self.content.error is not None:

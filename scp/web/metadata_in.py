@@ -14,6 +14,7 @@ from pydicom.filebase import DicomBytesIO
 from pydicom.filewriter import write_dataset
 from pydicom.uid import UID
 
+from sphere.conf.errors import SphereError
 from sphere.ingest.members import FileRange
 from sphere.ingest.part10 import file_meta
 from sphere.scp.web.accept import parse
@@ -176,7 +177,7 @@ def _check(header: Mapping[str, Any], depth: int) -> None:
     if len({tag.upper() for tag in header}) < len(header):
         raise Unusable("a tag is in the metadata twice")
     for tag, element in header.items():
-        if not _TAG.fullmatch(tag) or not isinstance(element, Mapping):
+        if not _TAG.fullmatch(tag) or tag[:4].upper() == "FFFE" or not isinstance(element, Mapping):
             raise Unusable(f"{tag[:20]!r} is not a tag with an element")
         if isinstance(element, Broken):
             raise Unusable(f"{tag}: {element.reason}")
@@ -206,10 +207,10 @@ def _encoded(header: Header, bulk: Callable[[str, str, str], bytes] | None, what
     out.is_implicit_VR, out.is_little_endian = False, True
     try:
         write_dataset(out, Dataset.from_json(header, bulk))
-    except Unusable:
+    except (Unusable, SphereError):
         raise
-    except (ValueError, TypeError, LookupError, AttributeError, OverflowError, OSError, struct.error) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # pydicom raises one for numbers out of range
+    except Exception as error:  # pydicom raises whatever the metadata make of it
+        if isinstance(error, OSError) and error.errno is not None:  # it raises one for numbers out of range, too
             raise
         raise Unusable(f"{what} cannot be encoded ({type(error).__name__})") from None
     return out.getvalue()

@@ -14,13 +14,17 @@ MAX_DETAIL = 500  # characters
 
 
 class WebError(SphereError):
-    """A request that cannot be answered as it stands; `http` is the status of the response."""
+    """A request that cannot be answered as it stands; `http` is the status of the response.
+
+    `retry_after`: seconds after which it may be asked again (RFC 9110 10.2.3); 0 says nothing.
+    """
 
     http = 400
+    retry_after = 0
 
-    def __init__(self, message: str, *, http: int = 400) -> None:
+    def __init__(self, message: str, *, http: int = 400, retry_after: int = 0) -> None:
         super().__init__(message)
-        self.http = http
+        self.http, self.retry_after = http, retry_after
 
 
 def problem(status: int, detail: str, *, close: bool = False) -> Response:

@@ -7,6 +7,7 @@ import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -21,8 +22,9 @@ from sphere.conf.logs import hashed
 from sphere.conf.uids import UID
 from sphere.ingest.storage.paths import storage_error
 from sphere.scp.store import OUT_OF_RESOURCES, PROCESSING_FAILURE, StoreAnswer, StoreRequest, identify_request
-from sphere.scp.upper.dataset import Budget
+from sphere.scp.upper.dataset import Budget, WaitingFile
 from sphere.scp.web.accept import accepted, choose, parse
+from sphere.scp.web.allowance import Allowance
 from sphere.scp.web.bulk_in import BulkParts, Unusable
 from sphere.scp.web.incoming import ArrivingBody, ArrivingFile, pieces, take_in
 from sphere.scp.web.metadata_in import Described, read_json
@@ -40,6 +42,7 @@ CANNOT_UNDERSTAND: Final = 0xC000  # PS3.18 Table 10.5.3-2
 MISMATCH: Final = 0xA900
 MAX_PARTS: Final = 100_000
 MAX_METADATA: Final = 64 << 20  # bytes of a part with metadata
+SMALL_METADATA: Final = 256 << 10  # bytes of a part with metadata that is read without waiting for others
 IN_FLIGHT: Final = 8  # instances of one request that are stored at once, so that they share one sync (group commit)
 
 
@@ -52,18 +55,22 @@ class Store(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Landing:
-    """What storing takes; `memory`: of parts that wait, of all requests of the process."""
+    """What storing takes; `memory`: of parts that wait, of all requests of the process.
+
+    `reading`: texts of metadata that are objects at once, some 24 times their size.
+    """
 
     store: Store
     folder: Path
     memory: Budget
     idle_s: float
     read_only: bool = False
+    reading: Allowance = field(default_factory=lambda: Allowance(MAX_METADATA))
     pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(4 * IN_FLIGHT, "stow"))
 
-    def body(self) -> ArrivingBody:
-        """Room for one part."""
-        return ArrivingBody(self.folder, self.memory)
+    def body(self, file: WaitingFile | None = None) -> ArrivingBody:
+        """Room for one part, in memory or in a file."""
+        return ArrivingBody(self.folder, self.memory, file)
 
 
 @dataclass(slots=True)
@@ -108,7 +115,11 @@ async def answer(landing: Landing, request: Request) -> Response:
             if not isinstance(error, SphereError | OSError):
                 raise
             known = storage_error(error, "keeping what came") if isinstance(error, OSError) else error
-            raise WebError(f"{known}; {stored} instances of the request had been stored", http=known.http) from None
+            told, later = (
+                f"{known}; {stored} instances of the request had been stored",
+                getattr(known, "retry_after", 0),
+            )
+            raise WebError(told, http=known.http, retry_after=later) from None
         outcomes = await to_thread.run_sync(taking.outcomes)
     finally:
         await to_thread.run_sync(taking.discard)
@@ -249,6 +260,7 @@ class _Described(Taking):
     ) -> None:
         super().__init__(landing, reader, study, who, address)
         self._root = root
+        self._waiting_parts = WaitingFile(landing.folder)
         self._bulk = BulkParts()
         self._metadata: list[ArrivingBody] = []
         self._bases: list[str] = []  # Content-Location of each metadata
@@ -256,7 +268,7 @@ class _Described(Taking):
 
     def take(self, event: Event) -> None:
         if isinstance(event, Head):
-            self._body = self._landing.body()
+            self._body = self._landing.body(self._waiting_parts)
             kind = event.headers.get("content-type", "").partition(";")[0].strip().lower()
             if kind in (self._root, "application/json", "application/xml", "text/xml"):
                 self._metadata.append(self._body)
@@ -277,9 +289,13 @@ class _Described(Taking):
         if not self._metadata:
             raise WebError(f"there is no part of type {self._root}")
         for body, base in zip(self._metadata, self._bases, strict=True):
-            text, described = body.tobytes(MAX_METADATA, "metadata"), Described(self._bulk, base)
-            for header in read_json(text) if self._root == JSON else read_xml(text):
-                self._make(described, header)
+            with nullcontext() if body.size <= SMALL_METADATA else self._landing.reading.taking(body.size):
+                self._read(body, Described(self._bulk, base))
+
+    def _read(self, body: ArrivingBody, described: Described) -> None:
+        text = body.tobytes(MAX_METADATA, "metadata")
+        for header in read_json(text) if self._root == JSON else read_xml(text):
+            self._make(described, header)
 
     def _make(self, described: Described, header: Any) -> None:
         file = ArrivingFile(self._landing.body)
@@ -301,6 +317,7 @@ class _Described(Taking):
         super().discard()
         for body in (*self._metadata, *self._bulk.bodies()):
             body.discard()
+        self._waiting_parts.close()
 
 
 def _taking(landing: Landing, request: Request, study: str) -> Taking:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import resource
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ from sphere.conf import serving
 from sphere.conf.settings import Settings
 from sphere.ingest.bundle import BundleWriter
 from sphere.ingest.storage import open_storage
+from sphere.serve import DESCRIPTORS
 from sphere.status import take
 from tests.support.bundles import new_member
 from tests.support.ledger import Ledger, audit
@@ -25,6 +29,22 @@ def child(**values: Any) -> serving.ChildState:
         "last_heartbeat": serving.now(), "last_end": "signal 9",
     }  # fmt: skip
     return serving.ChildState(**(fields | values))
+
+
+def test_children_have_as_many_descriptors_as_they_may() -> None:
+    """The soft limit becomes the hard one, where that is not more than a server needs, and is never lowered."""
+    program = (
+        "import resource, sys; from sphere.serve import raise_descriptors; limits = int(sys.argv[1]), int(sys.argv[2]);"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, limits); raise_descriptors();"
+        "print(*resource.getrlimit(resource.RLIMIT_NOFILE))"
+    )
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    for soft, most in ((256, 512), (512, 512), (256, hard)):
+        run = subprocess.run(
+            [sys.executable, "-c", program, str(soft), str(most)], capture_output=True, text=True, check=True
+        )
+        raised = most if 0 <= most < DESCRIPTORS else DESCRIPTORS
+        assert run.stdout.split() == [str(raised), str(most)]
 
 
 def test_the_state_is_read_as_it_was_written(tmp_path: Path) -> None:

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import io
 import json
+import resource
+import struct
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pydicom
 import pytest
 
+from sphere.scp.web import stow
+from sphere.scp.web.allowance import RETRY_AFTER_S, Allowance
 from sphere.scp.web.native_xml import native_model
 from tests.support.landing import archive, slices
 from tests.support.stow import AS_IT_IS, DICOM, FILES, JSON, SEEDS, XML, body, landed, new, post, reasons, saved, where
@@ -75,6 +83,65 @@ def test_bulk_data_of_another_instance_is_never_taken(web: Web) -> None:
     assert stored("bulk1", "http://x/prebulk1").status_code == 200
     for data, pixels in ((one, mine), (other, theirs)):
         assert pydicom.dcmread(io.BytesIO(web.get(where(data), headers={"accept": DICOM}).content)).PixelData == pixels
+
+
+def test_parts_that_wait_take_one_descriptor_for_all(web: Web) -> None:
+    """Far more parts than the process may have files, most of them beyond the memory that parts have (1 MiB)."""
+    headers, parts, data = [], [], new(300)
+    for number, one in enumerate(data):
+        header, _ = described(one)
+        header["7FE00010"]["BulkDataURI"] = f"pixels/{number}"
+        header["00280010"]["Value"] = header["00280011"]["Value"] = [96]
+        headers.append(header)
+        head = f"Content-Type: application/octet-stream\r\nContent-Location: pixels/{number}"
+        parts.append((head, struct.pack("<H", number) * 96 * 96))
+    content = body((f"Content-Type: {JSON}", json.dumps(headers).encode()), *parts)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (sum(1 for _ in Path("/proc/self/fd").iterdir()) + 64, hard))
+    try:
+        response = post(web, content, JSON)
+        assert (response.status_code, reasons(response)) == (200, []), response.text[:500]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    for one, (_, pixels) in zip(data, parts, strict=True):
+        assert web.get(where(one) + "/frames/1", headers={"accept": "application/octet-stream"}).content == pixels
+    assert not list((web.settings.archive.state_dir / "incoming").iterdir())
+
+
+@pytest.mark.parametrize("form", [JSON, XML])
+def test_large_metadata_take_their_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    """The objects of a text take far more memory than it: those of one request are there at a time."""
+    monkeypatch.setattr(stow, "SMALL_METADATA", 100)
+    monkeypatch.setattr(stow, "Allowance", lambda _: Allowance(1))
+    under_way = most = 0
+    real, lock = stow._Described._read, threading.Lock()
+
+    def watched(*arguments: Any) -> None:
+        nonlocal under_way, most
+        with lock:
+            under_way += 1
+            most = max(most, under_way)
+        time.sleep(0.02)
+        real(*arguments)
+        with lock:
+            under_way -= 1
+
+    monkeypatch.setattr(stow._Described, "_read", watched)
+    headers = [pydicom.dcmread(io.BytesIO(one)).to_json_dict(bulk_data_threshold=1 << 30) for one in new(6)]
+    texts = [json.dumps([one]).encode() if form == JSON else native_model(one) for one in headers]
+    with serving_web(archive(tmp_path)) as other, ThreadPoolExecutor(6) as pool:
+        answers = pool.map(lambda text: post(other, body((f"Content-Type: {form}", text)), form), texts)
+        assert [one.status_code for one in answers] == [200] * 6
+        assert (landed(other), most) == (6, 1)
+    monkeypatch.setattr(stow, "Allowance", lambda _: Allowance(1, waiting=0))
+    small = b'[{"00080018":{"vr":"UI"}}]' if form == JSON else b"<NativeDicomModel/>"
+    with serving_web(archive(tmp_path / "other")) as other:
+        content = body((f"Content-Type: {form}", small), (f"Content-Type: {form}", texts[0]))
+        refused = post(other, content, form)
+        assert (refused.status_code, refused.headers["content-type"]) == (503, "application/problem+json")
+        assert int(refused.headers["retry-after"]) == RETRY_AFTER_S
+        assert "0 instances of the request had been stored" in refused.json()["detail"]
+        assert post(other, body((f"Content-Type: {form}", small)), form).status_code == 409, "small ones do not wait"
 
 
 def test_compressed_frames_in_parts(web: Web) -> None:
