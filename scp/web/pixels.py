@@ -25,6 +25,7 @@ from pydicom.filewriter import write_dataset
 from sphere.catalog.service import StoredInstance
 from sphere.scp.retrieve.outbound import DEFLATED, syntax_of
 from sphere.scp.retrieve.transcode import DECODERS, NATIVE, TARGETS, NotConverted
+from sphere.scp.web.allowance import Allowance
 from sphere.scp.web.archive import Archive
 from sphere.scp.web.inflated import MAX_INFLATED, inflated
 from sphere.scp.web.problem import WebError
@@ -33,6 +34,7 @@ from sphere.scp.web.retrieve import meta_of
 EXPLICIT: Final = TARGETS[0]
 OCTETS: Final = "application/octet-stream"
 MAX_FRAME: Final = 1 << 28  # bytes of one frame, decoded
+MAX_RENDERING: Final = 2 << 30  # bytes of memory that all renderings of the process may take at once
 MAX_FRAMES: Final = 1 << 20
 MAX_TABLE: Final = 1 << 18  # bytes of a lookup table; one of 65,536 entries of 16 bits has half of them
 END_OF_IMAGE: Final = b"\xff\xd9"  # EOI of JPEG, EOC of JPEG 2000: no other marker of theirs ends a codestream
@@ -102,9 +104,13 @@ class Pixels:
 
 
 class PixelReader:
-    """Finds and reads frames; remembers where those of the last instances are. Safe to share between threads."""
+    """Finds and reads frames; remembers where those of the last instances are. Safe to share between threads.
+
+    `rendering`: memory of who renders them.
+    """
 
     def __init__(self, archive: Archive) -> None:
+        self.rendering = Allowance(MAX_RENDERING)
         self._archive = archive
         self._known: OrderedDict[tuple[str, str], Pixels] = OrderedDict()
         self._lock = threading.Lock()

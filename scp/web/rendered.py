@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
@@ -19,7 +20,7 @@ from sphere.scp.web.multipart import Parts
 from sphere.scp.web.operations import PREFIX, Operation, parameter
 from sphere.scp.web.pixels import PixelReader, Pixels
 from sphere.scp.web.problem import WebError
-from sphere.scp.web.render import Look, encode, parse_look, render
+from sphere.scp.web.render import Look, encode, fitted_size, needed, parse_look, render, source_size
 from sphere.scp.web.streamed import Body, Streamed
 
 log = logging.getLogger(__name__)
@@ -90,7 +91,7 @@ def _frame(archive: Archive, reader: PixelReader, request: Request) -> Response:
 
     def body() -> Body:
         for number in numbers:
-            yield parts.head() + encode([render(reader, pixels, number, look)], media_type, look)
+            yield parts.head() + image(reader, pixels, [number], media_type, look, patient=True)
         yield parts.end
 
     return Streamed(body(), media_type=parts.media_type)
@@ -102,12 +103,25 @@ def _image(
     tag = etag([pixels.instance], media_type, look, *numbers)
     if known := not_modified(request, tag):
         return known
-    if len(numbers) > 1 and len(numbers) * int(pixels.header.Rows) * int(pixels.header.Columns) > MAX_MOVING:
-        raise WebError("too many frames for one moving image: ask for some of them", http=406)
+    source = source_size(pixels.header)
+    if len(numbers) > 1 and len(numbers) * max(map(math.prod, (source, fitted_size(*source, look)))) > MAX_MOVING:
+        raise WebError("too many frames for one moving image: ask for some of them, or for a smaller one", http=406)
     request.state.found = 1
-    images = [render(reader, pixels, number, look) for number in numbers]
-    body = encode(images, media_type, look, frame_ms=_frame_ms(pixels))
-    return Response(body, headers={"ETag": tag}, media_type=media_type)
+    return Response(image(reader, pixels, numbers, media_type, look), headers={"ETag": tag}, media_type=media_type)
+
+
+def image(
+    reader: PixelReader, pixels: Pixels, numbers: Sequence[int], media_type: str, look: Look, *, patient: bool = False
+) -> bytes:
+    """A frame, or several in a GIF, encoded within the memory that all renderings have: one frame is there at a time.
+
+    Raises WebError: 406 where it cannot be shown, 503 where others have the memory, unless it is `patient`.
+    """
+    source = source_size(pixels.header)
+    kept = len(numbers) * math.prod(fitted_size(*source, look))  # the encoder keeps a byte of each pixel of a GIF
+    with reader.rendering.taking(needed(pixels.header, look) + kept, patient=patient):
+        images = (render(reader, pixels, number, look) for number in numbers)
+        return encode(images, media_type, look, frame_ms=_frame_ms(pixels), moving=len(numbers) > 1)
 
 
 def _frame_ms(pixels: Pixels) -> int:
@@ -133,11 +147,11 @@ def _many(archive: Archive, reader: PixelReader, request: Request) -> Response:
     def body() -> Body:
         for instance in instances:
             try:
-                image = render(reader, reader.find(instance), 1, look)
+                encoded = image(reader, reader.find(instance), [1], media_type, look, patient=True)
             except WebError as error:
                 log.info("not rendered instance=%s: %s", hashed(instance.SOPInstanceUID), error)
                 continue
-            yield parts.head() + encode([image], media_type, look)
+            yield parts.head() + encoded
         yield parts.end
 
     request.state.found = len(instances)

@@ -16,7 +16,8 @@ from sphere.scp.web.archive import Archive, etag, not_modified
 from sphere.scp.web.operations import Operation, parameter
 from sphere.scp.web.pixels import PixelReader
 from sphere.scp.web.problem import WebError
-from sphere.scp.web.render import Look, encode, parse_look, render
+from sphere.scp.web.render import Look, parse_look
+from sphere.scp.web.rendered import image
 from sphere.scp.web.retrieve import DICOM, single_instance
 
 _IMAGES = ("image/jpeg", "image/png", "image/gif")
@@ -57,7 +58,7 @@ def answer(archive: Archive, reader: PixelReader, request: Request) -> Response:
     tag = etag([instance], media_type, look, frame)
     if known := not_modified(request, tag):
         return known
-    return Response(encode([render(reader, pixels, frame, look)], media_type, look), 200, {"ETag": tag}, media_type)
+    return Response(image(reader, pixels, [frame], media_type, look), 200, {"ETag": tag}, media_type)
 
 
 def _given(request: Request) -> dict[str, str]:

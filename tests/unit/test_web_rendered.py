@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import io
+import threading
+import time
+import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from email import message_from_bytes
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +21,11 @@ import pytest
 from PIL import Image, ImageSequence
 
 from sphere.ingest.header import identify
+from sphere.scp.web import pixels as pixels_module
+from sphere.scp.web import rendered
+from sphere.scp.web.allowance import RETRY_AFTER_S, Allowance
+from sphere.scp.web.pixels import PixelReader, Pixels
+from sphere.scp.web.render import Look, encode, render
 from tests.support.landing import archive, land, new_member
 from tests.support.web import Web, serving_web
 
@@ -100,6 +110,83 @@ def test_a_moving_image_has_every_frame(moving: Moving) -> None:
         for image, frame in zip(shown, frames, strict=True):
             assert np.abs(image - moving.levels(f"frames/{frame}/rendered")).max() <= 1
     assert moving.get("rendered", {"accept": "*/*"}).headers["content-type"] == "image/gif"
+
+
+def test_a_moving_image_is_bounded_by_what_it_becomes(moving: Moving, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a viewport nor the same frame again and again makes more of it than the limit; nothing is rendered."""
+    rendered_frames: list[int] = []
+    real = render
+
+    def watched(reader: PixelReader, pixels: Pixels, frame: int, look: Look) -> Image.Image:
+        rendered_frames.append(frame)
+        return real(reader, pixels, frame, look)
+
+    monkeypatch.setattr(rendered, "render", watched)
+    many = ",".join(["1"] * 5000)
+    for resource in ("frames/1,1/rendered?viewport=8192,8192", "rendered?viewport=8000,8000", f"frames/{many}/rendered",
+                     "rendered?viewport=8000,8000,0,0,8,8"):  # fmt: skip
+        response = moving.web.get(f"{moving.path}/{resource}", headers=GIF)
+        assert (response.status_code, response.headers["content-type"]) == (406, "application/problem+json")
+    assert not rendered_frames
+    moving.get("frames/1,1,2/rendered?viewport=300,300", GIF)
+    assert rendered_frames == [1, 1, 2]
+
+
+def test_one_frame_of_a_moving_image_is_there_at_a_time(moving: Moving, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[Image.Image]] = []
+    real, most = render, 0
+
+    def watched(reader: PixelReader, pixels: Pixels, frame: int, look: Look) -> Image.Image:
+        nonlocal most
+        image = real(reader, pixels, frame, look)
+        made.append(weakref.ref(image))
+        most = max(most, sum(one() is not None for one in made))
+        return image
+
+    monkeypatch.setattr(rendered, "render", watched)
+    film = Image.open(io.BytesIO(moving.get(f"frames/{','.join(['1', '2', '3'] * 10)}/rendered", GIF).content))
+    assert getattr(film, "n_frames", 1) == 30
+    assert most <= 3
+
+
+def test_renderings_share_their_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is not enough for two, one waits for the other; where it waits too long it is told to come again."""
+    monkeypatch.setattr(pixels_module, "MAX_RENDERING", 1)
+    settings = archive(tmp_path)
+    with io.BytesIO() as out:
+        CT.save_as(out)
+        data = out.getvalue()
+    land(settings, [new_member(data)])
+    found = identify(data, size=len(data))
+    path = f"/studies/{found.StudyInstanceUID}/series/{found.SeriesInstanceUID}/instances/{found.SOPInstanceUID}"
+    under_way = most = 0
+    real, lock = encode, threading.Lock()
+
+    def watched(*arguments: Any, **named: Any) -> bytes:
+        nonlocal under_way, most
+        with lock:
+            under_way += 1
+            most = max(most, under_way)
+        time.sleep(0.02)
+        encoded = real(*arguments, **named)
+        with lock:
+            under_way -= 1
+        return encoded
+
+    monkeypatch.setattr(rendered, "encode", watched)
+    series = path.rpartition("/instances")[0] + "/rendered"
+    either = {"accept": 'image/png, multipart/related; type="image/png"'}
+    with serving_web(settings) as web, ThreadPoolExecutor(8) as pool:
+        asked = [f"{path}/frames/1/rendered", f"{path}/thumbnail", f"{path}/rendered", series]
+        answers = list(pool.map(lambda one: web.get(one, headers=either), asked * 2))
+        assert [one.status_code for one in answers] == [200] * 8
+        assert most == 1
+    monkeypatch.setattr(pixels_module, "Allowance", partial(Allowance, waiting=0))
+    with serving_web(settings) as web:
+        refused = web.get(f"{path}/frames/1/rendered", headers=PNG)
+        assert (refused.status_code, refused.headers["content-type"]) == (503, "application/problem+json")
+        assert int(refused.headers["retry-after"]) == RETRY_AFTER_S
+        assert web.get(series, headers=either).content.count(b"image/png") == 1, "a response that has begun waits"
 
 
 def test_frames_of_a_list_come_in_parts(moving: Moving) -> None:
