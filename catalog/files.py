@@ -37,6 +37,8 @@ STEP = 200
 ALONE = 400
 """Members up to which a query is answered without the processes beside this one."""
 
+_NO_STATES = 'no earlier states are kept with catalog.mode = "files"; they need "delta" and sphere extract'
+
 
 class FileQueries:
     """Finds patients, studies, series and instances in the bundles. One per process, shared by its threads."""
@@ -64,6 +66,10 @@ class FileQueries:
         part = copy.copy(self)
         part._members = self._members.restricted(grant)
         return part
+
+    def newest(self) -> AsOf:
+        """Raises CatalogError."""
+        raise CatalogError(_NO_STATES)
 
     def deletions(self) -> str:
         """As of sphere.catalog.queries.Queries."""
@@ -184,9 +190,7 @@ class FileQueries:
 
 def _refuse(as_of: AsOf | None) -> None:
     if as_of is not None:
-        raise CatalogError(
-            'no earlier states are kept with catalog.mode = "files"; they need "delta" and sphere extract'
-        )
+        raise CatalogError(_NO_STATES)
 
 
 def _take_earliest(known: dict[str, tuple[Order, Any]], summary: Summary) -> None:

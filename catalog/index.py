@@ -17,6 +17,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
 import duckdb
@@ -100,7 +101,8 @@ class IndexCache:
         self._instances = InstanceFiles()
         self._past: dict[Path, Index] = {}
         self._past_lock = threading.Lock()
-        self._resolved: dict[AsOf, tuple[Path, float]] = {}
+        self._resolved: dict[AsOf, tuple[Path, float, str]] = {}
+        self._latest = -1, ""  # version of `bundles` that was the newest one, and what tells its commit from others
         self._builder = ThreadPoolExecutor(1, thread_name_prefix="index")
         self._mender = ThreadPoolExecutor(1, thread_name_prefix="index-rows")
         self._rows_looked = self._mend_at = 0.0
@@ -145,15 +147,28 @@ class IndexCache:
                 self._refresh = self._builder.submit(self._load)
             return self._index
 
+    def newest(self) -> int:
+        """The version that is complete now, as `at` takes it; raises CatalogError where nothing was extracted yet."""
+        version, commit = self._latest
+        if version < 0 or self._tables.commit("bundles", version) != commit:
+            version = -1
+        if version < 0 or self._tables.has_moved("bundles", version):
+            version = self._tables.newest("bundles")
+            if version < 0:
+                raise CatalogError("the catalog has no version as of now: nothing was extracted yet")
+            self._latest = version, self._tables.commit("bundles", version)
+        return version
+
     def at(self, as_of: AsOf) -> Index:
         """The index of an earlier version, without recent arrivals and what was deleted since; the last PAST of them
         are kept.
 
         Raises CatalogError where there is no such version, or its files are gone.
         """
-        known, until = self._resolved.get(as_of, (None, 0.0))
+        known, until, seen = self._resolved.get(as_of, (None, 0.0, ""))
+        commit = "" if isinstance(as_of, datetime) else self._tables.commit("bundles", as_of)
         with self._past_lock:
-            if known is not None and known in self._past and time.monotonic() < until:
+            if known is not None and known in self._past and time.monotonic() < until and commit == seen:
                 open_one = self._past.pop(known)
                 if open_one.rows is None or not open_one.rows.have_changed():
                     self._past[known] = open_one
@@ -163,7 +178,7 @@ class IndexCache:
         with self._past_lock:
             if is_settled(as_of):
                 self._resolved = dict(list(self._resolved.items())[-PAST:])
-                self._resolved[as_of] = path, time.monotonic() + RESOLVED_S
+                self._resolved[as_of] = path, time.monotonic() + RESOLVED_S, commit
             index = self._past.pop(path, None) or self._opened(
                 lambda: next(found, None) or self._maker.make(as_of), past=True
             )

@@ -59,6 +59,9 @@ class Queries(Protocol):
     ) -> Iterator[tuple[StoredInstance, str]]:
         """The instances of a study, a series or with a SOPInstanceUID, each with its header as DICOM JSON text."""
 
+    def newest(self) -> AsOf:
+        """The version that is complete now, for `as_of`; raises CatalogError where nothing was extracted yet."""
+
     def deletions(self) -> str:
         """A text that is another one after every deletion and its undoing: what was remembered before is to be looked
         up again. Raises StorageError."""

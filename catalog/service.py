@@ -110,6 +110,10 @@ class QueryService:
                 self._restricted.popitem(last=False)  # not closed: somebody may ask it just now
         return found
 
+    def newest(self) -> AsOf:
+        """As of sphere.catalog.queries.Queries."""
+        return self._indexes.newest()
+
     def deletions(self) -> str:
         """As of sphere.catalog.queries.Queries."""
         return self._indexes.tombstones.state()

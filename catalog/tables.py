@@ -84,6 +84,12 @@ class CatalogTables:
             table = self._open(name)
             return {commit["version"]: commit["timestamp"] for commit in table.history()} if table else {}
 
+    def newest(self, name: str) -> int:
+        """The newest version of a table; -1 where it does not exist. Raises CatalogError where it cannot be read."""
+        with self._errors_of(name):
+            table = self._open(name)
+            return -1 if table is None else table.version()
+
     def _open(self, name: str, version: int | None = None) -> DeltaTable | None:
         from deltalake import DeltaTable
         from deltalake.exceptions import TableNotFoundError

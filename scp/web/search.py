@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from datetime import datetime
 from itertools import chain, islice
 from typing import Protocol
@@ -55,6 +56,9 @@ class Finder(Protocol):
     def count(self, query: Query, *, as_of: AsOf | None = None, cancelled: Cancelled = never) -> int:
         """How many match."""
 
+    def newest(self) -> AsOf:
+        """The version that is complete now; raises CatalogError."""
+
 
 def offered(finder: Queries) -> list[Operation]:
     """The six resources of PS3.18 Table 10.6.1-1."""
@@ -83,9 +87,11 @@ def answer(finder: Finder, request: Request, level: Level, scope: dict[str, str]
     media_type = choose(accepted(request), (JSON, XML, "application/json"))
     search = parse_search(request.query_params.multi_items(), level, scope)
     try:
+        if search.now:  # once: what is found, its number and the next pages are of one version
+            search = replace(search, as_of=finder.newest())
         return _answer(finder, request, search, media_type)
     except CatalogError as error:
-        if search.as_of is not None:
+        if search.as_of is not None or search.now:
             raise WebError(str(error), http=404) from None
         raise
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from typing import Any
 
 from pydicom.datadict import dictionary_VR, keyword_for_tag
@@ -21,6 +20,7 @@ MAX_PARAMETERS = 200
 OPTIONS = (
     "limit", "offset", "after", "count", "asOf", "fuzzymatching", "emptyvaluematching", "multiplevaluematching",
 )  # fmt: skip
+NOW = "now"  # of asOf
 MAX_DEPTH = 8  # sequences in an attribute path
 
 DEFAULTS: Mapping[Level, tuple[str, ...]] = {
@@ -46,7 +46,7 @@ of a series costs the headers of its instances, and is returned when it is asked
 @dataclass(frozen=True, slots=True)
 class Search:
     """What a search asks for. `limit` None: everything; `after`: unique keys, from the study down, of the answer that
-    the first one to be given comes after."""
+    the first one to be given comes after; `now`: as of the version that is complete when it is asked."""
 
     query: Query
     limit: int | None = None
@@ -54,6 +54,7 @@ class Search:
     count: bool = False
     as_of: AsOf | None = None
     after: tuple[str, ...] = ()
+    now: bool = False
 
 
 @dataclass(slots=True)
@@ -102,6 +103,7 @@ def parse_search(parameters: Sequence[tuple[str, str]], level: Level, scope: Map
         _flag(options, "count"),
         _as_of(options.get("asOf", "")),
         _after(options.get("after", ""), level),
+        now=options.get("asOf") == NOW,
     )
 
 
@@ -209,9 +211,7 @@ def _flag(options: Mapping[str, str], name: str) -> bool:
 
 
 def _as_of(text: str) -> AsOf | None:
-    if text == "now":  # what is complete now, and stays so: pages of it belong together
-        return datetime.now(timezone.utc)
-    return parse_as_of(text) if text else None
+    return parse_as_of(text) if text not in ("", NOW) else None
 
 
 def _after(text: str, level: Level) -> tuple[str, ...]:

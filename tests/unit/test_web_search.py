@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 from xml.etree import ElementTree
 
 import pytest
 from pydicom.datadict import keyword_for_tag
 
 from sphere.catalog import index as index_module
+from sphere.catalog.index_maker import IndexMaker
 from sphere.catalog.query import Query
 from sphere.catalog.schema import BY_KEYWORD, LEVELS, Level, level_of
 from sphere.scp.web import search
@@ -186,6 +189,40 @@ def test_pages_of_one_version(tmp_path: Path) -> None:
             url = page.headers.get("link", "").partition(">")[0].lstrip("<")
         assert [one[INSTANCE]["Value"][0] for one in got] == everything
         assert len(found(web, "/instances?asOf=now", INSTANCE)) == 5
+
+
+def test_now_is_resolved_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For what is found, its count and all pages: the Link has the version, and no index is looked for again."""
+    settings = archive(tmp_path)
+    write_catalog(settings, ROWS)
+    asked = []
+    make = IndexMaker.make
+    monkeypatch.setattr(IndexMaker, "make", lambda self, as_of=None: asked.append(as_of) or make(self, as_of))
+
+    def pages(web: Web) -> set[str]:
+        """The versions that the Links name."""
+        url, named = f"{web.url}/instances?limit=2&count=true&asOf=now", []
+        while url:
+            url = web.client.get(url).headers.get("link", "").partition(">")[0].lstrip("<")
+            named += parse_qs(urlsplit(url).query).get("asOf", [])
+        assert len(named) >= 2
+        return set(named)
+
+    with serving_web(settings) as web:
+        assert pages(web) == pages(web) == {"0"}
+        assert [one for one in asked if one is not None] == [0]
+        write_catalog(settings, ROWS[:5])
+        assert pages(web) == {"1"}
+        assert [one for one in asked if one is not None] == [0, 1]
+        shutil.rmtree(settings.catalog_root.removeprefix("file://"))
+        write_catalog(settings, ROWS[:6])  # another catalog at that place
+        assert pages(web) == {"0"}
+    empty = archive(tmp_path / "empty")
+    with serving_web(empty) as web:
+        told = web.get("/instances?asOf=now")
+        assert (told.status_code, told.json()["detail"]) == (
+            404, "the catalog has no version as of now: nothing was extracted yet",
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("anchored", [1000, 2])
