@@ -24,6 +24,7 @@ from sphere.scp.web.problem import WebError
 
 EXPLICIT: Final = "1.2.840.10008.1.2.1"
 MAX_DEPTH: Final = 30  # sequences in one another
+MAX_UID: Final = 64  # characters (PS3.5 9.1)
 MAX_VALUE: Final = 64 << 20  # bytes of bulk data other than pixel data
 _TAG = re.compile(r"[0-9A-Fa-f]{8}")
 _PIXEL_DATA, _AVAILABLE = "7FE00010", "00083002"
@@ -125,6 +126,8 @@ class Described:
         syntax, parts = self._pixels(pixels, header)
         header.pop(_AVAILABLE, None)
         uids = {tag: str((header.get(tag, {}).get("Value") or [""])[0]) for tag in ("00080016", "00080018")}
+        if any(len(uid) > MAX_UID for uid in uids.values()):
+            raise Unusable("an identifying UID is none")
         meta = file_meta(sop_class_uid=uids["00080016"], sop_instance_uid=uids["00080018"], transfer_syntax_uid=syntax)
         file.add(meta)
         file.add(self._encoded(header))
@@ -156,7 +159,7 @@ class Described:
             syntax = EXPLICIT
         elif not syntax:
             syntax = named[0] if len(named) == 1 else _DEFAULT.get(kind, "")
-        if not syntax or (syntax != EXPLICIT and not UID(syntax).is_encapsulated):
+        if syntax != EXPLICIT and not (UID(syntax).is_transfer_syntax and UID(syntax).is_encapsulated):
             raise Unusable("the transfer syntax of the pixel data is not told")
         return syntax, [body for _, body in parts]
 
@@ -184,7 +187,7 @@ def _check(header: Mapping[str, Any], depth: int) -> None:
         if tag[3] in "13579BDFbdf" and "0000" < tag[4:] < "0010":
             raise Unusable(f"{tag}: is private, and nothing says whose")
         vr = element.get("vr")
-        if vr not in _VRS:
+        if not isinstance(vr, str) or vr not in _VRS:
             raise Unusable(f"{tag}: its VR is none of PS3.5")
         allowed = _known(int(tag, 16))
         if allowed and vr not in allowed and not {vr, *allowed} <= _OTHER and vr != "UN":

@@ -21,9 +21,7 @@ from sphere.scp.web.problem import WebError
 Function = Literal["linear", "linear-exact", "sigmoid"]
 Array = npt.NDArray[Any]
 MAX_SIDE: Final = 8192  # pixels of a viewport
-SOURCE_BYTES: Final = (
-    64  # of memory for a pixel of a frame while it is rendered: copies in float64 (measured: 18 to 51)
-)
+SOURCE_BYTES: Final = 64  # of memory for a pixel of a frame while it is rendered, in float64 (measured: 18 to 51)
 FITTED_BYTES: Final = 20  # for a pixel of what becomes of it, encoded (4 to 17)
 _GROUPS: Final = ("PixelValueTransformationSequence", "FrameVOILUTSequence")
 _NUMBER = r"-?[0-9]{1,9}(?:\.[0-9]{1,9})?"

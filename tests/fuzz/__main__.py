@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 CORPUS = Path(__file__).parent / "corpus"
-NAMES = ("pdus", "commands", "identifiers", "headers", "bundles", "multipart")
+NAMES = ("pdus", "commands", "identifiers", "headers", "bundles", "multipart", "metadata", "parameters")
 MAX_INPUT = 4096  # bytes
 MEMORY_MB = 1024  # of the whole process; beyond it an input has failed
 INPUT_S = 60  # seconds for one input, generous: the machine may be busy

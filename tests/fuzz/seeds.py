@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
+import orjson
+
 from sphere.conf.settings import from_dict
 from sphere.ingest.bundle import BundleWriter
 from sphere.ingest.journal import journal_path
@@ -212,6 +214,60 @@ def multipart() -> Seeds:
     }
 
 
+def metadata() -> Seeds:
+    """Data sets in JSON and XML with sequences, private elements and bulk data (see `tests.fuzz.store.metadata`)."""
+    from sphere.scp.web.native_xml import native_model
+
+    header: dict[str, Any] = {
+        "00080005": {"vr": "CS", "Value": ["ISO_IR 192"]},
+        "00080016": {"vr": "UI", "Value": ["1.2.840.10008.5.1.4.1.1.7"]},
+        "00080018": {"vr": "UI", "Value": ["1.2.3.4"]},
+        "00081140": {"vr": "SQ", "Value": [{"00081155": {"vr": "UI", "Value": ["1.2"]}}, {}]},
+        "00090010": {"vr": "LO", "Value": ["ACME"]},
+        "00091001": {"vr": "UN", "InlineBinary": "AAE="},
+        "00100010": {"vr": "PN", "Value": [{"Alphabetic": "Roe^Jane", "Ideographic": "\u5c71"}, {}]},
+        "00101030": {"vr": "DS", "Value": [70.5]},
+        "0020000D": {"vr": "UI", "Value": ["1.2.3"]},
+        "00200032": {"vr": "DS", "Value": [1, None, -3]},
+        "00280010": {"vr": "US", "Value": [2]},
+        "00280009": {"vr": "AT", "Value": ["00181063"]},
+        "00280100": {"vr": "US", "Value": [8]},
+        "00400440": {"vr": "SQ"},
+    }
+
+    def with_pixels(**element: Any) -> bytes:
+        return orjson.dumps([{**header, "7FE00010": {"vr": "OB", **element}, "FFFCFFFC": {"vr": "OB"}}])
+
+    xml = native_model({**header, "7FE00010": {"vr": "OW", "BulkDataURI": "a/1"}})
+    gaps = b'<NativeDicomModel><DicomAttribute tag="00280010" vr="US"><Value number="%d">1</Value></DicomAttribute>'
+    return {
+        "json": b"\0" + with_pixels(InlineBinary="AQIDBA=="),
+        "json-bulk": b"\0" + with_pixels(BulkDataURI="a/1"),
+        "json-base": b"\2" + with_pixels(BulkDataURI="1"),
+        "json-frames": b"\0" + with_pixels(BulkDataURI="frames"),
+        "json-twice": b'\0{"00100020":{"vr":"LO"},"00100020":{"vr":"LO","Value":["A"]}}',
+        "json-plain": b'\0[{"00080018":{"vr":"UI","Value":["1.2"]}},{"00100020":{"vr":"LO","BulkDataURI":"http://x/a/1"}}]',
+        "xml": b"\1" + xml,
+        "xml-base": b"\3" + xml.replace(b"a/1", b"1"),
+        "xml-gaps": b"\1" + gaps % 64 + b"</NativeDicomModel>",
+        "xml-far": b"\1" + gaps % 70000 + b"</NativeDicomModel>",
+    }
+
+
+def parameters() -> Seeds:
+    """See `tests.fuzz.web.parameters`."""
+    size = bytes((2, 0, 1, 0))
+    return {
+        "viewport": b"\0" + size + b"128,64",
+        "region": b"\0" + size + b"8192,8192,10,20,-30,-40",
+        "rest": b"\0" + size + b"1,1,0,0,,",
+        "window": b"\1" + size + b"-40.5,400,linear-exact",
+        "range": b"\2" + size + b"bytes=1-100",
+        "suffix": b"\2" + size + b"bytes=-100",
+        "accept": b"\3" + size + b"image/*;q=0.1, image/png, */*;q=0",
+    }
+
+
 SEEDS = {
     "pdus": pdus,
     "commands": commands,
@@ -219,4 +275,6 @@ SEEDS = {
     "identifiers": identifiers,
     "bundles": bundles,
     "multipart": multipart,
+    "metadata": metadata,
+    "parameters": parameters,
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tests.fuzz import dimse, landing, web
+from tests.fuzz import dimse, landing, store, web
 
 TARGETS: dict[str, Callable[[bytes], None]] = {
     "pdus": dimse.pdus,
@@ -13,4 +13,6 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "headers": landing.headers,
     "bundles": landing.bundles,
     "multipart": web.multipart,
+    "metadata": store.metadata,
+    "parameters": web.parameters,
 }

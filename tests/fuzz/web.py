@@ -1,4 +1,4 @@
-"""Fuzz target of the bodies that browsers and scripts send: parts of multipart/related (RFC 2046 5.1)."""
+"""Fuzz targets of what browsers and scripts send: parts of multipart/related (RFC 2046 5.1), and parameters."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ from typing import Final
 from unittest.mock import patch
 
 from sphere.scp.web import multipart_in
-from sphere.scp.web.accept import parse
+from sphere.scp.web.accept import MediaRange, choose, parse
+from sphere.scp.web.bulk import _range
 from sphere.scp.web.multipart_in import Data, End, Head, MultipartReader
 from sphere.scp.web.problem import WebError
+from sphere.scp.web.render import MAX_SIDE, fitted_size, parse_look
 
 BOUNDARY: Final = "B-1"
 MAX_HEAD: Final = 96  # bytes; both limits are so small that short inputs reach them
 MAX_PREAMBLE: Final = 200  # bytes
 HELD: Final = MAX_HEAD + MAX_PREAMBLE  # bytes that a reader may keep, beside the piece that it was given
+OFFERED: Final = ("image/jpeg", "image/png", "image/gif")
 
 Part = tuple[tuple[tuple[str, str], ...], bytes]
 
@@ -105,3 +108,42 @@ def _media_types(text: str) -> None:
         return
     assert all("/" in one.type and 0 <= one.quality <= 1 for one in found)
     assert [one.quality for one in found] == sorted((one.quality for one in found), reverse=True)
+
+
+def parameters(data: bytes) -> None:
+    """What a rendered resource, a range of bytes or an Accept header asks for is within its limits, or refused.
+
+    The first byte says what the rest is: a viewport (0), a window (1), a Range (2) or an Accept header (3). The next
+    four are columns and rows of the image, or how many bytes there are.
+    """
+    if len(data) < 5:
+        return
+    kind, width, height = data[0] % 4, 1 + int.from_bytes(data[1:3], "big"), 1 + int.from_bytes(data[3:5], "big")
+    text = data[5:].decode("latin-1")
+    try:
+        if kind == 0:
+            _viewport(text, width, height)
+        elif kind == 1:
+            parse_look({"window": text})
+        elif kind == 2:
+            start, end = _range(text, width * height)
+            assert 0 <= start < end <= width * height
+        else:
+            assert choose(parse(text) or [MediaRange("*/*")], OFFERED) in OFFERED
+    except WebError as error:
+        assert error.http in (400, 406, 416)
+
+
+def _viewport(text: str, width: int, height: int) -> None:
+    """What becomes of an image of so many pixels is in the viewport, and has the shape of the region."""
+    look = parse_look({"viewport": text})
+    columns, rows = fitted_size(width, height, look)
+    if look.viewport is None:
+        assert (columns, rows) == (width, height)
+        return
+    assert 1 <= columns <= max(1, look.viewport[0]) <= MAX_SIDE
+    assert 1 <= rows <= max(1, look.viewport[1]) <= MAX_SIDE
+    if look.region:
+        left, top, across, down = look.region
+        assert 0 <= left < width and 0 <= top < height
+        assert left + abs(across) <= width and top + abs(down) <= height

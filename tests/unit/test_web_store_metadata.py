@@ -271,6 +271,10 @@ def _xml(tag: str, element: dict[str, Any]) -> str:
     [
         ({"00100010": {"vr": "US", "Value": [1]}}, "00100010: has VR US"),
         ({"00100010": {"vr": "XX"}}, "VR is none"),
+        ({"00100010": {"vr": {}}}, "VR is none"),
+        ({"00080001": {"vr": "UN", "InlineBinary": "AAE="}}, "cannot be encoded"),
+        ({"FFFEE00D": {"vr": "UN"}}, "not a tag"),
+        ({"00080018": {"vr": "UI", "Value": ["1" * 70_000]}}, "identifying UID"),
         ({"00100010": {"vr": "PN", "Value": "Doe"}}, "no list"),
         ({"00100010": {"vr": "PN", "Value": [7]}}, "cannot be encoded"),
         ({"00280010": {"vr": "US", "Value": ["many"]}}, "cannot be encoded"),
