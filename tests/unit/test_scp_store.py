@@ -26,7 +26,7 @@ from sphere.scp.store import (
     StoreRequest,
     StoreService,
 )
-from sphere.scp.upper.dataset import ArrivingDataSet
+from sphere.scp.upper.dataset import ArrivingDataSet, WaitingFile
 
 pytestmark = pytest.mark.unit
 
@@ -156,6 +156,42 @@ def test_a_large_data_set_waits_in_a_file_that_has_no_name(tmp_path: Path) -> No
     large.discard()
     with pytest.raises(OSError, match="No such file"):
         content.path.open("rb")
+
+
+def test_data_sets_share_a_file_one_after_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has its own bytes, also after one of which the disk took a half."""
+    file = WaitingFile(tmp_path)
+    real = WaitingFile.write
+
+    def half(self: WaitingFile, data: memoryview) -> None:
+        real(self, data[: len(data) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def arrived(*pieces: bytes) -> ArrivingDataSet:
+        dataset = ArrivingDataSet(tmp_path, file)
+        dataset.add(memoryview(pieces[0]))
+        dataset.spill()
+        for piece in pieces[1:]:
+            dataset.add(memoryview(piece))
+        return dataset
+
+    kept = [arrived(b"first", b" of all")]
+    with monkeypatch.context() as full:
+        full.setattr(WaitingFile, "write", half)
+        broken = arrived(b"that is not kept")
+    kept += [arrived(b"second", b"", b" and last"), arrived(b"third")]
+    assert broken.error is not None and [one.error for one in kept] == [None] * 3
+    kept[0].discard()
+    assert [one.tobytes() for one in kept] == [b"first of all", b"second and last", b"third"]
+    contents = [one.content() for one in kept]
+    assert len({one.path for one in contents if isinstance(one, FileRange)}) == 1
+    assert [b"".join(one.chunks()) for one in contents if isinstance(one, FileRange)][1:] == [
+        b"second and last",
+        b"third",
+    ]
+    file.close()
+    with pytest.raises(OSError, match="No such file"):
+        next(one for one in contents if isinstance(one, FileRange)).path.open("rb")
 
 
 def test_a_full_disk_while_it_arrives_is_told_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
