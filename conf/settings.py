@@ -24,7 +24,7 @@ from pydantic import (
 from sphere.conf import toml
 from sphere.conf.errors import SettingsError
 from sphere.conf.peers import Forward, Peer, Rule, Strangers
-from sphere.conf.section import AETitle, Port, Seconds, Section
+from sphere.conf.section import YEAR_S, AETitle, Port, Seconds, Section
 
 
 class Archive(Section):
@@ -230,11 +230,15 @@ class Snapshot(Section):
 
 
 class Forwarding(Section):
-    every_s: Annotated[float, Field(gt=0)] = Field(5.0, description="Seconds between looks for what is to be sent.")
-    retry_s: Annotated[float, Field(gt=0)] = Field(
+    every_s: Annotated[float, Field(gt=0, le=YEAR_S)] = Field(
+        5.0, description="Seconds between looks for what is to be sent."
+    )
+    retry_s: Annotated[float, Field(gt=0, le=YEAR_S)] = Field(
         10.0, description="Seconds until what did not arrive is sent again; doubled each time that nothing did."
     )
-    retry_max_s: Annotated[float, Field(gt=0)] = Field(3600.0, description="Seconds between attempts at most.")
+    retry_max_s: Annotated[float, Field(gt=0, le=YEAR_S)] = Field(
+        3600.0, description="Seconds between attempts at most."
+    )
 
 
 LISTS: Mapping[str, type[Section]] = {"peers": Peer, "rules": Rule, "forwards": Forward, "snapshots": Snapshot}

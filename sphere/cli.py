@@ -16,7 +16,7 @@ from sphere.archive import Archive
 from sphere.conf import logs
 from sphere.conf.errors import SettingsError, SphereError
 from sphere.conf.settings import Settings, from_dict, load
-from sphere.output import Format, format_options, write_rows
+from sphere.output import Format, PathArgument, format_options, write_rows
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
@@ -157,7 +157,7 @@ def serve(ctx: click.Context) -> None:
 
 
 @main.command("import")
-@click.argument("paths", metavar="PATH...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("paths", metavar="PATH...", nargs=-1, required=True, type=PathArgument())
 @click.option("--only-dicom", is_flag=True, help="Leave out files that are not DICOM, instead of quarantining them.")
 @click.pass_context
 def import_(ctx: click.Context, paths: tuple[Path, ...], only_dicom: bool) -> None:

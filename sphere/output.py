@@ -73,12 +73,31 @@ def as_table(table: pa.Table) -> str:
     for name in table.column_names:
         grid.add_column(Text(name), overflow="fold")
     for row in table.to_pylist():
-        grid.add_row(*(Text(_plain(value)) for value in row.values()))
+        grid.add_row(*(Text(printable(_plain(value), keep="\n\t")) for value in row.values()))
     console = Console(file=io.StringIO(), width=10_000, color_system=None)
     console.print(grid)
     lines = [line.rstrip() for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
     count = f"({table.num_rows} row{'' if table.num_rows == 1 else 's'})"
     return "\n".join([*lines, count]) + "\n"
+
+
+def printable(text: str, *, keep: str = "") -> str:
+    """The text with escapes for what a terminal would obey instead of show; `keep` are control characters to leave."""
+    return "".join(
+        one if one.isprintable() or one in keep else one.encode("unicode_escape").decode("ascii") for one in text
+    )
+
+
+class PathArgument(click.Path):
+    """A path that may be anything but empty, which Python takes for the current folder; it is given as a `Path`."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value in ("", b""):
+            self.fail("is empty", param, ctx)
+        return super().convert(value, param, ctx)
 
 
 def _plain(value: Any) -> str:

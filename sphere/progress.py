@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from sphere.ingest.media import Imported, find_files
+from sphere.output import printable
 
 
 @dataclass
@@ -54,7 +55,7 @@ def _count(result: Imported, counts: Counts, console: Console) -> None:
         counts.skipped += 1
     else:
         counts.failed += 1
-        message = f"{result.path}: {result.error}"
+        message = printable(f"{result.path}: {result.error}")
         if sys.stderr.isatty():
             console.print(message, markup=False, highlight=False)
         else:

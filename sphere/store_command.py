@@ -17,7 +17,7 @@ from sphere.conf.errors import PeerError, StorageError
 from sphere.conf.peers import Peer
 from sphere.conf.settings import Settings, load
 from sphere.dimse_commands import name_failure, split_key
-from sphere.output import write_rows
+from sphere.output import PathArgument, write_rows
 from sphere.peer_argument import Named, peer_argument
 from sphere.progress import bar
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @peer_argument()
-@click.argument("paths", metavar="[PATH]...", nargs=-1, type=click.Path(path_type=Path))
+@click.argument("paths", metavar="[PATH]...", nargs=-1, type=PathArgument())
 @click.option(
     "--where", multiple=True, metavar="KEYWORD=VALUE",
     help="Send what the archive has of this, instead of files: keys as of `find`, of any level.",

@@ -241,3 +241,17 @@ def test_one_port_for_dimse_and_http_is_refused(tmp_path: Path) -> None:
     both = {"dimse": {"port": 21112}, "web": {"port": 21112}}
     with pytest.raises(SettingsError, match=r"web\.port: 21112 is a port of dimse on 127\.0\.0\.1 too"):
         with_ports(from_dict(both, base=tmp_path))
+
+
+def test_no_path_is_no_folder(config: Path) -> None:
+    result = call("import", "", config=config)
+    assert (result.exit_code, "PATH...': is empty" in result.stderr) == (2, True)
+
+
+def test_a_terminal_is_shown_what_it_would_obey(config: Path, tmp_path: Path) -> None:
+    (tmp_path / "\x1b[31mred\n.dcm").symlink_to("/nowhere")
+    result = call("import", tmp_path / "\x1b[31mred\n.dcm", config=config)
+    assert result.exit_code == 1
+    assert r"\x1b[31mred\n.dcm: " in result.stderr and "\x1b" not in result.stderr
+    text = as_table(pa.table({"PatientName": ["A\x1b]0;title\x07^B", "Müller^二"], "Comments": ["one\ntwo", "\u202e"]}))
+    assert r"A\x1b]0;title\x07^B" in text and "Müller^二" in text and r"\u202e" in text
