@@ -13,6 +13,7 @@ from sphere.catalog.cohorts import Cohorts
 from sphere.catalog.grant import Grant
 from sphere.conf.errors import SphereError
 from sphere.conf.settings import Web
+from sphere.scp.web.browsers import is_foreign
 from sphere.scp.web.local import is_local
 from sphere.scp.web.oidc import Known, Oidc
 from sphere.scp.web.problem import problem
@@ -24,6 +25,7 @@ NEEDED: Final[dict[str, Role]] = {**dict.fromkeys(("GET", "HEAD", "OPTIONS"), "r
 """The least role for a method; any other needs an admin. What a researcher may get, operations say (`in_part`)."""
 ANNOTATING: Final = ("/annotations", frozenset(("PUT", "DELETE")))
 """Below this path these methods change what a writer adds, and keep what was before."""
+LOCAL: Final = "local"  # who asks from this host without a token
 MAX_TOKEN: Final = 16 << 10  # characters
 
 
@@ -69,6 +71,10 @@ class Access:
             await problem(401, text, close=True)(scope, receive, send)
             return
         scope.setdefault("state", {}).update(who=found.who, role=found.role or "", grant=found.grant)
+        if found.who == LOCAL and is_foreign(scope):
+            text = "a page of another origin may not ask without a token"
+            await problem(403, text, close=True)(scope, receive, send)
+            return
         if not found.may(scope["method"], scope["path"]):
             text = f"{scope['method']} needs the role {needed(scope['method'], scope['path'])}"
             await problem(403, text, close=True)(scope, receive, send)
@@ -79,7 +85,7 @@ class Access:
         headers = Headers(scope=scope)
         kind, _, secret = headers.get("authorization", "").partition(" ")
         if not kind:
-            return Principal("local", "admin") if is_local(scope, self._settings) else None
+            return Principal(LOCAL, "admin") if is_local(scope, self._settings) else None
         secret = secret.strip()
         if kind.lower() != "bearer" or not 0 < len(secret) <= MAX_TOKEN:
             return None

@@ -44,6 +44,7 @@ from sphere.scp.web import (
 from sphere.scp.web.access import Access
 from sphere.scp.web.archive import Archive
 from sphere.scp.web.audit import Audited
+from sphere.scp.web.browsers import Sheltered
 from sphere.scp.web.fair import Fair
 from sphere.scp.web.landed import Arrivals
 from sphere.scp.web.oidc import Oidc
@@ -103,6 +104,7 @@ def make_app(settings: Settings, services: Services) -> Starlette:
     app = Starlette(
         routes=[*operations.routes(offered), *page.routes(), *viewer.routes(settings.web)],
         middleware=[
+            Middleware(Sheltered),
             Middleware(health.Measured, metrics=metrics),
             Middleware(Audited, journal=services.journal),
             Middleware(Answered),

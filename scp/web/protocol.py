@@ -162,7 +162,8 @@ class BoundedHttp(HttpToolsProtocol):
         body = orjson.dumps({"type": "about:blank", "title": status.phrase, "status": status, "detail": detail})
         head = (
             f"HTTP/1.1 {status.value} {status.phrase}\r\nContent-Type: application/problem+json\r\n"
-            f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+            f"Content-Length: {len(body)}\r\nConnection: close\r\nCache-Control: no-store\r\n"
+            "Cross-Origin-Resource-Policy: same-origin\r\nX-Content-Type-Options: nosniff\r\n\r\n"
         )
         if self.cycle is None or self.cycle.response_complete:  # no other answer is under way
             self.transport.write(head.encode() + body)

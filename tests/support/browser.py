@@ -20,7 +20,9 @@ from tests.support.web import Web, serving_web
 SOFTWARE_GL = (
     "--enable-unsafe-swiftshader",
 )  # the pages themselves are drawn without WebGL, as on any host without a GPU
-LOOPBACK = ("--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1", "--disable-background-networking")
+FOREIGN = "foreign.example"  # another site, which is served here as well
+RULES = f"MAP {FOREIGN} 127.0.0.1, MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
+LOOPBACK = (f"--host-resolver-rules={RULES}", "--disable-background-networking")
 WAIT_MS = 60_000  # milliseconds for anything that a test waits for: the machine may be busy
 NO_TOUR = "localStorage.setItem('shownTours', '[\"basicViewerTour\"]')"  # a script before OHIF's own
 PACKAGED = Path(pydicom.__file__).parent / "data" / "test_files"
