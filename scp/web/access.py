@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from anyio import to_thread
+from anyio import CapacityLimiter, to_thread
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -26,6 +26,7 @@ NEEDED: Final[dict[str, Role]] = {**dict.fromkeys(("GET", "HEAD", "OPTIONS"), "r
 ANNOTATING: Final = ("/annotations", frozenset(("PUT", "DELETE")))
 """Below this path these methods change what a writer adds, and keep what was before."""
 LOCAL: Final = "local"  # who asks from this host without a token
+CHECKS: Final = 8  # tokens of each kind that are checked at once
 MAX_TOKEN: Final = 16 << 10  # characters
 
 
@@ -56,6 +57,8 @@ class Access:
     def __init__(self, app: ASGIApp, settings: Web, tokens: Tokens, cohorts: Cohorts, oidc: Oidc | None) -> None:
         self._app, self._settings = app, settings
         self._tokens, self._cohorts, self._oidc = tokens, cohorts, oidc
+        # threads of their own: a provider, or a storage, that does not answer holds up nobody else
+        self._by_archive, self._by_provider = CapacityLimiter(CHECKS), CapacityLimiter(CHECKS)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] in OPEN or scope["path"].startswith(OPEN_BELOW):
@@ -89,7 +92,8 @@ class Access:
         secret = secret.strip()
         if kind.lower() != "bearer" or not 0 < len(secret) <= MAX_TOKEN:
             return None
-        return await to_thread.run_sync(self._shown, secret)
+        limiter = self._by_archive if secret.startswith(PREFIX) else self._by_provider
+        return await to_thread.run_sync(self._shown, secret, limiter=limiter)
 
     def _shown(self, secret: str) -> Principal | None:
         """Whose token it is; raises StorageError."""

@@ -84,7 +84,7 @@ def offered(settings: Settings, metrics: Metrics) -> list[Operation]:
     state_dir = settings.archive.state_dir
     needed, spared = probes(settings)
 
-    def healthz(request: Request) -> Response:
+    async def healthz(request: Request) -> Response:  # on the event loop: no thread has to be free for it
         return JSONResponse({"status": "ok"})
 
     def readyz(request: Request) -> Response:

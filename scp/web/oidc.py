@@ -60,9 +60,10 @@ class Oidc:
 
     def __init__(self, settings: Web, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._settings, self._clock = settings, clock
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
         self._keys: dict[str, Any] = {}
         self._read_at = float("-inf")
+        self._reading = False
 
     def check(self, token: str) -> Known | None:
         """Whose a valid token is; None where it is not."""
@@ -86,22 +87,43 @@ class Oidc:
         return Known(str(claims["sub"]), role, collections, _listed(claims, self._settings.oidc_cohorts_claim))
 
     def _key(self, kid: str) -> Any:
-        """The key of this id; raises LookupError, and OSError or ValueError where no set can be had. The set is read
-        again where it is old, or has no such key."""
-        with self._lock:
+        """The key of this id; raises LookupError, and OSError or ValueError where no set can be had.
+
+        The set is read again where it is old, or has no such key, by the one caller who notices; the others answer by
+        the set that is known, and wait for the very first only.
+        """
+        with self._changed:
             age = self._clock() - self._read_at
-            if age > FRESH_S or (kid not in self._keys and age > AGAIN_S):
-                self._read_at = self._clock()
-                self._keys = _keys_of(self._fetch())
-            return self._keys[kid]
+            if self._reading or not (age > FRESH_S or (kid not in self._keys and age > AGAIN_S)):
+                if not self._keys:
+                    self._changed.wait_for(lambda: not self._reading, FETCH_S)
+                return self._keys[kid]
+            self._reading, self._read_at = True, self._clock()
+        keys = None
+        try:
+            keys = _keys_of(self._fetch())
+        finally:
+            with self._changed:
+                self._reading = False
+                self._keys = self._keys if keys is None else keys
+                self._changed.notify_all()
+        return keys[kid]
 
     def _fetch(self) -> bytes:
+        """What the provider gives; raises OSError and ValueError."""
         where = self._settings.oidc_jwks
         if not where.startswith(("https://", "http://")):
             return Path(where).read_bytes()
+        ends = time.monotonic() + FETCH_S  # of all of it: the timeout below is that of each piece
+        data = b""
         try:
             with urllib.request.urlopen(where, timeout=FETCH_S) as answer:  # only these two schemes come here
-                data: bytes = answer.read(MAX_KEYS + 1)
+                while piece := answer.read1(MAX_KEYS + 1 - len(data)):
+                    data += piece
+                    if time.monotonic() > ends:
+                        raise TimeoutError("the key set takes too long")
+                if len(data) <= MAX_KEYS and answer.length:
+                    raise ValueError("the key set breaks off")
         except HTTPException as error:  # neither an OSError nor a ValueError
             raise ValueError(f"no answer of HTTP ({type(error).__name__})") from None
         if len(data) > MAX_KEYS:

@@ -1,11 +1,14 @@
-"""HTTP/1.1 on a socket: uvicorn's protocol, with an end to headers that are too long, too many or too slow, and with
-bodies that threads write."""
+"""HTTP/1.1 on a socket: uvicorn's protocol, with an end to headers that are too long, too many or too slow, and to
+connections that are too many, and with bodies that threads write."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
@@ -21,15 +24,46 @@ MAX_HEAD = 32 << 10  # bytes of request line and headers
 MAX_HEADERS = 100
 
 
+@dataclass(frozen=True, slots=True)
+class Crowd:
+    """How many connections there are at once: of all clients, and of one address."""
+
+    most: int
+    of_one: int
+
+    def refused(self, came: BoundedHttp, others: Sequence[BoundedHttp]) -> str:
+        """Why a connection that came cannot be served, or nothing.
+
+        Where it is one too many, one of the `others` on which nobody waits for an answer has to go: the oldest of the
+        address that has most. Those that are refused wait for their heads to be told so, as many as are served.
+        """
+        waiting = [one for one in others if one.crowded]
+        if len(waiting) >= self.most:
+            min(waiting, key=lambda one: one.since).give_way()
+        served = [one for one in others if not one.crowded]
+        by_address = Counter(one.address for one in served)
+        if by_address[came.address] >= self.of_one:
+            return f"{self.of_one} connections at once are served of one address"
+        if len(served) < self.most:
+            return ""
+        idle = [one for one in served if one.idle]
+        if not idle:
+            return f"{self.most} connections at once are served"
+        max(idle, key=lambda one: (by_address[one.address], -one.since)).give_way()
+        return ""
+
+
 class BoundedHttp(HttpToolsProtocol):
-    """Answers 431 to a request whose head exceeds MAX_HEAD or MAX_HEADERS, and 408 to one that takes too long for it.
+    """Answers 431 to a request whose head exceeds MAX_HEAD or MAX_HEADERS, 408 to one that takes too long for it, and
+    503 where `crowd` refuses its connection, or has as many requests under way as connections.
 
     A head has to be there, and a reader of a response has to read something, within the `timeout_notify` of the uvicorn
     configuration, in seconds. Bodies in pieces (see sphere.scp.web.wire) are written by threads of `writers`.
     """
 
-    def __init__(self, *args: Any, writers: ThreadPoolExecutor, **named: Any) -> None:
+    def __init__(self, *args: Any, writers: ThreadPoolExecutor, crowd: Crowd, **named: Any) -> None:
         super().__init__(*args, **named)
+        self._crowd, self._crowded, self.since = crowd, "", self.loop.time()
         self._answer, self.app = self.app, self._answer_in_pieces
         self._writers = writers
         self._wire: Wire | None = None  # where the transport does not encrypt
@@ -43,7 +77,34 @@ class BoundedHttp(HttpToolsProtocol):
         super().connection_made(transport)
         if transport.get_extra_info("ssl_object") is None:
             self._wire = Wire(transport, self._writers, self.config.timeout_notify)
+        self._crowded = self._crowd.refused(self, self._others())
         self._await_head()
+
+    def _others(self) -> list[BoundedHttp]:
+        """The other connections that are not about to end."""
+        others = [one for one in self.connections if isinstance(one, BoundedHttp) and one is not self]
+        return [one for one in others if not one.transport.is_closing()]
+
+    @property
+    def address(self) -> str:
+        """Of the client."""
+        return self.client[0] if self.client else ""
+
+    @property
+    def crowded(self) -> bool:
+        """Whether it is only told that there are too many."""
+        return bool(self._crowded)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nobody waits for an answer on it."""
+        return self.cycle is None or self.cycle.response_complete
+
+    def give_way(self) -> None:
+        """End it for another one."""
+        self._refused = True
+        self._stop_waiting()
+        self.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
@@ -73,6 +134,9 @@ class BoundedHttp(HttpToolsProtocol):
         if size > MAX_HEAD or len(self.headers) > MAX_HEADERS:
             text = f"a request's head has at most {MAX_HEAD} bytes and {MAX_HEADERS} headers"
             self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, text)
+        elif self._crowded or len(self.tasks) >= self._crowd.most:
+            text = self._crowded or f"{self._crowd.most} requests at once are answered"
+            self._refuse(HTTPStatus.SERVICE_UNAVAILABLE, f"{text}: ask again in a while")
         elif not self._refused:
             super().on_headers_complete()
 
@@ -159,10 +223,11 @@ class BoundedHttp(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         log.warning("request refused status=%d: %s", status, detail)
+        later = "Retry-After: 1\r\n" if status == HTTPStatus.SERVICE_UNAVAILABLE else ""
         body = orjson.dumps({"type": "about:blank", "title": status.phrase, "status": status, "detail": detail})
         head = (
             f"HTTP/1.1 {status.value} {status.phrase}\r\nContent-Type: application/problem+json\r\n"
-            f"Content-Length: {len(body)}\r\nConnection: close\r\nCache-Control: no-store\r\n"
+            f"{later}Content-Length: {len(body)}\r\nConnection: close\r\nCache-Control: no-store\r\n"
             "Cross-Origin-Resource-Policy: same-origin\r\nX-Content-Type-Options: nosniff\r\n\r\n"
         )
         if self.cycle is None or self.cycle.response_complete:  # no other answer is under way

@@ -35,7 +35,7 @@ from sphere.scp.web.app import Services, make_app
 from sphere.scp.web.archive import Archive
 from sphere.scp.web.known import KnownSeries
 from sphere.scp.web.local import LOCAL_NAMES
-from sphere.scp.web.protocol import BoundedHttp
+from sphere.scp.web.protocol import BoundedHttp, Crowd
 from sphere.scp.web.tokens import Tokens
 
 log = logging.getLogger(__name__)
@@ -43,6 +43,7 @@ log = logging.getLogger(__name__)
 DRAIN_S = 20  # seconds that running requests have after SIGTERM
 KEEP_ALIVE_S = 15  # seconds that an idle connection is kept
 MAX_REQUESTS = 256  # connections, and requests under way, above which 503 is answered
+MAX_OF_ONE = 128  # connections of one address above which 503 is answered
 BACKLOG = 256
 
 
@@ -111,9 +112,12 @@ def make_server(settings: Settings, services: Services, ready: Callable[[], None
     tls = web_context(settings.web)
     if tls is None and settings.web.host not in LOCAL_NAMES:
         log.warning("HTTP without TLS beyond this host: tokens and images can be read on the way (web.tls_certificate)")
+    writers = ThreadPoolExecutor(MAX_REQUESTS, "body")
     config = uvicorn.Config(
         make_app(settings, services),
-        http=cast("type[asyncio.Protocol]", partial(BoundedHttp, writers=ThreadPoolExecutor(MAX_REQUESTS, "body"))),
+        http=cast(
+            "type[asyncio.Protocol]", partial(BoundedHttp, writers=writers, crowd=Crowd(MAX_REQUESTS, MAX_OF_ONE))
+        ),
         ws="none",
         lifespan="off",
         loop="asyncio",
@@ -121,7 +125,6 @@ def make_server(settings: Settings, services: Services, ready: Callable[[], None
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        limit_concurrency=MAX_REQUESTS,
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_notify=max(1, round(settings.web.idle_s)),
         timeout_graceful_shutdown=DRAIN_S,

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 import ssl
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -29,7 +33,7 @@ from sphere.conf.errors import SettingsError, StorageError
 from sphere.conf.settings import Settings, from_dict
 from sphere.ingest.storage import open_storage
 from sphere.scp.web.app import make_app
-from sphere.scp.web.oidc import FRESH_S, Known, Oidc
+from sphere.scp.web.oidc import FETCH_S, FRESH_S, Known, Oidc
 from sphere.scp.web.server import services_of
 from sphere.scp.web.tokens import PATH, Role, Tokens
 from tests.support.certificates import Authority
@@ -261,6 +265,116 @@ def test_a_key_set_that_is_none_refuses_and_no_more(settings: Settings, answer: 
     with provider({"/keys": answer}) as url:
         oidc = Oidc(settings.web.model_copy(update={"oidc_jwks": f"{url}/keys"}))
         assert oidc.check(bearer()["authorization"][7:]) is None
+
+
+@contextmanager
+def silent_provider() -> Iterator[tuple[str, threading.Semaphore, Callable[[], None]]]:
+    """An address that takes connections and says nothing; what is released for each of them; what ends them."""
+    asked = threading.Semaphore(0)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        held: list[socket.socket] = []
+
+        def take() -> None:
+            with suppress(OSError):
+                while True:
+                    held.append(server.accept()[0])
+                    asked.release()
+
+        thread = threading.Thread(target=take)
+        thread.start()
+
+        def let_go() -> None:
+            while held:
+                held.pop().close()
+
+        yield f"http://127.0.0.1:{server.getsockname()[1]}/keys", asked, let_go
+        let_go()
+        server.shutdown(socket.SHUT_RDWR)
+    thread.join()
+
+
+def test_one_asks_for_a_key_and_the_others_go_on(settings: Settings, tmp_path: Path) -> None:
+    """By the keys that are known, however long the provider takes."""
+    answers = {"/keys": answered(jwks(tmp_path / "keys.json", one=KEY).read_bytes())}
+    now = [0.0]
+    known, unknown = (bearer(KEY, kid)["authorization"][7:] for kid in ("one", "two"))
+    with provider(answers) as url, silent_provider() as (silent, asked, let_go):
+        oidc = Oidc(settings.web.model_copy(update={"oidc_jwks": f"{url}/keys"}), clock=lambda: now[0])
+        assert oidc.check(known) == Known("anna", "reader")
+        now[0] = 31
+        object.__setattr__(oidc, "_settings", settings.web.model_copy(update={"oidc_jwks": silent}))
+        with ThreadPoolExecutor(1) as pool:
+            asking = pool.submit(oidc.check, unknown)
+            assert asked.acquire(timeout=10)
+            assert oidc.check(known) == Known("anna", "reader")
+            assert oidc.check(unknown) is None
+            assert not asking.done(), "the provider has not answered yet"
+            now[0] = FRESH_S + 100
+            assert oidc.check(known) == Known("anna", "reader")
+            let_go()
+            assert asking.result(2 * FETCH_S) is None
+    assert not asked.acquire(blocking=False), "it was asked once"
+
+
+def test_all_wait_for_the_first_key_set(settings: Settings, tmp_path: Path) -> None:
+    """A page that begins with several requests at once is not told that its token is none."""
+    fifo = tmp_path / "keys"
+    os.mkfifo(fifo)
+    oidc = Oidc(settings.web.model_copy(update={"oidc_jwks": str(fifo)}))
+    with ThreadPoolExecutor(4) as pool:
+        asking = [pool.submit(oidc.check, bearer()["authorization"][7:]) for _ in range(4)]
+        with fifo.open("wb") as file:  # when one of them reads
+            file.write(jwks(tmp_path / "keys.json", one=KEY).read_bytes())
+        assert {one.result(60) for one in asking} == {Known("anna", "reader")}
+
+
+def test_a_provider_that_is_silent_holds_up_nobody_else(settings: Settings, tmp_path: Path) -> None:
+    """Not with 60 tokens that nobody made: API tokens, clients of this host and /healthz are answered meanwhile."""
+    with silent_provider() as (silent, asked, let_go):
+        changed = settings.model_copy(update={"web": settings.web.model_copy(update={"oidc_jwks": silent})})
+        with serving_web(changed) as running, ThreadPoolExecutor(60) as pool:
+            secret = running.services.tokens.create("a notebook", "reader", None)
+            tries = [
+                pool.submit(httpx.get, f"{running.url}/studies", headers=bearer(kid=str(number)), timeout=60)
+                for number in range(60)
+            ]
+            assert asked.acquire(timeout=30)
+            health = running.url.replace("/dicom-web", "/healthz")
+            statuses = [running.client.get(health).status_code, running.get("/studies").status_code]
+            statuses.append(running.get("/studies", headers={"authorization": f"Bearer {secret}"}).status_code)
+            waiting = sum(not one.done() for one in tries)
+            assert statuses == [200, 204, 204] and waiting, "while the provider is still waited for"
+            let_go()
+            assert {one.result().status_code for one in tries} == {401}
+
+
+def test_a_key_set_that_comes_drop_by_drop_is_given_up(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The limit is that of all of it, not of each piece."""
+    monkeypatch.setattr("sphere.scp.web.oidc.FETCH_S", 0.2)
+    sent = 0
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            nonlocal sent
+            self.wfile.write(b"HTTP/1.0 200 OK\r\nContent-Length: 100000\r\n\r\n")
+            with suppress(OSError):
+                while sent < 600:
+                    self.wfile.write(b" ")
+                    sent += 1
+                    time.sleep(0.05)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        url = f"http://127.0.0.1:{server.server_port}/keys"
+        assert Oidc(settings.web.model_copy(update={"oidc_jwks": url})).check(bearer()["authorization"][7:]) is None
+        thread.join()
+    assert sent < 600
 
 
 def test_roles_inside_an_object(settings: Settings) -> None:
