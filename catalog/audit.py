@@ -18,6 +18,7 @@ from typing import Any, Final
 import orjson
 
 from sphere.conf.errors import StorageError
+from sphere.conf.private import make_private
 from sphere.ingest.dayfile import DayFile
 from sphere.ingest.storage.base import Appender, Storage
 
@@ -113,8 +114,10 @@ class AuditJournal:
         self._unwritten = []
 
     def _keep(self, lines: list[bytes]) -> None:
-        self._fallback.parent.mkdir(parents=True, exist_ok=True)
-        with self._fallback.open("ab") as file:
+        make_private(self._fallback.parent)
+        with os.fdopen(
+            os.open(self._fallback, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640), "ab"
+        ) as file:
             file.writelines(lines)
             file.flush()
             os.fsync(file.fileno())

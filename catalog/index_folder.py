@@ -26,6 +26,7 @@ from sphere.catalog.index_note import Snapshots, attach, note_of, parts_of
 from sphere.catalog.tables import CatalogTables
 from sphere.conf.alone import alone
 from sphere.conf.errors import CatalogError
+from sphere.conf.private import make_private
 from sphere.conf.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -234,7 +235,7 @@ class IndexFolder:
 
     def _alone(self) -> AbstractContextManager[None]:
         """One process of the host builds, the others wait for its result."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        make_private(self.path)
         return alone(self.path / "build.lock")
 
 

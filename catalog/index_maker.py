@@ -30,6 +30,7 @@ from sphere.catalog.index_folder import FORMAT
 from sphere.catalog.index_process import IndexProcess, path_in
 from sphere.conf.alone import alone
 from sphere.conf.errors import CatalogError
+from sphere.conf.private import make_private
 from sphere.conf.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -127,7 +128,7 @@ class IndexMaker:
 
         Raises OSError.
         """
-        self._folder.mkdir(parents=True, exist_ok=True)
+        make_private(self._folder)
         with _address(self._folder, f"{self._name}.sock") as address, alone(self._folder / f"{self._name}.lock"):
             try:
                 connection = _connection(address)

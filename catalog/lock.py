@@ -26,6 +26,7 @@ from urllib.parse import unquote, urlsplit
 import orjson
 
 from sphere.conf.errors import LockHeld, SphereError, StorageError, StorageMissing
+from sphere.conf.private import make_private
 from sphere.conf.settings import Settings
 from sphere.ingest.storage import open_storage
 from sphere.ingest.storage.base import Storage
@@ -172,7 +173,7 @@ class _FlockGuard(_Guard):
         self._fd = -1
 
     def take(self, owner: Owner) -> bool:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+        make_private(self._path.parent)
         fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -11,6 +11,8 @@ from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Literal
 
+from sphere.conf.private import make_private
+
 Level = Literal["debug", "info", "warning", "error"]
 FORMAT = "%(asctime)s.%(msecs)03dZ %(levelname)-7s %(name)s[%(process)d] %(message)s"
 KEPT = 1 << 18  # bytes
@@ -28,7 +30,7 @@ def keep(file: Path) -> None:
     """Keep the warnings and errors of this process in a file as well, up to twice KEPT bytes; a disk that refuses is
     told of by the events on standard error alone."""
     with suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
+        make_private(file.parent)
         handler = RotatingFileHandler(file, maxBytes=KEPT, backupCount=1, encoding="utf-8", delay=True)
         handler.setLevel(logging.WARNING)
         handler.setFormatter(_Formatter())

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import orjson
 
 from sphere.conf.errors import SettingsError
+from sphere.conf.private import make_private
 
 FILE = "serve.json"
 SPOOL_FILE = "spool.json"
@@ -206,7 +207,7 @@ def read_job(state_dir: Path) -> JobState | None:
 
 
 def _replace(state_dir: Path, name: str, state: ServeState | SpoolState | JobState | VerifyState) -> None:
-    state_dir.mkdir(parents=True, exist_ok=True)
+    make_private(state_dir)
     temporary = state_dir / f".{name}.{os.getpid()}"
     temporary.write_bytes(orjson.dumps(asdict(state), option=orjson.OPT_INDENT_2))
     temporary.replace(state_dir / name)

@@ -21,6 +21,7 @@ from typing import Any, Final
 import orjson
 
 from sphere.conf.errors import StorageError
+from sphere.conf.private import make_private
 from sphere.ingest.dayfile import DayFile
 from sphere.ingest.storage.base import Entry, Storage
 
@@ -91,7 +92,7 @@ class EventLog:
     def _connected(self) -> sqlite3.Connection:
         """The cache; one that is damaged is made anew."""
         if self._db is None:
-            self._cache.parent.mkdir(parents=True, exist_ok=True)
+            make_private(self._cache.parent)
             try:
                 self._db = self._open()
             except sqlite3.DatabaseError:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import orjson
 
+from sphere.conf.private import make_private
 from sphere.ingest.storage.base import Entry, Readable
 
 BUNDLES = "bundles"  # folder of bundles below the storage root
@@ -108,7 +109,7 @@ class SealedFolders:
     def _write(self, days: dict[str, _Day]) -> None:
         fresh = self._path.with_suffix(f".{os.getpid()}.new")
         try:
-            fresh.parent.mkdir(parents=True, exist_ok=True)
+            make_private(fresh.parent)
             fresh.write_bytes(
                 orjson.dumps({"days": {name: (day.mtime, sorted(day.sealed)) for name, day in days.items()}})
             )

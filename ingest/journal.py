@@ -17,6 +17,7 @@ from pathlib import Path
 import orjson
 
 from sphere.conf.errors import BundleDamaged, StorageError, StorageMissing
+from sphere.conf.private import make_private
 from sphere.ingest.folders import BUNDLES, SealedFolders
 from sphere.ingest.records import ERASED_LINE, Erased, Member, MemberRecord
 from sphere.ingest.storage.base import Appender, Readable, Storage
@@ -203,7 +204,7 @@ class JournalWriter:
         if not storage.visible_at_once:
             self._mirror = mirror_path(state_dir, bundle)
             with _local(self._mirror):
-                self._mirror.parent.mkdir(parents=True, exist_ok=True)
+                make_private(self._mirror.parent)
                 self._mirror_fd = os.open(self._mirror, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
 
     def add(self, records: Sequence[MemberRecord]) -> None:

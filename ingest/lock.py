@@ -6,6 +6,7 @@ import fcntl
 import os
 from pathlib import Path
 
+from sphere.conf.private import make_private
 from sphere.ingest.journal import bundle_id
 from sphere.ingest.storage.paths import storage_error
 
@@ -27,7 +28,7 @@ class BundleLock:
         """The lock, or None where another process (or another writer of this one) holds it; raises StorageError."""
         path = state_dir / "locks" / (bundle_id(bundle) + _LOCK)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_private(path.parent)
             while True:
                 fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
                 try:

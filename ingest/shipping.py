@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 from sphere.conf import serving
 from sphere.conf.errors import BundleDamaged, SphereError, StorageError
+from sphere.conf.private import make_private
 from sphere.conf.settings import Settings
 from sphere.ingest.folders import BUNDLES
 from sphere.ingest.journal import Landed, journal_path
@@ -191,7 +192,7 @@ def _temporary(bundle: str) -> str:
 @contextmanager
 def exclusive(settings: Settings) -> Iterator[None]:
     """No other process of this host ships; raises SphereError where one does."""
-    settings.ingest.spool_dir.mkdir(parents=True, exist_ok=True)
+    make_private(settings.ingest.spool_dir)
     fd = os.open(settings.ingest.spool_dir / "ship.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
     try:
         try:

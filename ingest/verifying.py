@@ -18,6 +18,7 @@ from pathlib import Path
 
 from sphere.conf import serving
 from sphere.conf.errors import SphereError, StorageError, StorageMissing
+from sphere.conf.private import make_private
 from sphere.conf.settings import Settings
 from sphere.ingest.folders import SealedFolders
 from sphere.ingest.journal import Landed, journal_path
@@ -53,7 +54,7 @@ class Checked:
     """
 
     def __init__(self, state_dir: Path) -> None:
-        state_dir.mkdir(parents=True, exist_ok=True)
+        make_private(state_dir)
         path = state_dir / "verified.sqlite"
         try:
             self._db = _open(path)

@@ -25,6 +25,7 @@ from sphere.catalog.audit import FOLDER
 from sphere.catalog.lock import CatalogLock
 from sphere.catalog.schema import TABLES
 from sphere.conf.errors import JobFailed
+from sphere.conf.private import make_private
 from sphere.conf.settings import Settings
 from sphere.ingest.part10 import file_meta
 from sphere.ingest.storage import Storage, open_storage
@@ -71,7 +72,7 @@ class _Known:
 
     def learn(self, table_id: str, sizes: dict[str, int]) -> None:
         """Write down how far files are loaded."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+        make_private(self._path.parent)
         new = self._path.with_suffix(".new")
         new.write_bytes(orjson.dumps({"table": table_id, "sizes": self.sizes | sizes}))
         new.replace(self._path)

@@ -25,6 +25,8 @@ import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from sphere.conf.private import make_private
+
 Hashes = npt.NDArray[np.uint64]
 Numbers = npt.NDArray[np.uint32]
 
@@ -157,7 +159,7 @@ class KeyFiles:
 
     def _write(self, state: _State) -> None:
         """Runs first, under new names, then the list of them; what a crash leaves behind is found by checksums."""
-        self._folder.mkdir(parents=True, exist_ok=True)
+        make_private(self._folder)
         for run in state.runs:
             if not run.name:
                 data = run.hashes.tobytes() + run.numbers.tobytes()

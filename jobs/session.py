@@ -19,6 +19,7 @@ from sphere.catalog.schema import TABLES
 from sphere.conf import jars
 from sphere.conf.errors import JobFailed
 from sphere.conf.java import java
+from sphere.conf.private import MASK, make_private
 from sphere.conf.settings import Settings
 from sphere.jobs.tables import Tables, become_hdfs_user
 
@@ -95,7 +96,7 @@ def _command(process: Any) -> list[str]:
 @contextmanager
 def _errors_to(log: Path) -> Iterator[Path]:
     """Give a JVM that starts meanwhile `log` as its standard error, and keep ours clean of what it says in passing."""
-    log.parent.mkdir(parents=True, exist_ok=True)
+    make_private(log.parent)
     ours = os.dup(2)
     try:
         with log.open("ab") as file:
@@ -121,6 +122,7 @@ def _options(settings: Settings) -> dict[str, str]:
     state = settings.archive.state_dir / "spark"
     options = {**_DELTA, **_QUIET, **_DATA}
     options["spark.jars"] = ",".join(str(path) for path in jars.paths("spark"))
+    options["spark.hadoop.fs.permissions.umask-mode"] = f"{MASK:03o}"
     options["spark.driver.memory"] = settings.spark.driver_memory
     options["spark.sql.shuffle.partitions"] = str(settings.spark.shuffle_partitions)
     options["spark.sql.warehouse.dir"] = (state / "warehouse").as_uri()

@@ -11,8 +11,9 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import unquote, urlsplit
 
 import pyarrow as pa
 from deltalake import CommitProperties, DeltaTable, Field, QueryBuilder, Schema, Transaction
@@ -21,6 +22,7 @@ from deltalake.transaction import AddAction, RemoveAction, create_table_with_add
 
 from sphere.catalog.schema import TABLES
 from sphere.conf.errors import CatalogError, JobFailed
+from sphere.conf.private import make_private
 from sphere.conf.settings import Settings
 from sphere.ingest.storage import open_storage
 from sphere.jobs.keys import KeyFiles
@@ -118,6 +120,8 @@ class Tables:
         """What `current` gives, of a table that is made where there is none."""
         table = self.current(name)
         if table is None:
+            if (parts := urlsplit(self.url(name))).scheme == "file":
+                make_private(Path(unquote(parts.path)).parent)
             table = DeltaTable.create(self.url(name), TABLES[name].schema, configuration=_properties(name))
             self._kept[name] = table
         return table

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sphere.conf.peers import Rights
+from sphere.conf.private import make_private
 from sphere.conf.settings import Settings
 from sphere.scp.peers import CallingPolicy
 from sphere.scp.upper.messages import Limits
@@ -120,7 +121,7 @@ def take_slot(folder: Path, name: str, count: int) -> Slot | None:
     """One of `count` places (0: any number), None where all are taken, by whatever process of the host."""
     if not count:
         return Slot()
-    folder.mkdir(parents=True, exist_ok=True)
+    make_private(folder)
     for number in range(count):
         fd = os.open(folder / f"{name}.{number}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
         try:
@@ -136,7 +137,7 @@ def spend(path: Path, costs: tuple[float, float], *, clock: Callable[[], float] 
 
     For each, the file has the (monotonic) time at which all that was taken is paid for; BURST_S may be owed.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_private(path.parent)
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)

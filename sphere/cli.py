@@ -15,6 +15,7 @@ import sphere
 from sphere.archive import Archive
 from sphere.conf import logs
 from sphere.conf.errors import SettingsError, SphereError
+from sphere.conf.private import keep_private, make_private
 from sphere.conf.settings import Settings, from_dict, load
 from sphere.output import Format, PathArgument, format_options, write_rows
 
@@ -92,6 +93,7 @@ def main(ctx: click.Context, config: Path | None, log_level: logs.Level) -> None
         "info" if source is not None and source.name == "DEFAULT" and ctx.invoked_subcommand == "serve" else log_level
     )
     logs.configure(chosen)
+    keep_private()
     ctx.obj = config
 
 
@@ -136,7 +138,7 @@ def init(folder: Path, root: str, catalog_root: str, ae_title: str, port: int, w
         nested.setdefault(section, {})[name] = value
     settings = from_dict(nested, base=folder.resolve())
     folder.mkdir(parents=True, exist_ok=True)
-    settings.archive.state_dir.mkdir(parents=True, exist_ok=True)
+    make_private(settings.archive.state_dir)
     open_storage(settings.storage.root, user=settings.storage.user)
     file.write_text(render(values), encoding="utf-8")
     click.echo(f"{file} written. Next: sphere --config {file} serve")

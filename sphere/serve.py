@@ -19,7 +19,9 @@ from dataclasses import dataclass, field
 from multiprocessing import current_process, get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
+from pathlib import Path
 from typing import Literal
+from urllib.parse import unquote, urlsplit
 
 from sphere.children import (
     extract_regularly,
@@ -31,6 +33,7 @@ from sphere.children import (
 )
 from sphere.conf import logs, serving
 from sphere.conf.errors import SettingsError, SphereError
+from sphere.conf.private import is_open
 from sphere.conf.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -104,6 +107,10 @@ class Supervisor:
         Policy(self.settings)  # a rule that cannot be matched ends this here, not one receiver after the other
         check_tls(self.settings)  # and so do files of TLS that cannot be used
         self.settings = settings = with_ports(self.settings)
+        for folder in open_folders(settings):
+            log.warning(
+                "every account of this host may look into %s, which holds patients: chmod o= %s", folder, folder
+            )
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self._stop.set())
         self.children = [Child(f"receiver-{n + 1}", receive) for n in range(settings.dimse.workers)]
@@ -356,3 +363,11 @@ def without_tokens(settings: Settings) -> str:
         "Who uses this host may do everything over HTTP without a token; behind a reverse proxy, or where others have "
         'accounts here, set web.auth = "all".'
     )
+
+
+def open_folders(settings: Settings) -> list[Path]:
+    """Folders of the archive that other accounts of this host may look into: made by hand, or long ago."""
+    urls = (settings.storage.root, settings.catalog_root)
+    local = [Path(unquote(urlsplit(url).path)) for url in urls if url.startswith("file:")]
+    found = dict.fromkeys((settings.archive.state_dir, settings.ingest.spool_dir, *local))
+    return [one for one in found if is_open(one)]

@@ -15,6 +15,7 @@ from io import FileIO
 from pathlib import Path
 
 from sphere.conf.errors import StorageError
+from sphere.conf.private import FOLDER
 from sphere.ingest.storage.ahead import ZerosAhead
 from sphere.ingest.storage.base import Appender, Buffer, Entry, Piece, Storage
 from sphere.ingest.storage.direct import DirectWriter
@@ -337,7 +338,7 @@ def _make_folders(folder: Path) -> None:
     if folder.is_dir():
         return
     _make_folders(folder.parent)
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(FOLDER, exist_ok=True)
     _sync_folder(folder.parent)
 
 

@@ -12,6 +12,7 @@ from typing import TextIO
 from sphere.catalog.service import StoredInstance
 from sphere.conf.errors import StorageError
 from sphere.conf.peers import Peer
+from sphere.conf.private import make_private
 
 FOLDER = "sending"
 
@@ -50,7 +51,7 @@ class SentJournal:
         """It was sent. Raises StorageError."""
         try:
             if self._file is None:
-                self._path.parent.mkdir(parents=True, exist_ok=True)
+                make_private(self._path.parent)
                 self._file = self._path.open("a", encoding="utf-8", buffering=1)
             self._file.write(f"{key}\n")
         except OSError as error:

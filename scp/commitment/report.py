@@ -18,6 +18,7 @@ from pynetdicom.dsutils import encode
 from sphere.conf.errors import PeerError, SphereError
 from sphere.conf.logs import hashed
 from sphere.conf.peers import Peer
+from sphere.conf.private import make_private
 from sphere.conf.settings import Settings
 from sphere.scp.commitment.transactions import Reference, Transaction, Transactions
 from sphere.scp.commitment.verify import COMMITTED, Verifier
@@ -72,7 +73,7 @@ class Reporter:
 
     def run(self) -> None:
         """Report what is due until `stop`; waits while another process does."""
-        self._lock.parent.mkdir(parents=True, exist_ok=True)
+        make_private(self._lock.parent)
         with self._lock.open("w") as lock:
             while not self._stopped:
                 try:

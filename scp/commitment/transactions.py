@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sphere.conf.errors import SphereError, StorageError
+from sphere.conf.private import make_private
 
 MAX_WAITING = 10_000  # transactions; each has at most some MB of references
 _SUFFIX = ".json"
@@ -63,7 +64,7 @@ class Transactions:
         Raises TooManyWaiting, and StorageError where it cannot be written.
         """
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            make_private(self._folder)
             with self._alone():
                 before = _read(self._path(transaction))
                 if before is not None and before.references != transaction.references:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
+from sphere.conf.private import make_private
 from sphere.ingest.members import FileRange
 
 MAX_FRAGMENTS = 4096  # kept as views; a sender of smaller ones costs a file, not memory
@@ -50,7 +51,7 @@ class WaitingFile:
     def open(self) -> None:
         """Have the file; raises OSError."""
         if self._file is None:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            make_private(self._folder)
             self._file = tempfile.TemporaryFile(dir=self._folder, buffering=0)  # noqa: SIM115  closed by close
 
     def write(self, data: memoryview) -> None:
