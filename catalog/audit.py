@@ -5,6 +5,7 @@ Extraction loads the lines into table `audit` (see sphere.jobs.audit).
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import queue
@@ -29,7 +30,15 @@ PAUSE_S: Final = 0.2  # seconds in which records gather before they are written 
 PUBLISH_S: Final = 30.0  # seconds between times at which all hosts can read what was written, where that costs more
 CLOSE_S: Final = 5.0  # seconds that a storage may take to write the last records
 MAX_WAITING: Final = 100_000  # records
-MAX_TEXT: Final = 2000  # characters of a path or a query
+MAX_TEXT: Final = 64 << 10  # characters of a path or a query: more than the head of a request may have
+
+
+def told(text: str) -> str:
+    """A text as it is recorded: whole, or where it is too long its begin, and how much of what was left out."""
+    if len(text) <= MAX_TEXT:
+        return text
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    return f"{text[:MAX_TEXT]}... [cut: {len(text)} characters with SHA-256 {digest}]"
 
 
 class AuditJournal:

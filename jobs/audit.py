@@ -21,7 +21,7 @@ from deltalake.exceptions import DeltaError
 from pydicom import dcmread
 from pydicom.uid import UID
 
-from sphere.catalog.audit import FOLDER
+from sphere.catalog.audit import FOLDER, told
 from sphere.catalog.lock import CatalogLock
 from sphere.catalog.schema import TABLES
 from sphere.conf.errors import JobFailed
@@ -156,7 +156,7 @@ def _row(path: str, position: int, line: bytes) -> dict[str, Any]:
         if "identifier" in record:
             row["query"] = _plain(record["identifier"], str(record.get("transfer_syntax", "")))
     except (ValueError, TypeError, KeyError, AttributeError):
-        row = {"outcome": "unreadable", "query": line.decode("utf-8", "replace")[:2000]}
+        row = {"outcome": "unreadable", "query": told(line.decode("utf-8", "replace"))}
     return {"file": path, "position": position, **row}
 
 

@@ -20,7 +20,8 @@ NAMES: Final = {
     C_MOVE_RQ: "C-MOVE",
     N_ACTION_RQ: "N-ACTION",
 }
-MAX_IDENTIFIER: Final = 8 << 10  # bytes of an identifier that is recorded, as DICOM has it (PS3.15 A.5.3.10)
+MAX_IDENTIFIER: Final = 64 << 10  # bytes of an identifier that is recorded whole (PS3.15 A.5.3.10)
+BEGIN: Final = 8 << 10  # bytes that are recorded of a longer one
 PENDING: Final = frozenset((0xFF00, 0xFF01))  # PS3.4 Table C.4-1
 CANCELLED: Final = 0xFE00
 
@@ -49,7 +50,7 @@ class Records:
                     association,
                     field,
                     path=f"{association.called}/{message.context.abstract_syntax}",
-                    identifier=identifier,
+                    **identifier,
                     transfer_syntax=message.context.transfer_syntax,
                     status=last.status if last is not None else 0,
                     outcome=_outcome(last.status if last is not None else None),
@@ -95,11 +96,15 @@ class Records:
         )
 
 
-def _identifier(message: Message) -> str:
-    """In hexadecimal, as it came."""
-    if message.dataset is None or message.dataset.size > MAX_IDENTIFIER:
-        return ""
-    return message.dataset.tobytes().hex()
+def _identifier(message: Message) -> dict[str, str]:
+    """In hexadecimal, as it came; of one that is too long its begin, and how much of what was left out."""
+    dataset = message.dataset
+    if dataset is None:
+        return {"identifier": ""}
+    if dataset.size <= MAX_IDENTIFIER:
+        return {"identifier": dataset.tobytes().hex()}
+    begin = dataset.begin(BEGIN).hex()
+    return {"query": f"{begin}... [cut: {dataset.size} bytes with SHA-256 {dataset.sha256}]"}
 
 
 def _outcome(status: int | None) -> str:

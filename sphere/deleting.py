@@ -9,7 +9,7 @@ from typing import Any
 
 from sphere.caller import who_calls
 from sphere.catalog.annotations import Annotations
-from sphere.catalog.audit import MAX_TEXT, AuditJournal
+from sphere.catalog.audit import AuditJournal, told
 from sphere.catalog.queries import Queries
 from sphere.catalog.service import StoredInstance
 from sphere.catalog.tombstones import Named, Tombstone, open_tombstones
@@ -106,7 +106,7 @@ def _recorded(settings: Settings, method: str, instances: Iterable[Named], act: 
             journal.add(
                 who=who_calls(),
                 method=method,
-                path=f"studies/{','.join(studies)}"[:MAX_TEXT],
+                path=told(f"studies/{','.join(studies)}"),
                 outcome=outcome,
                 entities=done,
                 seconds=round(time.monotonic() - began, 3),

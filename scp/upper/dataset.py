@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 import threading
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -136,6 +137,18 @@ class ArrivingDataSet:
         """All of it as one value, for what is known to be small; raises StorageError."""
         content = self.content()
         return content.read(0, self.size) if isinstance(content, FileRange) else b"".join(content)
+
+    def begin(self, size: int) -> bytes:
+        """The first `size` bytes, as far as they are there."""
+        content = self.content()
+        if not isinstance(content, FileRange):
+            begin = b""
+            for one in content:
+                begin += one[: size - len(begin)]
+            return begin
+        with suppress(OSError), content.path.open("rb") as file:
+            return file.read(size)
+        return b""
 
     def discard(self) -> None:
         """Give memory and file back."""

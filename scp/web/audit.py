@@ -7,7 +7,7 @@ from typing import Final
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from sphere.catalog.audit import MAX_TEXT, AuditJournal
+from sphere.catalog.audit import AuditJournal, told
 from sphere.scp.web.wire import sent_by
 
 TOUCHING: Final = ("/dicom-web/", "/wado", "/annotations", "/status/arrivals", "/status/quarantine")
@@ -44,8 +44,8 @@ class Audited:
                 role=state.get("role", ""),
                 address=scope["client"][0] if scope.get("client") else "",
                 method=scope["method"],
-                path=scope["path"][:MAX_TEXT],
-                query=scope.get("query_string", b"").decode("latin-1")[:MAX_TEXT],
+                path=told(scope["path"]),
+                query=told(scope.get("query_string", b"").decode("latin-1")),
                 status=status,
                 outcome=_outcome(status) if ended else "broken off",
                 entities=state.get("found", 0),

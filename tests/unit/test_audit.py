@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 from threading import Event
@@ -149,6 +150,27 @@ def test_requests_of_dimse_are_recorded(tmp_path: Path) -> None:
     assert found["path"] == "SPHERE/1.2.840.10008.5.1.4.1.2.2.1"
     assert (refused["status"], refused["outcome"]) == (0x0124, "refused")
     assert "P*" not in receiver.log
+
+
+def test_an_identifier_is_whole_or_says_what_is_not_there(tmp_path: Path) -> None:
+    """Nobody hides a key behind a list of UIDs."""
+
+    def uids(count: int) -> str:
+        return "\\".join(f"1.2.{'1' * 40}.{number}" for number in range(count))
+
+    asked = [{"PatientID": f"HIDDEN-{count}", "StudyInstanceUID": uids(count)} for count in (800, 1600)]
+    rights = {"strangers": {"may": ["store", "find"]}, "extract": {"every_s": 0}}
+    with running_receiver(tmp_path / "a", rights) as receiver:
+        settings = receiver.settings
+        for keys in asked:
+            assert not list(client.find(receiver.peer, keys, settings=settings))
+    assert audit.run(settings) == 2
+    whole, cut = sorted((row["query"] for row in table_rows(settings, "audit")), key=lambda one: "cut" in one)
+    assert orjson.loads(whole)["00100020"]["Value"] == ["HIDDEN-800"]
+    assert orjson.loads(whole)["0020000D"]["Value"] == uids(800).split("\\")
+    begin, _, rest = cut.partition("... ")
+    assert b"HIDDEN-1600" in bytes.fromhex(begin)
+    assert re.fullmatch(r"\[cut: \d{5} bytes with SHA-256 [0-9a-f]{64}\]", rest)
 
 
 def test_what_is_sent_elsewhere_and_what_is_promised_is_recorded(tmp_path: Path) -> None:

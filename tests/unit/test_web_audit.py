@@ -14,10 +14,11 @@ import pytest
 from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError
 
-from sphere.catalog.audit import FOLDER
+from sphere.catalog.audit import FOLDER, MAX_TEXT, told
 from sphere.conf.settings import Settings
 from sphere.ingest.storage import open_storage
 from sphere.jobs import audit
+from sphere.scp.web.protocol import MAX_HEAD
 from sphere.scp.web.tokens import Tokens
 from tests.support.extracted import extract
 from tests.support.landing import archive, changed, land, new_member, slices, table_rows
@@ -83,7 +84,7 @@ def test_every_retrieval_is_recorded_with_who_and_how_much(tmp_path: Path) -> No
                 response = running.get(path, headers={**shown, "accept": accept})
                 assert response.status_code == 200, (path, response.text)
                 expected.append((who, "reader", entities, len(response.content)))
-        running.get(STUDY, headers={"authorization": f"Bearer {secret[:-1]}0"})
+        running.get(STUDY, headers={"authorization": f"Bearer {secret[:-1]}x"})
         running.client.delete(f"{running.url}{STUDY}", headers=bearer())
     found = records(settings)[1:]
     assert [(one["who"], one["role"], one["entities"], one["bytes"]) for one in found[:-2]] == expected
@@ -141,6 +142,21 @@ def test_who_asks_is_not_what_a_header_says(tmp_path: Path) -> None:
         shown = {"authorization": f"Bearer {secret}"}
         assert running.get("/studies", headers={**forwarded, **shown}).status_code == 204
     assert [(one["address"], one["status"]) for one in records(settings)] == [("127.0.0.1", 401), ("127.0.0.1", 204)]
+
+
+def test_a_query_is_recorded_whole(tmp_path: Path) -> None:
+    """Up to what a head may have: a key cannot be hidden behind others."""
+    settings = archive(tmp_path)
+    filler = "includefield=" + ",".join(["StudyDescription"] * 1500)
+    with serving_web(settings) as running:
+        assert running.get(f"/studies?{filler}&PatientName=HIDDEN*").status_code == 204
+        assert running.get(f"/studies?{filler},{filler}&PatientName=HIDDEN*").status_code == 431
+    assert audit.run(settings) == 1
+    [row] = table_rows(settings, "audit")
+    assert row["query"] == f"{filler}&PatientName=HIDDEN*"
+    assert told("a" * MAX_TEXT) == "a" * MAX_TEXT
+    assert told("a" * MAX_TEXT + "b").startswith("a" * MAX_TEXT + f"... [cut: {MAX_TEXT + 1} characters with SHA-256 ")
+    assert MAX_TEXT > MAX_HEAD
 
 
 def test_no_log_of_the_server_names_anybody(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
