@@ -147,7 +147,7 @@ def now() -> str:
 def check_writable(state_dir: Path) -> None:
     """Raise SettingsError where no file can be made in the folder of states, unless the disk is full: that may pass."""
     try:
-        state_dir.mkdir(parents=True, exist_ok=True)
+        make_private(state_dir)
         with TemporaryFile(dir=state_dir):
             return
     except OSError as error:

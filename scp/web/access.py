@@ -7,7 +7,7 @@ from typing import Final
 
 from anyio import CapacityLimiter, to_thread
 from starlette.datastructures import Headers
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sphere.catalog.cohorts import Cohorts
 from sphere.catalog.grant import Grant
@@ -27,6 +27,7 @@ ANNOTATING: Final = ("/annotations", frozenset(("PUT", "DELETE")))
 """Below this path these methods change what a writer adds, and keep what was before."""
 LOCAL: Final = "local"  # who asks from this host without a token
 CHECKS: Final = 8  # tokens of each kind that are checked at once
+ROLE_TOLD: Final = "/status"  # answers below it, refusals too, say the role: the page shows what it may
 MAX_TOKEN: Final = 16 << 10  # characters
 
 
@@ -74,6 +75,8 @@ class Access:
             await problem(401, text, close=True)(scope, receive, send)
             return
         scope.setdefault("state", {}).update(who=found.who, role=found.role or "", grant=found.grant)
+        if scope["path"].startswith(ROLE_TOLD):
+            send = _with_role(send, found.role or "")
         if found.who == LOCAL and is_foreign(scope):
             text = "a page of another origin may not ask without a token"
             await problem(403, text, close=True)(scope, receive, send)
@@ -107,3 +110,14 @@ class Access:
         if shown.role != "researcher":
             return Principal(who, shown.role)
         return Principal(who, shown.role, self._cohorts.grant(shown.collections, shown.cohorts))
+
+
+def _with_role(send: Send, role: str) -> Send:
+    """The same, with a header that tells who asks their role."""
+
+    async def telling(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message = {**message, "headers": [*message.get("headers", ()), (b"x-sphere-role", role.encode())]}
+        await send(message)
+
+    return telling

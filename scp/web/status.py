@@ -179,9 +179,8 @@ def _answered(answer: Callable[[Request], Any], *, inside: bool) -> Endpoint:
     def endpoint(request: Request) -> Response:
         if inside and request.state.role not in ("writer", "admin"):
             raise WebError("this needs the role writer", http=403)
-        role = {"X-Sphere-Role": request.state.role}
         return Response(
-            orjson.dumps(answer(request)), headers={"Cache-Control": "no-store", **role}, media_type="application/json"
+            orjson.dumps(answer(request)), headers={"Cache-Control": "no-store"}, media_type="application/json"
         )
 
     return endpoint

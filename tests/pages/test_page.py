@@ -36,6 +36,14 @@ def web(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Web]:
         yield running
 
 
+@pytest.fixture(scope="module")
+def secrets(web: Web) -> dict[str, str]:
+    """Tokens by role; made before any is checked, as servers know of a new one within seconds."""
+    tokens = web.services.tokens
+    researcher = tokens.create("study nurse", "researcher", None, collections=["TRIAL"])
+    return {"researcher": researcher, "reader": tokens.create("ward", "reader", None)}
+
+
 @pytest.fixture
 def studies(page: Page, web: Web) -> Page:
     page.goto(f"http://127.0.0.1:{web.port}/")
@@ -210,3 +218,22 @@ def test_a_token_is_asked_for(page: Page, web: Web) -> None:
         field.press("Enter")
         expect(page.locator("main tbody tr").first).to_be_visible()
         expect(page.locator("nav a:visible")).to_have_count(2)
+
+
+def test_a_researcher_is_shown_the_view_that_answers(page: Page, web: Web, secrets: dict[str, str]) -> None:
+    page.add_init_script(f"sessionStorage.setItem('sphere.token', '{secrets['researcher']}')")
+    page.goto(f"http://127.0.0.1:{web.port}/")
+    expect(page.locator("nav a:visible")).to_have_text(["Studies"])
+    page.keyboard.press("2")
+    page.keyboard.press("t")
+    assert "arrivals" not in page.url
+    expect(page.locator("h1")).to_have_text("Studies")
+
+
+def test_views_are_those_of_the_role_once_it_is_known(page: Page, web: Web, secrets: dict[str, str]) -> None:
+    """Though the first question about it is not answered."""
+    page.add_init_script(f"sessionStorage.setItem('sphere.token', '{secrets['reader']}')")
+    page.route("**/status", lambda route: route.abort(), times=1)
+    page.goto(f"http://127.0.0.1:{web.port}/")
+    expect(page.locator("#live")).to_contain_text("no answer")
+    expect(page.locator("nav a:visible")).to_have_text(["Studies", "Arrivals"])

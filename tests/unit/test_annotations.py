@@ -322,8 +322,12 @@ def test_a_researcher_sees_what_is_linked_to_the_part_granted(web: Web) -> None:
     assert get("?uid=1.9").headers["x-total-count"] == "0"
     assert get("").status_code == 400
     assert get(f"/{seen['id']}/file").content == b"seen"
-    for path in ("", "/file"):
-        assert get(f"/{hidden['id']}{path}").status_code == 404
+    gone = post(web, b"hidden", **{**UNKNOWN, "uid": "1.9"}).json()
+    assert web.client.delete(url(web, f"/{gone['id']}")).status_code == 204
+    for path in ("", "/file", "/file?version=1", "/file?version=99"):
+        for one in (hidden["id"], gone["id"], "0" * 32):  # as if there were none, whatever is asked of it
+            answer = get(f"/{one}{path}")
+            assert (answer.status_code, answer.json()["detail"]) == (404, f"there is no annotation {one!r}")
     for method in ("POST", "PUT", "DELETE"):
         answer = web.client.request(method, url(web, f"/{seen['id']}" if method != "POST" else ""), headers=shown)
         assert answer.status_code == 403

@@ -114,6 +114,7 @@ def test_only_a_writer_sees_the_inside(web: Web) -> None:
     tokens = Tokens(open_storage(web.settings.storage.root))
     reader = tokens.create("r", "reader", None)
     writer = tokens.create("w", "writer", None)
+    researcher = tokens.create("x", "researcher", None, collections=["A"])
     with services_of(web.settings) as services:
         client = TestClient(make_app(web.settings, services), client=("10.0.0.5", 4), base_url="http://pacs.example")
         assert client.get("/").status_code == client.get("/page/app.js").status_code == 200
@@ -121,7 +122,9 @@ def test_only_a_writer_sees_the_inside(web: Web) -> None:
             inside = path not in ("", "/arrivals")
             assert client.get(f"/status{path}").status_code == 401
             got = client.get(f"/status{path}", headers={"authorization": f"Bearer {reader}"})
-            assert got.status_code == (403 if inside else 200)
+            assert (got.status_code, got.headers["x-sphere-role"]) == (403 if inside else 200, "reader")
+            got = client.get(f"/status{path}", headers={"authorization": f"Bearer {researcher}"})
+            assert (got.status_code, got.headers["x-sphere-role"]) == (403, "researcher")
             got = client.get(f"/status{path}", headers={"authorization": f"Bearer {writer}"})
             assert (got.status_code, got.headers["x-sphere-role"]) == (200, "writer")
         assert client.post("/status/peers", headers={"authorization": f"Bearer {reader}"}).status_code == 403

@@ -5,9 +5,9 @@ export const ROOT = "/dicom-web";
 export const ZIP = "accept=application/zip";
 
 export class Refused extends Error {
-  constructor(status, text) {
+  constructor(status, text, role) {
     super(text);
-    this.status = status;
+    [this.status, this.role] = [status, role];
   }
 }
 
@@ -19,13 +19,18 @@ export async function ask(path, { accept = "application/json", method = "GET", s
     const headers = { Accept: accept, ...(token ? { Authorization: `Bearer ${token}` } : {}) };
     const response = await fetch(path, { method, headers, signal });
     if (response.status !== 401) {
-      if (!response.ok) throw new Refused(response.status, await reason(response));
+      if (!response.ok) throw new Refused(response.status, await reason(response), roleIn(response));
       return response;
     }
     if (token && token === sessionStorage.getItem(KEY)) sessionStorage.removeItem(KEY);
     asking ??= askToken(Boolean(token)).finally(() => { asking = null; });
     await asking;
   }
+}
+
+// Of who asks, where the answer tells it; "" where nothing may be seen.
+export function roleIn(response) {
+  return response.headers.get("x-sphere-role") ?? "";
 }
 
 async function reason(response) {

@@ -10,7 +10,8 @@ const VIEWS = [
   ["studies", "Studies"], ["arrivals", "Arrivals"], ["quarantine", "Quarantine"], ["peers", "Peers"], ["storage", "Storage"],
   ["errors", "Errors"],
 ];
-const OF_WRITERS = ["quarantine", "peers", "storage", "errors"];
+const ROLES = ["researcher", "reader", "writer", "admin"];
+const LEAST = { arrivals: "reader", quarantine: "writer", peers: "writer", storage: "writer", errors: "writer" };
 const ROUTES = [
   [/^studies$/, (query) => studies(query)],
   [/^arrivals$/, () => state.arrivals()],
@@ -73,8 +74,8 @@ document.addEventListener("keydown", (event) => {
     else if (event.key === "ArrowDown" && event.target.type === "search") { event.preventDefault(); move(1); }
     return;
   }
-  const view = VIEWS[Number(event.key) - 1];
-  const action = view ? () => { location.hash = `#/${view[0]}`; } : KEYS[event.key];
+  const view = document.querySelectorAll("nav a")[Number(event.key) - 1];
+  const action = view ? () => { if (!view.hidden) location.hash = view.hash; } : KEYS[event.key];
   if (action) {
     event.preventDefault();
     action();
@@ -90,6 +91,6 @@ addEventListener("hashchange", route);
 route().then(readAhead);
 state.live((role) => {
   for (const link of document.querySelectorAll("nav a")) {
-    link.hidden = OF_WRITERS.includes(link.hash.slice(2)) && !["writer", "admin"].includes(role);
+    link.hidden = ROLES.indexOf(role) < ROLES.indexOf(LEAST[link.hash.slice(2)]);
   }
 });

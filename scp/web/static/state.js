@@ -1,6 +1,6 @@
 // The state of the archive: arrivals and jobs as they happen, quarantine, peers, storage, errors.
 
-import { ROOT, ask, json, search, text } from "./api.js";
+import { ROOT, ask, json, roleIn, search, text } from "./api.js";
 import { bytes, facts, h, show, table, when } from "./dom.js";
 
 const EVERY_MS = 5_000; // between two questions, while somebody looks
@@ -31,21 +31,23 @@ async function refresh(view) {
   if (focused) [...document.querySelectorAll("main .item")].find((one) => one.getAttribute("href") === focused)?.focus();
 }
 
-// One line about the archive, everywhere; `begin` gets the role of who looks, "" where nothing may be seen.
-export async function live(begin) {
+// One line about the archive, everywhere; `told` gets the role of who looks each time that the archive says it.
+export async function live(told) {
   const place = document.getElementById("live");
   const tick = async () => {
     if (!document.hidden) {
       try {
         const response = await ask("/status");
-        begin?.(response.headers.get("x-sphere-role") ?? "");
+        told(roleIn(response));
         place.textContent = summary(await response.json());
         if (current) await refresh(current);
       } catch (error) {
         place.textContent = error.status === 403 ? "" : `no answer: ${error.message}`;
-        if (error.status === 403) return;
+        if (error.status === 403) {
+          told(error.role);
+          return;
+        }
       }
-      begin = null;
     }
     timer = setTimeout(tick, EVERY_MS);
   };
