@@ -24,7 +24,7 @@ from pydantic import (
 from sphere.conf import toml
 from sphere.conf.errors import SettingsError
 from sphere.conf.peers import Forward, Peer, Rule, Strangers
-from sphere.conf.section import YEAR_S, AETitle, Port, Seconds, Section
+from sphere.conf.section import YEAR_S, AETitle, Networks, Port, Seconds, Section
 
 
 class Archive(Section):
@@ -86,6 +86,18 @@ class Web(Section):
         description="Who must show a token: clients of other hosts, or all. Behind a reverse proxy on this host it has "
         "to be all: one that names itself in no header makes everybody a client of this host.",
     )
+    public_url: str = Field(
+        "",
+        description="URL under which a reverse proxy offers this server, https://pacs.example, with the path before "
+        "/dicom-web if there is one (the page and the viewer need it without): RetrieveURL, BulkDataURI and Link begin "
+        "with it. Empty: as the client calls us.",
+    )
+    trusted_proxies: Networks = Field(
+        (),
+        description="IP addresses or networks of reverse proxies whose X-Forwarded-For and X-Forwarded-Proto, or "
+        "Forwarded (RFC 7239), say for whom they ask: that address is in audit records, and `max_queries` counts by "
+        "it. Requests from these addresses always need a token.",
+    )
     tls_certificate: str = Field("", description="PEM file of the server's certificate and those up to its CA.")
     tls_key: str = Field("", description="PEM file of its private key; empty: it is in `tls_certificate`.")
     oidc_issuer: str = Field("", description="Issuer (iss) of bearer tokens of an OpenID Connect provider.")
@@ -115,6 +127,18 @@ class Web(Section):
     idle_s: Annotated[float, Field(ge=1)] = Field(
         30.0, description="Seconds to wait for the head of a request, for more of its body, or for a client that reads."
     )
+
+    @field_validator("public_url")
+    @classmethod
+    def _whole_url(cls, value: str) -> str:
+        try:
+            parts = urlsplit(value)
+            whole = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:  # no port, or no address
+            whole = False
+        if value and (not whole or "@" in parts.netloc or set('?# <>"\\^`{|}') & set(value) or not value.isprintable()):
+            raise ValueError("must be such as https://pacs.example or https://example.org/pacs")
+        return value.rstrip("/")
 
 
 class Storage(Section):

@@ -50,6 +50,7 @@ from sphere.scp.web.landed import Arrivals
 from sphere.scp.web.oidc import Oidc
 from sphere.scp.web.pixels import PixelReader
 from sphere.scp.web.problem import problem
+from sphere.scp.web.proxies import Proxied, Trusted
 from sphere.scp.web.stow import Store
 from sphere.scp.web.tokens import Tokens
 
@@ -105,6 +106,7 @@ def make_app(settings: Settings, services: Services) -> Starlette:
         routes=[*operations.routes(offered), *page.routes(), *viewer.routes(settings.web)],
         middleware=[
             Middleware(Sheltered),
+            Middleware(Proxied, trusted=Trusted(web.trusted_proxies)),
             Middleware(health.Measured, metrics=metrics),
             Middleware(Audited, journal=services.journal),
             Middleware(Answered),
@@ -114,6 +116,7 @@ def make_app(settings: Settings, services: Services) -> Starlette:
         exception_handlers={SphereError: _of_sphere, HTTPException: _of_http},
     )
     app.router.redirect_slashes = False
+    app.state.public_url = web.public_url
     return app
 
 

@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from sphere.scp.web.accept import accepted, choose
-from sphere.scp.web.operations import PREFIX, Operation, described
+from sphere.scp.web.operations import PREFIX, Operation, described, root_of
 
 WADL, JSON = "application/vnd.sun.wadl+xml", "application/json"
 
@@ -22,7 +22,7 @@ def offered(operations: Iterable[Operation]) -> list[Operation]:
     def capabilities(request: Request) -> Response:
         if choose(accepted(request), (WADL, JSON, "application/xml")) == JSON:
             return JSONResponse(described(known))
-        return Response(wadl(known, str(request.base_url)), media_type=WADL)
+        return Response(wadl(known, f"{root_of(request)}/"), media_type=WADL)
 
     what = "What the service can do (WADL or OpenAPI)"
     return [

@@ -9,6 +9,7 @@ from starlette.datastructures import Headers
 from starlette.types import Scope
 
 from sphere.conf.settings import Web
+from sphere.scp.web.proxies import PASSED_ON
 
 LOCAL_NAMES: Final = frozenset(("localhost", "127.0.0.1", "::1"))
 PROXIED: Final = frozenset(("forwarded", "via", "x-real-ip", "x-client-ip", "true-client-ip", "cf-connecting-ip"))
@@ -23,7 +24,7 @@ def is_local(scope: Scope, settings: Web) -> bool:
     this host passes on is known by its headers where it writes any; one that writes none looks like a client of this
     host, which is why a proxy needs `auth` "all".
     """
-    if settings.auth == "all" or not scope.get("client"):
+    if settings.auth == "all" or not scope.get("client") or scope.get("state", {}).get(PASSED_ON):
         return False
     try:
         if not ipaddress.ip_address(scope["client"][0]).is_loopback:

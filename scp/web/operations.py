@@ -93,14 +93,21 @@ def uids(request: Request) -> dict[str, str]:
 
 
 def service_root(request: Request) -> str:
-    """The URL of the DICOMweb service, as the client calls it.
+    """The URL of the DICOMweb service, as the client calls it."""
+    return f"{root_of(request)}{PREFIX}"
+
+
+def root_of(request: Request) -> str:
+    """The URL of this server without the last slash: web.public_url, else as the client calls it.
 
     A Host header that names our own address without our port (dicomweb-client sends such) gets the port.
     """
+    if public := str(request.app.state.public_url):
+        return public
     url, server = request.base_url, request.scope.get("server")
     if server and url.port is None and url.hostname == server[0]:
         url = url.replace(port=server[1])
-    return f"{str(url).rstrip('/')}{PREFIX}"
+    return str(url).rstrip("/")
 
 
 def parameter(name: str, schema: Mapping[str, Any], text: str) -> Parameter:

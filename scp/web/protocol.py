@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -26,10 +26,11 @@ MAX_HEADERS = 100
 
 @dataclass(frozen=True, slots=True)
 class Crowd:
-    """How many connections there are at once: of all clients, and of one address."""
+    """How many connections there are at once: of all clients, and of one address that is none of `spared`."""
 
     most: int
     of_one: int
+    spared: Container[str] = ()
 
     def refused(self, came: BoundedHttp, others: Sequence[BoundedHttp]) -> str:
         """Why a connection that came cannot be served, or nothing.
@@ -42,7 +43,7 @@ class Crowd:
             min(waiting, key=lambda one: one.since).give_way()
         served = [one for one in others if not one.crowded]
         by_address = Counter(one.address for one in served)
-        if by_address[came.address] >= self.of_one:
+        if by_address[came.address] >= self.of_one and came.address not in self.spared:
             return f"{self.of_one} connections at once are served of one address"
         if len(served) < self.most:
             return ""

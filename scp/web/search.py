@@ -25,7 +25,7 @@ from sphere.scp.web.archive import as_seen
 from sphere.scp.web.dicom_json import Element, as_object
 from sphere.scp.web.multipart import Parts
 from sphere.scp.web.native_xml import native_model
-from sphere.scp.web.operations import PREFIX, Operation, parameter, service_root, uids
+from sphere.scp.web.operations import PREFIX, Operation, parameter, root_of, service_root, uids
 from sphere.scp.web.problem import WebError
 from sphere.scp.web.search_request import Search, parse_search
 from sphere.scp.web.streamed import Body, Streamed
@@ -167,7 +167,7 @@ def _more(request: Request, search: Search, left: int, first: Sequence[Match]) -
     rest.append(("after", "\\".join(_place(first[-1]))))
     if search.limit > len(first):
         rest.append(("offset", str(search.limit - len(first))))
-    url = request.url.replace(query=urlencode(rest))
+    url = f"{root_of(request)}{request.url.path}?{urlencode(rest)}"
     text = f"There are {left} additional results that can be requested"
     return [("Warning", f'299 {AGENT} "{text}"'), ("Link", f'<{url}>; rel="next"')]
 

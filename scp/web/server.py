@@ -36,6 +36,7 @@ from sphere.scp.web.archive import Archive
 from sphere.scp.web.known import KnownSeries
 from sphere.scp.web.local import LOCAL_NAMES
 from sphere.scp.web.protocol import BoundedHttp, Crowd
+from sphere.scp.web.proxies import Trusted
 from sphere.scp.web.tokens import Tokens
 
 log = logging.getLogger(__name__)
@@ -113,11 +114,10 @@ def make_server(settings: Settings, services: Services, ready: Callable[[], None
     if tls is None and settings.web.host not in LOCAL_NAMES:
         log.warning("HTTP without TLS beyond this host: tokens and images can be read on the way (web.tls_certificate)")
     writers = ThreadPoolExecutor(MAX_REQUESTS, "body")
+    crowd = Crowd(MAX_REQUESTS, MAX_OF_ONE, Trusted(settings.web.trusted_proxies))
     config = uvicorn.Config(
         make_app(settings, services),
-        http=cast(
-            "type[asyncio.Protocol]", partial(BoundedHttp, writers=writers, crowd=Crowd(MAX_REQUESTS, MAX_OF_ONE))
-        ),
+        http=cast("type[asyncio.Protocol]", partial(BoundedHttp, writers=writers, crowd=crowd)),
         ws="none",
         lifespan="off",
         loop="asyncio",
