@@ -12,9 +12,16 @@ MASK: Final = 0o027  # what a file or folder that anything of this process makes
 
 def make_private(folder: Path) -> None:
     """Make a folder, and those above it that are missing, closed to other accounts of this host; raises OSError."""
-    if not folder.is_dir():
+    try:
+        folder.mkdir(FOLDER)
+    except FileNotFoundError:
+        if folder.parent == folder:
+            raise
         make_private(folder.parent)
         folder.mkdir(FOLDER, exist_ok=True)
+    except OSError:  # on some systems it says that it cannot be made, though it is there
+        if not folder.is_dir():
+            raise
 
 
 def keep_private() -> None:
