@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
+from sphere.conf.errors import StorageError
 from sphere.conf.private import make_private
 from sphere.ingest.members import FileRange
 
@@ -146,8 +147,8 @@ class ArrivingDataSet:
             for one in content:
                 begin += one[: size - len(begin)]
             return begin
-        with suppress(OSError), content.path.open("rb") as file:
-            return file.read(size)
+        with suppress(StorageError):
+            return content.read(0, min(size, self.size))
         return b""
 
     def discard(self) -> None:
