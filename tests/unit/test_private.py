@@ -74,7 +74,7 @@ def test_in_python_the_folders_keep_others_out(tmp_path: Path) -> None:
 def test_a_catalog_of_its_own_is_closed_too(tmp_path: Path) -> None:
     settings = archive(tmp_path, catalog={"root": "file:tables/here"})
     land(settings, [new_member(one) for one in slices(1)])
-    extract(settings)
+    Archive(settings).extract()
     assert (tmp_path / "tables" / "here").stat().st_mode & 0o777 == 0o750
 
 
