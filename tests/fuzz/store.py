@@ -50,7 +50,11 @@ def metadata(data: bytes) -> None:
         body.add(content)
         bulk.add(location, kind, body)
     described = Described(bulk, "http://x/b/metadata" if data[0] & 2 else "")
-    tracemalloc.start()
+    traced = tracemalloc.is_tracing()
+    if not traced:
+        tracemalloc.start()
+    tracemalloc.reset_peak()
+    before, _ = tracemalloc.get_traced_memory()
     try:
         with patch.object(native_xml_in, "MAX_GAPS", MAX_GAPS), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -59,8 +63,9 @@ def metadata(data: bytes) -> None:
     except WebError as error:
         assert error.http in (400, 413)
     finally:
-        _, most = tracemalloc.get_traced_memory()
-        tracemalloc.stop()
+        most = tracemalloc.get_traced_memory()[1] - before
+        if not traced:
+            tracemalloc.stop()
     assert most <= BASE + PER_BYTE * len(data), f"{most} bytes of memory for {len(data)}"
     for body in bulk.bodies():
         body.discard()

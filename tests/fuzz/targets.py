@@ -16,3 +16,4 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "metadata": store.metadata,
     "parameters": web.parameters,
 }
+TRACED = ("metadata",)  # that bound the memory of each input
