@@ -43,10 +43,27 @@ const exact = (buffer) => buffer.buffer.slice(buffer.byteOffset, buffer.byteOffs
 const hex = (data) => Buffer.from(data).toString('hex');
 const uid = (object, tag) => object[tag].Value[0];
 
+// A client that notes the calls made of it by its caller, not those that it makes itself.
+function noted(client, called) {
+  const get = (target, name) => {
+    const value = target[name];
+    if (typeof value !== 'function') return value;
+    return (...given) => {
+      called.add(name);
+      return value.apply(target, given);
+    };
+  };
+  return new Proxy(client, { get });
+}
+
 async function main() {
   const datasets = JSON.parse(fs.readFileSync(0, 'utf8')).map((file) => exact(fs.readFileSync(file)));
-  const client = new api.DICOMwebClient({ url, verbose: false });
+  const called = new Set();
+  const client = noted(new api.DICOMwebClient({ url, verbose: false }), called);
   const told = {};
+  client.setDebug(false);
+  client.setVerbose(false);
+  told.said = [client.getDebug(), client.getVerbose()];
   await client.storeInstances({ datasets });
   const studies = await client.searchForStudies({ queryParams: { PatientID: 'P*' } });
   const studyInstanceUID = uid(studies[0], '0020000D');
@@ -79,10 +96,13 @@ async function main() {
     await client.retrieveInstanceFramesThumbnail({ ...it, ...jpeg, frameNumbers: [1] }),
   ];
   told.images = images.map((image) => hex(Array.isArray(image) ? image[0] : image).slice(0, 4));
-  const wado = new api.DICOMwebClient({ url: new URL('/', url).href.slice(0, -1), verbose: false });
+  const wado = noted(new api.DICOMwebClient({ url: new URL('/', url).href.slice(0, -1), verbose: false }), called);
   const plain = wado.buildInstanceWadoURIUrl({ ...it, transferSyntax: '1.2.840.10008.1.2.1' });
   told.wado = hex(await (await fetch(plain.replace('?', 'wado?').replace(/([0-9])wado/, '$1/wado'))).arrayBuffer());
   told.missing = await client.retrieveStudyMetadata({ studyInstanceUID: '1.2.3' }).catch((error) => error.status);
+  const ours = (name) => name !== 'constructor' && !name.startsWith('_');
+  told.offered = Object.getOwnPropertyNames(api.DICOMwebClient.prototype).filter(ours).sort();
+  told.called = [...called].sort();
   process.stdout.write(JSON.stringify(told));
 }
 

@@ -48,6 +48,8 @@ def test_every_call_of_npm(web: Web, tmp_path: Path) -> None:
     assert told["instance"] == told["wado"] == one.hex()
     assert told["frames"] == told["bulk"] == [pydicom.dcmread(io.BytesIO(one)).PixelData.hex()]
     assert told["images"] == ["ffd8"] * 4
+    assert told["said"] == [False, False]
+    assert told["called"] == told["offered"] != []
 
 
 def test_every_call_of_pypi(web: Web) -> None:

@@ -1,124 +1,85 @@
-"""A table of more than 200 queries over real files: QIDO-RS, C-FIND and Spark SQL find the same entities."""
+"""A table of many hundred queries over real files: QIDO-RS, C-FIND over an association and Spark SQL find the same."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from datetime import date
-from typing import Any
-from urllib.parse import quote
+from contextlib import contextmanager
+from itertools import groupby
+from pathlib import Path
+from urllib.parse import urlencode
 
+import pydicom
 import pytest
-from pydicom.filebase import DicomBytesIO
-from pydicom.filewriter import write_dataset
 from pydicom.uid import ExplicitVRLittleEndian
+from pynetdicom import AE
+from pynetdicom.association import Association
+from pynetdicom.pdu_primitives import SOPClassExtendedNegotiation
+from pynetdicom.sop_class import StudyRootQueryRetrieveInformationModelFind as STUDY_ROOT  # type: ignore[attr-defined]
 from pyspark.sql import SparkSession
 
-from sphere.catalog.query import Features
-from sphere.catalog.schema import BY_KEYWORD, UNIQUE_KEY, Level, level_of
+from sphere.catalog.schema import UNIQUE_KEY, Level, level_of
 from sphere.ingest.bundle import BundleWriter
 from sphere.ingest.media import import_files
 from sphere.ingest.storage import open_storage
 from sphere.jobs.session import register_tables
-from sphere.scp.find import FindRequest, FindService
 from sphere.scp.identifier import build_identifier
 from tests.conftest import CORPUS
+from tests.support.asked import (
+    KEYWORDS,
+    TABLE,
+    Asked,
+    by_tag,
+    inside,
+    moments,
+    named,
+    pairs,
+    private,
+    single,
+)
 from tests.support.extracted import extract
 from tests.support.headers import packaged_files
 from tests.support.landing import archive, table_rows
+from tests.support.pynetdicom_user import hold_reactor
+from tests.support.receiver import Receiver, running_receiver
+from tests.support.samples import make_instance
 from tests.support.web import Web, serving_web
 
 pytestmark = [pytest.mark.spark, pytest.mark.filterwarnings("ignore")]
 
-TABLE: dict[Level, str] = {"STUDY": "studies", "SERIES": "series", "IMAGE": "instances"}
 PATH: dict[Level, str] = {"STUDY": "/studies", "SERIES": "/series", "IMAGE": "/instances"}
-KEYWORDS: dict[Level, tuple[str, ...]] = {
-    "STUDY": ("StudyInstanceUID", "StudyDate", "AccessionNumber", "StudyID", "StudyDescription", "PatientID",
-              "PatientName", "PatientSex", "PatientBirthDate", "PatientAge", "ReferringPhysicianName",
-              "ModalitiesInStudy", "NumberOfStudyRelatedInstances", "NumberOfStudyRelatedSeries"),
-    "SERIES": ("SeriesInstanceUID", "Modality", "SeriesNumber", "SeriesDescription", "SeriesDate", "BodyPartExamined",
-               "Manufacturer", "ManufacturerModelName", "StationName", "ProtocolName", "PatientPosition",
-               "NumberOfSeriesRelatedInstances"),
-    "IMAGE": ("SOPInstanceUID", "SOPClassUID", "InstanceNumber", "ContentDate", "AcquisitionDate", "Rows", "Columns",
-              "BitsAllocated", "PhotometricInterpretation", "ImageType", "NumberOfFrames", "SliceThickness", "KVP"),
-}  # fmt: skip
-VALUES = 3  # of an attribute
-
-
-@dataclass(frozen=True)
-class Asked:
-    """One query: its key, and what it asks in SQL."""
-
-    level: Level
-    keyword: str
-    value: str
-    sql: str
-
-
-def sql_text(text: str) -> str:
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
-
-
-def table(settings: Any) -> Iterator[Asked]:
-    """Queries made of the values that the tables have."""
-    for level, keywords in KEYWORDS.items():
-        rows = table_rows(settings, TABLE[level])
-        for keyword in keywords:
-            assert level_of(keyword) in (level, "PATIENT"), keyword
-            values = {one for row in rows for one in _each(row.get(keyword)) if _askable(one)}
-            for value in sorted(values, key=str)[:: max(1, len(values) // VALUES)][:VALUES]:
-                yield from (Asked(level, keyword, text, sql) for text, sql in forms(level, keyword, value))
-
-
-def _each(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [] if value is None else [value]
-
-
-def _askable(value: Any) -> bool:
-    return not isinstance(value, str) or bool(value.strip() and not set(value) & set('*?\\="') and value.isascii())
-
-
-def forms(level: Level, keyword: str, value: Any) -> Iterator[tuple[str, str]]:
-    """(value of the key, the same in SQL) of each kind of matching that an attribute has."""
-    column = BY_KEYWORD.get(keyword)
-    several = column.multiple if column else keyword == "ModalitiesInStudy"
-    vr = column.vr if column else "CS" if isinstance(value, str) else "IS"
-
-    def sql(condition: str) -> str:
-        return f"exists({keyword}, x -> {condition.format('x')})" if several else condition.format(keyword)
-
-    if isinstance(value, date):
-        day = f"{value:%Y%m%d}"
-        yield day, sql(f"{{}} = DATE'{value}'")
-        yield f"{day}-", sql(f"{{}} >= DATE'{value}'")
-        yield f"-{day}", sql(f"{{}} <= DATE'{value}'")
-        yield f"19900101-{day}", sql(f"{{}} BETWEEN DATE'1990-01-01' AND DATE'{value}'")
-    elif not isinstance(value, str):
-        yield str(value), sql(f"{{}} = {value!r}")
-    elif vr == "UI":
-        yield value, sql(f"{{}} = {sql_text(value)}")
-        yield f"{value},1.2.3", sql(f"{{}} IN ({sql_text(value)}, '1.2.3')")
-    elif vr == "PN":
-        plain = value.strip().rstrip("^").lower()
-        yield value.strip().swapcase(), sql(f"regexp_replace(lower(trim({{}})), '\\\\^+$', '') = {sql_text(plain)}")
-        yield f"{plain[:4]}*", sql(f"startswith(lower(trim({{}})), {sql_text(plain[:4])})")
-    else:
-        text = value.strip()
-        yield text, sql(f"trim({{}}) = {sql_text(text)}")
-        if vr == "AS":  # no wild cards (PS3.4 C.2.2.2.4)
-            return
-        yield f"{text[:3]}*", sql(f"startswith(trim({{}}), {sql_text(text[:3])})")
-        ends = f"length(trim({{0}})) = {len(text)} AND endswith(trim({{0}}), {sql_text(text[1:])})"
-        yield f"?{text[1:]}", sql(ends)
+CHARSETS = sorted((Path(pydicom.__file__).parent / "data" / "charset_files").glob("chr*.dcm"))
+AE_TITLE = "QUERIES"
+SIGNS = ["a*b", "axb", "a?b", 'x="y"', "a = b", "100%_", "it's [1]", "Größe ß", "^a|b$", "a+b (c)"]
+"""Texts with what matching, URLs, SQL and regular expressions give a meaning."""
+SOUNDS: list[tuple[str, str]] = [
+    ("jerome", "PatientName = 'Buc^Jérôme'"),
+    ("Buk jerom", "PatientName = 'Buc^Jérôme'"),
+    ("ruediger", "PatientName = 'Äneas^Rüdiger'"),
+    ("rudiger äneas", "PatientName = 'Äneas^Rüdiger'"),
+    ("yamada tarou", "PatientName LIKE 'Yamada^Tarou=%'"),
+    ("jamada", "PatientName LIKE 'Yamada^Tarou=%'"),
+    ("山田", "PatientName LIKE '%=山田^%'"),
+    ("hong gildong", "PatientName LIKE 'Hong^Gildong=%'"),
+    ("xiaodong", "PatientName LIKE 'Wang^XiaoDong=%'"),
+    ("Διον", "PatientName = 'Διονυσιος'"),
+]
+"""Names by their sound, and whose they are."""
 
 
 @pytest.fixture(scope="module")
 def web(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Web]:
-    settings = archive(tmp_path_factory.mktemp("queries"))
+    folder = tmp_path_factory.mktemp("queries")
+    settings = archive(folder, archive={"ae_title": AE_TITLE})
     paths = [path for path in sorted(CORPUS.rglob("*")) if path.is_file() and path.stat().st_size < 2 << 20]
+    (folder / "made").mkdir()
+    for number, text in enumerate(SIGNS):
+        said = {"StudyDescription": text, "SeriesDescription": text, "ImageComments": f"{text}\\{number}"}
+        paths.append(
+            make_instance(folder / "made" / f"{number}.dcm", SpecificCharacterSet="ISO_IR 192", StudyID="SIGNS", **said)
+        )
     writer = BundleWriter(open_storage(settings.storage.root), settings)
     try:
-        list(import_files([*packaged_files(), *paths], writer, memory_bytes=4 << 20, only_dicom=True))
+        list(import_files([*packaged_files(), *CHARSETS, *paths], writer, memory_bytes=4 << 20, only_dicom=True))
     finally:
         writer.close()
     extract(settings)
@@ -126,47 +87,110 @@ def web(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Web]:
         yield running
 
 
-def test_three_doors_give_the_same_answers(web: Web, spark: SparkSession) -> None:
-    queries = list(table(web.settings))
-    assert len(queries) >= 200
+@pytest.fixture(scope="module")
+def receiver(web: Web) -> Iterator[Receiver]:
+    place = web.settings.archive.state_dir.parent
+    with running_receiver(place, {"archive": {"ae_title": AE_TITLE}, "extract": {"every_s": 0}}) as running:
+        yield running
+
+
+def queries(web: Web) -> dict[str, list[Asked]]:
+    """By what they are about."""
+    tables = {level: table_rows(web.settings, name) for level, name in TABLE.items()}
+    for level, keywords in KEYWORDS.items():
+        assert all(level_of(keyword) in (level, "PATIENT") for keyword in keywords)
+    names = [(str(one.PatientName), tuple(charset or ())) for one, charset in map(_with_charset, CHARSETS) if charset]
+    texts = [Asked("IMAGE", (("ImageComments", f"{text}\\{number}"),), f"ImageComments = '{_sql(text)}\\\\{number}'")
+             for number, text in enumerate(SIGNS) if not set(text) & set("*?")]  # fmt: skip
+    fuzzy = [Asked("STUDY", (("PatientName", text),), sql, fuzzy=True) for text, sql in SOUNDS]
+    return {
+        "single": list(single(tables)), "by tag": list(by_tag(tables)), "pairs": list(pairs(tables)),
+        "moments": list(moments(tables)), "inside": list(inside(tables)), "private": list(private(tables)),
+        "names": list(named(names)), "backslashes": texts, "fuzzy": fuzzy,
+    }  # fmt: skip
+
+
+def _sql(text: str) -> str:
+    return text.replace("'", "\\'")
+
+
+def _with_charset(path: Path) -> tuple[pydicom.Dataset, list[str] | None]:
+    dataset = pydicom.dcmread(path)
+    given = dataset.get("SpecificCharacterSet")
+    charset = [given] if isinstance(given, str) else list(given or [])
+    return dataset, charset if "PatientName" in dataset and "StudyInstanceUID" in dataset else None
+
+
+def test_three_doors_give_the_same_answers(web: Web, receiver: Receiver, spark: SparkSession) -> None:
+    table = queries(web)
+    counts = {name: len(several) for name, several in table.items()}
+    assert counts["single"] >= 200 and counts["pairs"] >= 60 and counts["inside"] >= 40, counts
+    assert min(counts.values()) >= 7, counts
     register_tables(spark, web.settings)
-    by_sql: dict[Asked, set[str]] = {}
+    wrong, found = [], dict.fromkeys(table, 0)
+    everything = [(name, one) for name, several in table.items() for one in several]
+    expected = by_sql(spark, [one for _, one in everything])
+    negotiated = sorted(everything, key=lambda pair: (pair[1].fuzzy, pair[1].combined))
+    for (fuzzy, combined), group in groupby(negotiated, key=lambda pair: (pair[1].fuzzy, pair[1].combined)):
+        with associated(receiver, fuzzy=fuzzy, combined=combined) as association:
+            for name, one in group:
+                found[name] += len(expected[one])
+                doors = {"C-FIND": by_find(association, one)}
+                if not combined:  # QIDO-RS has no such matching
+                    doors["QIDO-RS"] = by_qido(web, one)
+                wrong += [(door, one, sorted(answer ^ expected[one])) for door, answer in doors.items()
+                          if answer != expected[one]]  # fmt: skip
+    assert not wrong, "\n".join(map(str, [len(wrong), counts, *wrong[:80]]))
+    assert all(found[name] >= counts[name] for name in table), (found, counts)  # nearly every one finds something
+
+
+def by_sql(spark: SparkSession, several: list[Asked]) -> dict[Asked, set[str]]:
+    """All of one level in one statement; those with a condition on another table each in its own."""
+    found: dict[Asked, set[str]] = {}
     for level in TABLE:
-        of_level = [one for one in queries if one.level == level]
+        of_level = [one for one in several if one.level == level and not one.above]
         key = UNIQUE_KEY[level]
         sets = ", ".join(f"collect_set(CASE WHEN {one.sql} THEN {key} END)" for one in of_level)
         row = spark.sql(f"SELECT {sets} FROM {TABLE[level]}").first()
         assert row is not None
-        by_sql |= {one: set(found) for one, found in zip(of_level, row, strict=True)}
-    found = 0
-    for one in queries:
-        expected = by_sql[one]
-        found += len(expected)
-        assert by_qido(web, one) == expected, one
-        assert by_find(web, one) == expected, one
-    assert found > len(queries)  # nearly every one of them finds something
+        found |= {one: set(uids) for one, uids in zip(of_level, row, strict=True)}
+    for one in several:
+        if one.above:
+            row = spark.sql(one.statement).first()
+            assert row is not None
+            found[one] = set(row[0])
+    return found
 
 
 def by_qido(web: Web, one: Asked) -> set[str]:
-    response = web.get(f"{PATH[one.level]}?{one.keyword}={quote(one.value)}")
+    fuzzy = [("fuzzymatching", "true")] if one.fuzzy else []
+    response = web.get(f"{PATH[one.level]}?{urlencode([*one.keys, *fuzzy])}")
     assert response.status_code in (200, 204), (one, response.text)
     tag = {"STUDY": "0020000D", "SERIES": "0020000E", "IMAGE": "00080018"}[one.level]
     return {match[tag]["Value"][0] for match in response.json()} if response.content else set()
 
 
-def by_find(web: Web, one: Asked) -> set[str]:
-    value = one.value.replace(",", "\\") if one.keyword.endswith("UID") else one.value
-    identifier = build_identifier({one.keyword: value}, one.level)
-    out = DicomBytesIO()
-    out.is_implicit_VR, out.is_little_endian = False, True
-    write_dataset(out, identifier)
-    request = FindRequest(
-        model="STUDY_ROOT",
-        identifier=out.getvalue(),
-        transfer_syntax=ExplicitVRLittleEndian,
-        features=Features(relational=True),
-    )
-    answers = FindService(web.services.finder).answers(request, cancelled=lambda: False)  # type: ignore[arg-type]
-    found = list(answers)
-    assert all(answer.identifier is not None for answer in found), (one, [answer.comment for answer in found])
-    return {str(answer.identifier[UNIQUE_KEY[one.level]].value) for answer in found if answer.identifier is not None}
+@contextmanager
+def associated(receiver: Receiver, *, fuzzy: bool, combined: bool) -> Iterator[Association]:
+    """With relational queries, and what else is wished, negotiated (PS3.4 C.5.1.1)."""
+    wanted = SOPClassExtendedNegotiation()
+    wanted.sop_class_uid = STUDY_ROOT
+    wanted.service_class_application_information = bytes((1, combined, fuzzy))
+    entity = AE()
+    entity.add_requested_context(STUDY_ROOT, ExplicitVRLittleEndian)
+    association = entity.associate("127.0.0.1", receiver.port, ae_title=AE_TITLE, ext_neg=[wanted])
+    assert association.is_established
+    hold_reactor(association)
+    yield association
+    association.release()
+
+
+def by_find(association: Association, one: Asked) -> set[str]:
+    keys = {name: text.replace(",", "\\") if name.endswith("UID") else text for name, text in one.keys}
+    identifier = build_identifier(keys, one.level)
+    if one.charset:
+        identifier.SpecificCharacterSet = list(one.charset)
+    *found, (last, _) = association.send_c_find(identifier, STUDY_ROOT)
+    assert last.Status == 0, (one, hex(last.Status), last.get("ErrorComment"))
+    assert all(answer is not None for _, answer in found), one
+    return {str(answer[UNIQUE_KEY[one.level]].value) for _, answer in found if answer is not None}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,20 @@ from schemathesis.checks import not_a_server_error
 from schemathesis.config import SchemathesisConfig
 from schemathesis.specs.openapi.checks import content_type_conformance, status_code_conformance
 
+from sphere.catalog.cohorts import Cohorts
 from sphere.ingest.header import identify
+from sphere.ingest.storage import open_storage
+from sphere.scp.web.tokens import Tokens
 from tests.support.extracted import extract
-from tests.support.landing import archive, land, new_member
+from tests.support.landing import archive, changed, land, new_member
 from tests.support.web import Web, serving_web
 
 pytestmark = pytest.mark.unit
 
 FILE = Path(pydicom.__file__).parent / "data" / "test_files" / "CT_small.dcm"
+HIDDEN = "UNGRANTED-41"
 PROBLEM = "application/problem+json"
-EXAMPLES = 8  # of each operation and of each of the two ways
+EXAMPLES = 15  # of each operation and of each of the two ways
 READY = "/readyz"  # 503 with a body of its own while no `sphere serve` runs, as it is described
 CHECKS = [status_code_conformance, content_type_conformance]
 
@@ -48,9 +53,9 @@ def web(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Web]:
         yield running
 
 
-def the_known() -> dict[str, str]:
-    """Parameters that name what is there."""
-    data = FILE.read_bytes()
+def the_known(data: bytes = b"") -> dict[str, str]:
+    """Parameters that name what is there, or an instance."""
+    data = data or FILE.read_bytes()
     one = identify(data, size=len(data))
     return {"study": one.StudyInstanceUID, "series": one.SeriesInstanceUID, "instance": one.SOPInstanceUID,
             "frames": "1", "studyUID": one.StudyInstanceUID, "seriesUID": one.SeriesInstanceUID,
@@ -71,17 +76,26 @@ def operations(web: Web, known: dict[str, str]) -> Iterator[Any]:
         yield result.ok()
 
 
-def statuses_of(operation: Any, mode: GenerationMode = GenerationMode.POSITIVE) -> list[int]:
-    """What the operation answers; fails where it is not what is described, an error of the server, or no problem."""
+def statuses_of(
+    operation: Any,
+    mode: GenerationMode = GenerationMode.POSITIVE,
+    token: str = "",
+    look: Callable[[Any], None] = lambda response: None,
+    examples: int = EXAMPLES,
+) -> list[int]:
+    """What the operation answers, to who shows the token; fails where it is not what is described, an error of the
+    server, or no problem. `look` is called with each response."""
     found = []
+    shown = {"Authorization": f"Bearer {token}"} if token else {}
 
     @given(operation.as_strategy(generation_mode=mode))
-    @settings(max_examples=EXAMPLES, derandomize=True, database=None, deadline=None, phases=[Phase.generate],
+    @settings(max_examples=examples, derandomize=True, database=None, deadline=None, phases=[Phase.generate],
               suppress_health_check=list(HealthCheck))  # fmt: skip
     def ask(case: Any) -> None:
         in_parts = str(case.media_type).startswith("multipart/related")
         headers = {"Content-Type": f"{case.media_type}; boundary=B"} if in_parts else {}
-        response = case.call(headers=headers, timeout=30)
+        response = case.call(headers=headers | shown, timeout=30)
+        look(response)
         found.append(response.status_code)
         checks = CHECKS if case.path == READY else [*CHECKS, not_a_server_error]
         case.validate_response(response, checks=checks)
@@ -104,6 +118,80 @@ def test_every_operation_answers_as_it_is_described(web: Web, there: bool) -> No
     failed = {name for name, statuses in asked.items() if min(statuses) >= 400 and name.startswith("GET /dicom-web")}
     if there:
         assert all(name.endswith("/bulkdata") for name in failed), failed  # needs the place of a value
+
+
+@dataclass
+class Parts:
+    """An archive of which a researcher may see one of two patients; each has an annotation."""
+
+    web: Web
+    granted: dict[str, str]
+    other: dict[str, str]
+    tokens: dict[str, str]
+
+    def secrets(self) -> list[bytes]:
+        """What no answer to the researcher may have."""
+        uids = [self.other[name] for name in ("study", "series", "instance", "annotation")]
+        return [HIDDEN.encode(), *(uid.encode() for uid in uids)]
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Parts]:
+    settings = archive(tmp_path_factory.mktemp("parts"))
+    data = FILE.read_bytes()
+    said = dict.fromkeys(("PatientID", "PatientName", "StudyDescription", "AccessionNumber", "StationName"), HIDDEN)
+    uids = {"StudyInstanceUID": "2.25.41", "SeriesInstanceUID": "2.25.41.1", "SOPInstanceUID": "2.25.41.1.1"}
+    hidden = changed(data, **said, **uids)
+    land(settings, [new_member(data), new_member(hidden)])
+    extract(settings)
+    storage = open_storage(settings.storage.root)
+    one, other = the_known(), the_known(hidden)
+    Cohorts(storage).create("mine", "study", [one["study"]], "test")
+    tokens = Tokens(storage)
+    made = {"reader": tokens.create("r", "reader", None)}
+    made["researcher"] = tokens.create("s", "researcher", None, cohorts=["mine"])
+    with serving_web(settings) as running:
+        for known in (one, other):
+            root = running.url.replace("/dicom-web", "/annotations")
+            named = HIDDEN if known is other else "mine"
+            answer = running.client.post(root, params={"uid": known["study"], "name": named}, content=named.encode())
+            known["annotation"] = answer.json()["id"]
+        yield Parts(running, one, other, made)
+
+
+@pytest.mark.parametrize(
+    ("role", "whose"),
+    [("reader", "granted"), ("researcher", "granted"), ("researcher", "other"), ("researcher", "any")],
+)
+def test_every_operation_as_reader_and_researcher(parts: Parts, role: str, whose: str) -> None:
+    """As it is described, and nothing of what is not granted: with UIDs of it, of what is granted, and with any."""
+    known = {"granted": parts.granted, "other": parts.other, "any": {}}[whose]
+    before = parts.web.get("/instances?count=true&includefield=all").content
+    looked, answered = 0, 0
+
+    def look(response: Any) -> None:
+        nonlocal looked, answered
+        looked += 1
+        answered += response.status_code < 400
+        if role == "researcher":
+            told = response.content + repr(dict(response.headers)).encode()
+            asked = response.request.url + repr(response.request.body)
+            # a UID that was asked for may stand in what is said of it
+            assert not [one for one in parts.secrets() if one in told and one.decode() not in asked], asked
+            assert HIDDEN.encode() not in told, asked
+
+    for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE):
+        for operation in operations(parts.web, known):
+            statuses = statuses_of(operation, mode, parts.tokens[role], look, examples=EXAMPLES // 2)
+            name = operation.label
+            if mode == GenerationMode.POSITIVE and not name.startswith("GET"):
+                assert set(statuses) <= ({200} if name.startswith("OPTIONS") else {400, 403, 404}), name
+            below = name.startswith(("GET /dicom-web/studies/{", "GET /wado", "GET /annotations/{"))
+            if role == "researcher" and whose == "other" and below:
+                assert min(statuses, default=404) >= 400 or set(statuses) <= {204, 400, 404}, (name, statuses)
+    assert looked > 300
+    assert answered > (20 if whose == "any" else 50)
+    assert parts.web.get("/instances?count=true&includefield=all").content == before
 
 
 @pytest.mark.parametrize("there", [True, False])
