@@ -263,14 +263,15 @@ class Annotations:
         draft = Draft(self._storage, self._log, self.limit, id, self._next(newest), About(), made_by, newest)
         return draft.commit(action="delete")
 
-    def read(self, version: Version) -> Generator[bytes, None, None]:
+    def read(self, version: Version, part: tuple[int, int] | None = None) -> Generator[bytes, None, None]:
         """Its bytes in pieces; the last comes only when digest and size of all are as recorded.
 
-        Raises StorageError, BundleDamaged where they are not.
+        Of a `part` (begin and end) it is the size alone that is looked at. Raises StorageError, BundleDamaged where
+        they are not.
         """
         if self._storage.size(version.path) != version.size:
             raise BundleDamaged(f"{version.path} does not have the {version.size} bytes that were recorded")
-        return self._pieces(version)
+        return self._pieces(version) if part is None else self._part(version, *part)
 
     def after(self, seq: int) -> tuple[list[tuple[Version, State]], int]:
         """(versions with their states, a number to go on from) of all annotations that changed since this host's
@@ -310,6 +311,13 @@ class Annotations:
             raise BundleDamaged(f"{version.path} does not have the digest that was recorded")
         if held:
             yield held
+
+    def _part(self, version: Version, start: int, end: int) -> Generator[bytes, None, None]:
+        for at in range(start, end, PIECE):
+            data = self._storage.read(version.path, at, min(PIECE, end - at))
+            if len(data) != min(PIECE, end - at):
+                raise BundleDamaged(f"{version.path} ends before its {version.size} bytes")
+            yield data
 
     def _newest(self, id: str, onto: int | None) -> Version:
         newest = self.history(id)[0]

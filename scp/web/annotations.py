@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from base64 import b64encode
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final
@@ -27,11 +28,12 @@ from sphere.catalog.service import StoredInstance
 from sphere.catalog.withdrawn import Withdrawn
 from sphere.conf.errors import BadRequest, NotThere
 from sphere.conf.uids import UID
-from sphere.scp.web.archive import as_seen
+from sphere.scp.web.archive import as_seen, not_modified
 from sphere.scp.web.incoming import pieces, take_in
 from sphere.scp.web.operations import PREFIX as DICOM_WEB
 from sphere.scp.web.operations import Operation, parameter
 from sphere.scp.web.problem import WebError
+from sphere.scp.web.ranges import byte_range
 from sphere.scp.web.streamed import Streamed
 from sphere.scp.web.upload import ABOUT, FORM, Upload, number, who
 
@@ -101,7 +103,7 @@ def offered(service: Service) -> list[Operation]:
             tag,
             (ANY,),
             version,
-            others=(304,),
+            others=(206, 304),
             in_part=True,
         ),
     ]
@@ -253,18 +255,24 @@ def _download(service: Service, request: Request) -> Response:
     # first whether it may be seen at all: what versions it has tells that there is one
     version = service.annotations.version(_checked_id(service, request), wanted)
     tag = f'"{version.sha256[:32]}"'
+    if known := not_modified(request, tag):
+        return known
+    part = byte_range(request, tag, version.size)
+    start, end = part or (0, version.size)
     headers = {
         "ETag": tag,
-        "Content-Length": str(version.size),
+        "Accept-Ranges": "bytes",
+        "Content-Length": str(end - start),
+        "Repr-Digest": f"sha-256=:{b64encode(bytes.fromhex(version.sha256)).decode()}:",  # RFC 9530: of all parts
         "Content-Disposition": _disposition(version.name),
         # what somebody uploaded must never run as a page of this archive
         "X-Content-Type-Options": "nosniff",
         "Content-Security-Policy": "sandbox; default-src 'none'",
     }
-    if tag in request.headers.get("if-none-match", ""):
-        return Response(status_code=304, headers={"ETag": tag})
+    if part:
+        headers["Content-Range"] = f"bytes {start}-{end - 1}/{version.size}"
     request.state.found = 1
-    return Streamed(service.annotations.read(version), 200, headers, version.media_type)
+    return Streamed(service.annotations.read(version, part), 206 if part else 200, headers, version.media_type)
 
 
 def _delete(service: Service, request: Request) -> Response:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import traceback
 from dataclasses import dataclass
+from http import HTTPStatus
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -162,7 +163,15 @@ async def _of_sphere(request: Request, error: Exception) -> Response:
 
 async def _of_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    response = problem(error.status_code, str(error.detail))
+    response = problem(error.status_code, _detail(request, error))
     for name, value in (error.headers or {}).items():
         response.headers[name] = value
     return response
+
+
+def _detail(request: Request, error: HTTPException) -> str:
+    """What is said; where no route has the path, that it may be there without a slash at its end."""
+    if error.status_code != 404 or error.detail != HTTPStatus.NOT_FOUND.phrase:
+        return str(error.detail)
+    slash = ": a path has no slash at its end" if request.url.path.endswith("/") else ""
+    return f"there is no such resource{slash}"

@@ -104,7 +104,7 @@ def etag(instances: Iterable[StoredInstance], *more: object) -> str:
 
 def not_modified(request: Request, tag: str) -> Response | None:
     """304 where the client has this representation (RFC 9110 13.1.2)."""
-    known = request.headers.get("if-none-match", "")
+    known = ",".join(request.headers.getlist("if-none-match"))
     if known and any(one.strip().removeprefix("W/") in (tag, "*") for one in known.split(",")):
         return Response(status_code=304, headers={"ETag": tag})
     return None

@@ -18,6 +18,7 @@ from sphere.scp.web.inflated import MAX_INFLATED, inflated, is_there
 from sphere.scp.web.multipart import Parts
 from sphere.scp.web.operations import PREFIX, Operation, parameter
 from sphere.scp.web.problem import WebError
+from sphere.scp.web.ranges import byte_range
 from sphere.scp.web.streamed import Body, Streamed
 
 OCTETS = "application/octet-stream"
@@ -52,8 +53,8 @@ def answer(archive: Archive, request: Request) -> Response:
         return known
     headers = {"ETag": tag, "Accept-Ranges": "bytes"}
     status, start, end = 200, 0, length
-    if single and (text := request.headers.get("range")):
-        start, end = _range(text, length)
+    if single and (part := byte_range(request, tag, length)):
+        start, end = part
         status = 206
         headers["Content-Range"] = f"bytes {start}-{end - 1}/{length}"
     if deflated and not is_there(archive, instance, offset + end):
@@ -92,17 +93,3 @@ def _number(given: dict[str, str], name: str) -> int:
     if not re.fullmatch(r"[0-9]{1,15}", text, re.ASCII):
         raise WebError(f"{name} must be a whole number")
     return int(text)
-
-
-def _range(text: str, length: int) -> tuple[int, int]:
-    """Begin and end of the one range that is asked for (RFC 9110 14.1.2); raises WebError (416)."""
-    found = re.fullmatch(r"bytes=([0-9]{0,15})-([0-9]{0,15})", text.strip(), re.ASCII)
-    if not found or not (found[1] or found[2]):
-        raise WebError("Range must be one range of bytes", http=416)
-    if not found[1]:
-        start, end = max(0, length - int(found[2])), length
-    else:
-        start, end = int(found[1]), min(length, int(found[2]) + 1 if found[2] else length)
-    if start >= end:
-        raise WebError(f"the range is beyond the {length} bytes that there are", http=416)
-    return start, end

@@ -118,6 +118,8 @@ def _take(draft: _Draft, name: str, value: str) -> None:
         for path in value.split(","):
             if path == "all":
                 draft.every = True
+            elif path.lower() == "all":
+                raise WebError(f"includefield {path}: all is written in lower case (PS3.18 8.3.4.3)")
             elif path:
                 _place(draft.include, path, "")
     else:
@@ -206,7 +208,8 @@ def _number(options: Mapping[str, str], name: str) -> int | None:
 def _flag(options: Mapping[str, str], name: str) -> bool:
     text = options.get(name, "false")
     if text not in ("true", "false"):
-        raise WebError(f"{name} must be true or false")
+        case = " in lower case" if text.lower() in ("true", "false") else ""
+        raise WebError(f"{name} must be true or false{case}")
     return text == "true"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+from base64 import b64decode
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import count
@@ -121,6 +122,46 @@ def test_a_form_gives_file_and_fields_in_any_order(web: Web) -> None:
     rest = b'Content-Disposition: form-data; name="uid"\r\n\r\n' + FOUND[0].StudyInstanceUID.encode() + b"\r\n--B--\r\n"
     made = web.client.post(url(web), content=first + rest, headers={"content-type": "multipart/form-data; boundary=B"})
     assert (made.status_code, made.json()["level"], made.json()["size"]) == (201, "study", 1)
+
+
+def test_a_part_of_a_file(web: Web) -> None:
+    """RFC 9110 14, and what a client may hold (13.1)."""
+    data = bytes(range(256)) * 8200  # more than is read at a time
+    size = len(data)
+    path = url(web, f"/{post(web, data).json()['id']}/file")
+    whole = web.client.get(path)
+    tag = whole.headers["etag"]
+    assert whole.headers["accept-ranges"] == "bytes"
+
+    def get(**headers: str) -> httpx.Response:
+        return web.client.get(path, headers={name.replace("_", "-"): text for name, text in headers.items()})
+
+    for asked, start, end in (
+        ("0-0", 0, 1), ("5-1048600", 5, 1048601), (f"{size - 3}-", size - 3, size), ("-7", size - 7, size),
+        (f"10-{10 * size}", 10, size), (f"-{10 * size}", 0, size),
+    ):  # fmt: skip
+        got = get(range=f"bytes={asked}")
+        assert (got.status_code, got.content) == (206, data[start:end]), asked
+        assert got.headers["content-range"] == f"bytes {start}-{end - 1}/{size}"
+        assert got.headers["content-length"] == str(end - start)
+        assert got.headers["repr-digest"] == whole.headers["repr-digest"]
+    for asked in (f"bytes={size}-", "bytes=9-5", "bytes=-0", "bytes=-", "bytes=1-2,5-6", "lines=1-2"):
+        got = get(range=asked)
+        assert (got.status_code, got.headers["content-range"]) == (416, f"bytes */{size}"), asked
+        assert got.json()["detail"]
+    assert get(range="bytes=1-2", if_range=tag).content == data[1:3]
+    assert get(range="bytes=1-2", if_range='"another"').content == data
+    assert get(range="bytes=1-2", if_none_match=tag).status_code == 304
+    assert web.client.head(path, headers={"range": "bytes=1-2"}).status_code == 200
+    for known in (tag, f"W/{tag}", f'"x", {tag}', f'"x",W/{tag} , "y"', "*"):
+        got = get(if_none_match=known)
+        assert (got.status_code, got.content, got.headers["etag"]) == (304, b"", tag), known
+    for known in ('"x"', f'{tag[:-1]}x"', tag.strip('"'), 'W/"x"'):
+        assert get(if_none_match=known).content == data, known
+    lines = [("if-none-match", '"x"'), ("if-none-match", tag)]
+    assert web.client.get(path, headers=lines).status_code == 304
+    digest = b64decode(whole.headers["repr-digest"].removeprefix("sha-256=:").removesuffix(":"))
+    assert digest == hashlib.sha256(data).digest()
 
 
 @pytest.mark.parametrize("first", ["file", "onto"])

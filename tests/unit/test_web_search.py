@@ -102,10 +102,13 @@ def test_keys(web: Web, query: str, expected: bool) -> None:
         ("/studies?limit=1&limit=2", "limit stands twice"),
         ("/studies?count=1", "count must be"),
         ("/studies?asOf=yesterday", "neither a version"),
+        ("/studies?includefield=All", "all is written in lower case"),
+        ("/studies?fuzzymatching=True", "fuzzymatching must be true or false in lower case"),
+        ("/studies?count=FALSE", "count must be true or false in lower case"),
         ("/instances?after=9.1%5C9.1.1", "after must be"),
         ("/studies?includefield=Nonsense", "Nonsense"),
         ("/studies/9.1/series?StudyInstanceUID=9.2", "StudyInstanceUID is in the path"),
-        ("/studies/..%2F..%2Fetc/series", "not a UID|Not Found"),
+        ("/studies/..%2F..%2Fetc/series", "not a UID|no such resource"),
         ("/studies/9.1%00/series", "not a UID"),
         ("/studies?" + "&".join(f"includefield={n}" for n in range(201)), "at most 200"),
         ("/studies?" + ".".join(["ProcedureCodeSequence"] * 10) + "=1", "too many sequences"),
@@ -285,6 +288,14 @@ def test_what_cannot_be_given_is_406(web: Web) -> None:
     response = web.get("/studies", headers={"accept": "text/html, application/dicom+json;q=0"})
     assert response.status_code == 406
     assert "application/dicom+json" in response.json()["detail"]
+
+
+@pytest.mark.parametrize("path", ["/studies/", "/studies/9.1/series/", "/nothing", "/nothing/"])
+def test_what_is_no_resource(web: Web, path: str) -> None:
+    answer = web.get(path)
+    assert (answer.status_code, answer.headers["content-type"]) == (404, "application/problem+json")
+    slash = ": a path has no slash at its end" if path.endswith("/") else ""
+    assert answer.json()["detail"] == f"there is no such resource{slash}"
 
 
 def test_an_earlier_catalog(web: Web) -> None:
