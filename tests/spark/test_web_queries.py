@@ -180,7 +180,6 @@ def associated(receiver: Receiver, *, fuzzy: bool, combined: bool) -> Iterator[A
     entity.add_requested_context(STUDY_ROOT, ExplicitVRLittleEndian)
     association = entity.associate("127.0.0.1", receiver.port, ae_title=AE_TITLE, ext_neg=[wanted])
     assert association.is_established
-    hold_reactor(association)
     yield association
     association.release()
 
@@ -190,6 +189,7 @@ def by_find(association: Association, one: Asked) -> set[str]:
     identifier = build_identifier(keys, one.level)
     if one.charset:
         identifier.SpecificCharacterSet = list(one.charset)
+    hold_reactor(association)  # each request lets go of it at its end
     *found, (last, _) = association.send_c_find(identifier, STUDY_ROOT)
     assert last.Status == 0, (one, hex(last.Status), last.get("ErrorComment"))
     assert all(answer is not None for _, answer in found), one
