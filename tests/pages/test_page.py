@@ -191,6 +191,33 @@ def test_a_download(studies: Page, name: str, more: set[str]) -> None:
     assert found == sorted(OTHER)
 
 
+def test_annotations_of_a_study(studies: Page, web: Web) -> None:
+    """Files of the study and of all in it: what they are, and their bytes; names are text."""
+    root, name = f"http://127.0.0.1:{web.port}/annotations", "<b onclick=hit>mask<b>.nii"
+    said = {"name": name, "type": "<i>mask", "author": "Dr <u>A"}
+    made = [web.client.post(root, content=bytes(1200), params={"uid": "1.2.9", **said}).json()]
+    made.append(web.client.post(root, content=b"note", params={"uid": "1.2.9.1.0", "name": "note.txt"}).json())
+    studies.locator("main tbody tr").filter(has_text="X1").click()
+    section = studies.get_by_role("region", name="Annotations")
+    expect(section.locator("h2")).to_have_text("2 annotations")
+    lines = section.locator("tbody tr")
+    expect(lines).to_have_count(2)
+    for text in (name, "<i>mask", "Dr <u>A", "study", "1.2 kB"):
+        expect(lines.first).to_contain_text(text)
+    year = studies.evaluate("at => new Date(at).toLocaleString(undefined, {dateStyle: 'short'})", made[0]["at"])
+    expect(lines.first).to_contain_text(year)
+    expect(lines.last).to_contain_text("instance")
+    assert section.locator("b, i, u").count() == 0
+    with studies.expect_download() as started:
+        lines.last.get_by_role("button", name="Download").click()
+    assert (started.value.suggested_filename, started.value.path().read_bytes()) == ("note.txt", b"note")
+    for one in made:
+        assert web.client.delete(f"{root}/{one['id']}").status_code == 204
+    studies.reload()
+    expect(section.locator("h2")).to_have_text("0 annotations")
+    expect(section.locator("table")).to_have_count(0)
+
+
 def test_the_state_of_the_archive(studies: Page, web: Web) -> None:
     expect(studies.locator("#live")).to_contain_text("5 instances")
     headings = ("Arrivals and jobs", "Quarantine", "Peers", "Storage", "Errors")

@@ -117,8 +117,8 @@ async function load(place) {
   }
 }
 
-// A ZIP file: the browser's own download where it needs no token, else into a file or memory.
-export async function download(path, name) {
+// A file: the browser's own download where it needs no token, else into a file or memory.
+export async function download(path, name, accept) {
   const token = sessionStorage.getItem(KEY);
   if (!token) {
     const link = document.createElement("a");
@@ -127,7 +127,7 @@ export async function download(path, name) {
     return;
   }
   const file = window.showSaveFilePicker ? await window.showSaveFilePicker({ suggestedName: name }) : null;
-  const response = await ask(path, { accept: "application/zip" });
+  const response = await ask(path, { accept });
   if (file) {
     await response.body.pipeTo(await file.createWritable());
     return;

@@ -1,5 +1,6 @@
 // A study, its series, their instances as thumbnails, and a header.
 
+import { annotations } from "./annotations.js";
 import { ROOT, ZIP, date, download, json, picture, search, text } from "./api.js";
 import { facts, h, show } from "./dom.js";
 import { headerTable } from "./header.js";
@@ -8,7 +9,7 @@ const PAGE = 200;
 const NAMES = "includefield=StudyDescription,PatientBirthDate,PatientSex,StudyTime,InstitutionName";
 
 function downloads(path, name) {
-  const save = (query, ending) => download(`${path}?${ZIP}${query}`, `${name}${ending}.zip`);
+  const save = (query, ending) => download(`${path}?${ZIP}${query}`, `${name}${ending}.zip`, "application/zip");
   return [
     h("button", { type: "button", click: () => save("", "") }, "Download ZIP"),
     h("button", { type: "button", click: () => save("&dicomdir=true", "-dicomdir") }, "ZIP with DICOMDIR"),
@@ -43,7 +44,7 @@ export async function study(uid) {
       ["Study Instance UID", uid],
     ]),
     h("div", { class: "actions" }, viewer, downloads(path, `study-${uid}`)),
-    h("h2", {}, `${series.rows.length} series`), h("ul", { class: "grid" }, cards));
+    h("h2", {}, `${series.rows.length} series`), h("ul", { class: "grid" }, cards), annotations(uid));
 }
 
 export async function series(study_uid, uid) {
