@@ -23,6 +23,10 @@ class Withdrawn:
     tombstones: Tombstones
     catalog: Queries
 
+    def any(self) -> bool:
+        """Whether anything was ever deleted; costs next to nothing where not. Raises StorageError."""
+        return bool(self.tombstones.state())
+
     def among(self, uids: Collection[str]) -> set[str]:
         """Those of the UIDs, of studies, series and instances, of which everything is deleted.
 

@@ -138,7 +138,9 @@ def _list(service: Service, request: Request) -> Response:
     catalog = as_seen(service.catalog, request)
     if catalog is service.catalog:
         asked_for: dict[str, Any] = {"uid": uid, "level": level, **kept}
-        without = set() if _sees_all(request) else service.withdrawn.among(service.annotations.targets(**asked_for))
+        without: set[str] = set()
+        if not _sees_all(request) and service.withdrawn.any():
+            without = service.withdrawn.among(service.annotations.targets(**asked_for))
         found, total = service.annotations.find(**asked_for, without=without, limit=limit, offset=offset)
     else:
         found, total = _granted(service, catalog, uid, level=level, **kept)
