@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, cast
 from zipfile import ZipFile
 
 import pytest
 from playwright.sync_api import Page, expect
+from pydicom.data import get_testdata_file
+from pydicom.dataset import Dataset
 
 from tests.support.browser import WAIT_MS
 from tests.support.extracted import extract
@@ -216,6 +219,30 @@ def test_annotations_of_a_study(studies: Page, web: Web) -> None:
     studies.reload()
     expect(section.locator("h2")).to_have_text("0 annotations")
     expect(section.locator("table")).to_have_count(0)
+
+
+def test_dicom_objects_among_the_annotations(page: Page, tmp_path: Path) -> None:
+    """A report that refers to an image of the study is listed, and had as it was stored."""
+    image = slices(1, rows=32, columns=32)[0]
+    of = new_member(image)
+    evidence, series, one = Dataset(), Dataset(), Dataset()
+    one.ReferencedSOPClassUID, one.ReferencedSOPInstanceUID = of.SOPClassUID, of.SOPInstanceUID
+    series.SeriesInstanceUID, series.ReferencedSOPSequence = of.SeriesInstanceUID, [one]
+    evidence.StudyInstanceUID, evidence.ReferencedSeriesSequence = of.StudyInstanceUID, [series]
+    source = Path(get_testdata_file("reportsi.dcm") or "").read_bytes()
+    said = {"StudyInstanceUID": of.StudyInstanceUID, "CurrentRequestedProcedureEvidenceSequence": [evidence]}
+    report = changed(source, **said)
+    settings = archive(tmp_path)
+    land(settings, [of, new_member(report)])
+    with serving_web(settings) as web:
+        page.goto(f"http://127.0.0.1:{web.port}/#/study/{of.StudyInstanceUID}")
+        lines = page.get_by_role("region", name="Annotations").locator("tbody tr")
+        expect(lines).to_have_count(1)
+        expect(lines).to_contain_text("SR")
+        with page.expect_download() as started:
+            lines.get_by_role("button", name="Download").click()
+        assert started.value.suggested_filename.endswith(".dcm")
+        assert started.value.path().read_bytes() == report
 
 
 def test_the_state_of_the_archive(studies: Page, web: Web) -> None:
