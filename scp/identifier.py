@@ -83,7 +83,7 @@ def tag_of(name: str) -> int:
     """The tag of a keyword, or of a tag as text (0010,0020 or 00100020); raises QueryError."""
     if match := _TAG.fullmatch(name):
         return int(match[1] + match[2], 16)
-    if (tag := tag_for_keyword(name)) is not None:
+    if name and (tag := tag_for_keyword(name)) is not None:  # retired elements of PS3.6 have no keyword
         return tag
     near = difflib.get_close_matches(name, keyword_dict, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""

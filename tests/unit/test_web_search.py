@@ -102,6 +102,7 @@ def test_keys(web: Web, query: str, expected: bool) -> None:
         ("/studies?limit=1&limit=2", "limit stands twice"),
         ("/studies?count=1", "count must be"),
         ("/studies?asOf=yesterday", "neither a version"),
+        ("/studies?=0", "neither a DICOM keyword nor a tag"),
         ("/studies?includefield=All", "all is written in lower case"),
         ("/studies?fuzzymatching=True", "fuzzymatching must be true or false in lower case"),
         ("/studies?count=FALSE", "count must be true or false in lower case"),
