@@ -86,7 +86,7 @@ def tag_of(name: str) -> int:
     if name and (tag := tag_for_keyword(name)) is not None:  # retired elements of PS3.6 have no keyword
         return tag
     near = difflib.get_close_matches(name, keyword_dict, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
+    hint = f"; did you mean {near[0]}?" if any(near) else ""
     raise QueryError(f"{name!r} is neither a DICOM keyword nor a tag{hint}")
 
 
