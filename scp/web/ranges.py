@@ -16,6 +16,11 @@ def byte_range(request: Request, tag: str, length: int) -> tuple[int, int] | Non
     text = request.headers.get("range")
     if text is None or request.method != "GET" or request.headers.get("if-range", tag) != tag:
         return None
+    return named(text, length)
+
+
+def named(text: str, length: int) -> tuple[int, int]:
+    """Begin and end of the one range that a Range header names; raises HTTPException (416)."""
     found = re.fullmatch(r"bytes=([0-9]{0,15})-([0-9]{0,15})", text.strip(), re.ASCII)
     if not found or not (found[1] or found[2]):
         raise _refused("Range must be one range of bytes", length)

@@ -7,11 +7,13 @@ from itertools import pairwise
 from typing import Final
 from unittest.mock import patch
 
+from starlette.exceptions import HTTPException
+
 from sphere.scp.web import multipart_in
 from sphere.scp.web.accept import MediaRange, choose, parse
-from sphere.scp.web.bulk import _range
 from sphere.scp.web.multipart_in import Data, End, Head, MultipartReader
 from sphere.scp.web.problem import WebError
+from sphere.scp.web.ranges import named
 from sphere.scp.web.render import MAX_SIDE, fitted_size, parse_look
 
 BOUNDARY: Final = "B-1"
@@ -126,12 +128,14 @@ def parameters(data: bytes) -> None:
         elif kind == 1:
             parse_look({"window": text})
         elif kind == 2:
-            start, end = _range(text, width * height)
+            start, end = named(text, width * height)
             assert 0 <= start < end <= width * height
         else:
             assert choose(parse(text) or [MediaRange("*/*")], OFFERED) in OFFERED
     except WebError as error:
-        assert error.http in (400, 406, 416)
+        assert error.http in (400, 406)
+    except HTTPException as error:
+        assert (kind, error.status_code) == (2, 416)
 
 
 def _viewport(text: str, width: int, height: int) -> None:
