@@ -12,6 +12,12 @@ from sphere.ingest.storage import Entry, Storage, open_storage
 from sphere.ingest.storage.hdfs import HdfsAppender
 from tests.contract.backends import Backend, Hdfs, Local, WebHdfs
 
+REPORTED_S = 0.5
+"""Seconds in which every DataNode tells the NameNode of a closed block.
+
+HDFS closes a file as soon as one of them did: an append in between leaves the other's replica behind, and the append
+after that one fails (a bundle then goes on in another file).
+"""
 BAD_PATHS = ["/abs", "../up", "a/../b", "a//b", "./a", "a/.", "", "a\0b", "a/"]
 
 
@@ -79,6 +85,7 @@ class StorageContract(Backend):
     def test_append_goes_on_at_the_end(self, storage: Storage) -> None:
         storage.create("log").close()
         for word in (b"a", b"bc", b"def"):
+            time.sleep(REPORTED_S)
             appender = storage.append("log")
             appender.write([word])
             appender.close()
