@@ -24,14 +24,12 @@ _SQL: Mapping[str, str] = {
 }
 
 
-def roll_up_sql(
-    name: str, source: str, *, absent: Container[str] = (), narrow: bool = False, placed: bool = False
-) -> str:
+def roll_up_sql(name: str, source: str, *, absent: Container[str] = (), narrow: bool = False) -> str:
     """A SELECT that gives the rows of the roll-up `name` from the relation `source`, which has `source_columns`.
 
-    Attributes that are `absent` are null in every row of `source`: it need not have their columns. A `narrow` result
-    has them only where its patient key follows from them: each column costs DuckDB time, however few the rows. Where
-    `source` is `placed`, its column ``place`` numbers the rows in the order of the roll-up.
+    Attributes that are `absent` are null in every row of `source`: it need not have their columns. `narrow` is for few
+    rows, of which each column and sort costs DuckDB time all the same: the result has absent ones only where its
+    patient key follows from them, and `source` numbers its rows in the order of the roll-up (column ``place``).
     """
     roll_up = description(name)
     keys = ", ".join(f'"{key}"' for key in roll_up.keys)
@@ -42,7 +40,7 @@ def roll_up_sql(
         if column not in roll_up.keys and not (narrow and column in absent and column not in _KEYED)
     ]
     chosen += [f'{_sql(aggregate)} AS "{aggregate.column}"' for aggregate in roll_up.aggregates]
-    rows = source if placed else f"(SELECT *, row_number() OVER (ORDER BY {order}) AS place FROM {source})"
+    rows = source if narrow else f"(SELECT *, row_number() OVER (ORDER BY {order}) AS place FROM {source})"
     grouped = f"SELECT {keys}, {', '.join(chosen)} FROM {rows} GROUP BY {keys}"
     patient = f", {PATIENT_KEY_SQL.replace('AS STRING', 'AS VARCHAR')} AS patient_key" if name == "studies" else ""
     return f"SELECT *{patient} FROM ({grouped})"

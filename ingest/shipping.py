@@ -28,6 +28,7 @@ from sphere.ingest.recovery import recover, verify
 from sphere.ingest.spool import backlog, remove_empty_folders, spool_settings, spool_storage
 from sphere.ingest.storage import Readable, open_storage
 from sphere.ingest.storage.paths import TEMPORARY
+from sphere.ingest.watchdog import watched
 
 LOOK_S = 1.0  # seconds between looks at a spool with nothing to ship
 RETRY_S = 1.0, 30.0  # seconds before the next attempt after a failure: first, longest
@@ -213,7 +214,7 @@ def run_shipper(settings: Settings, stop: threading.Event, *, on_step: OnStep = 
     shipper = Shipper(settings, on_step=on_step, stopped=stop.is_set)
     state = serving.SpoolState()
     pause = RETRY_S[0]
-    with _watched(shipper), exclusive(settings):
+    with watched(lambda: shipper.alive_at, stuck_s=STUCK_S, work="shipping"), exclusive(settings):
         while not stop.is_set():
             done = shipper.round()
             if done.error:
@@ -222,25 +223,6 @@ def run_shipper(settings: Settings, stop: threading.Event, *, on_step: OnStep = 
             serving.write_spool(settings.archive.state_dir, state)
             stop.wait(pause if done.error else LOOK_S)
             pause = min(2 * pause, RETRY_S[1]) if done.error else RETRY_S[0]
-
-
-@contextmanager
-def _watched(shipper: Shipper) -> Iterator[None]:
-    """Meanwhile this process ends where the storage does not answer."""
-    over = threading.Event()
-    threading.Thread(target=_watch, args=(shipper, over), daemon=True, name="watch").start()
-    try:
-        yield
-    finally:
-        over.set()
-
-
-def _watch(shipper: Shipper, over: threading.Event) -> None:
-    while time.monotonic() - shipper.alive_at < STUCK_S:
-        if over.wait(1):
-            return
-    log.error("the storage has not answered for %.0f s: shipping begins anew", STUCK_S)
-    os._exit(1)
 
 
 def _after(before: serving.SpoolState, done: Shipped, settings: Settings) -> serving.SpoolState:

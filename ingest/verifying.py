@@ -12,7 +12,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from sphere.ingest.folders import SealedFolders
 from sphere.ingest.journal import Landed, journal_path
 from sphere.ingest.recovery import verify
 from sphere.ingest.storage import Entry, Readable, open_storage
+from sphere.ingest.watchdog import watched
 
 LOOK_S = 5.0  # seconds between looks for what was sealed
 AGAIN_S = 60.0  # seconds before a bundle that the storage did not give is tried again
@@ -271,7 +272,7 @@ def run_verifier(settings: Settings, stop: threading.Event) -> None:
     _stand_back()
     with closing(Checked(settings.archive.state_dir)) as checked:
         verifier = Verifier(settings, checked, stop)
-        with _watched(verifier.storage):
+        with watched(lambda: verifier.storage.alive_at, stuck_s=STUCK_S, work="reading back"):
             while not stop.is_set():
                 try:
                     verifier.round()
@@ -289,22 +290,3 @@ def _stand_back() -> None:
 
     with suppress(OSError, AttributeError, psutil.Error):
         psutil.Process().ionice(psutil.IOPRIO_CLASS_IDLE)
-
-
-@contextmanager
-def _watched(storage: Paced) -> Iterator[None]:
-    """Meanwhile this process ends where the storage does not answer."""
-    over = threading.Event()
-
-    def watch() -> None:
-        while time.monotonic() - storage.alive_at < STUCK_S:
-            if over.wait(1):
-                return
-        log.error("the storage has not answered for %.0f s: reading back begins anew", STUCK_S)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True, name="watch").start()
-    try:
-        yield
-    finally:
-        over.set()

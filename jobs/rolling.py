@@ -101,7 +101,7 @@ def _narrow(name: str, rows: pa.Table) -> pa.Table:
         return schema.empty_table()
     absent = () if name == "patients" else _OPTIONAL.difference(rows.column_names)
     ordered = rows.sort_by([(column, "ascending") for column in description(name).order])
-    found = _placed(ordered, roll_up_sql(name, "source", absent=absent, narrow=True, placed=True))
+    found = _placed(ordered, roll_up_sql(name, "source", absent=absent, narrow=True))
     there = set(found.column_names)
     return shaped(found, pa.schema([field for field in schema if field.name in there]))
 
@@ -116,9 +116,7 @@ def grow(name: str, before: pa.Table, more: pa.Table) -> pa.Table:
 def _placed(ordered: pa.Table, statement: str) -> pa.Table:
     """What a statement gives of "source", which has a column of its rows' places."""
     with _database().cursor() as db:
-        db.execute(
-            "PRAGMA disable_optimizer"
-        )  # to plan one scan and one aggregate better takes longer than to run them
+        db.execute("PRAGMA disable_optimizer")  # it takes longer than one scan and one aggregate do
         db.register("source", ordered.append_column("place", pa.array(range(len(ordered)))))
         found = db.execute(statement).to_arrow_table()
         assert found is not None  # a SELECT has a result

@@ -6,8 +6,6 @@ goes with it, or "shared", the JVM of the process that started it (`environment`
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
 
 from pyspark import SparkConf, SparkContext
@@ -17,19 +15,13 @@ from pyspark.sql import SparkSession
 from sphere.conf.settings import Settings
 from sphere.jobs.extract import run
 from sphere.jobs.session import spark_session
+from tests.support.dying import killed_at
 
 
 def main() -> None:
     """Run, and die on the way."""
     settings = Settings.model_validate_json(sys.argv[1])
-    step, left = sys.argv[2], int(sys.argv[3])
-
-    def on_step(name: str, *_: object) -> None:
-        nonlocal left
-        left -= name == step
-        if name == step and not left:
-            os.kill(os.getpid(), signal.SIGKILL)
-
+    on_step = killed_at(sys.argv[2], int(sys.argv[3]))
     own = sys.argv[4] == "own"
     run(spark_session(settings, app_name="extract until") if own else attached(), settings, on_step=on_step)
 

@@ -30,12 +30,6 @@ def call(*arguments: str | Path, config: Path | None = None) -> Result:
     return CliRunner().invoke(main, [*before, *map(str, arguments)])
 
 
-@pytest.fixture
-def config(tmp_path: Path) -> Path:
-    assert call("init", tmp_path / "archive").exit_code == 0
-    return tmp_path / "archive" / "sphere.toml"
-
-
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_has_help_with_an_example(verb: str) -> None:
     result = call(verb, "--help")

@@ -23,12 +23,6 @@ pytestmark = pytest.mark.unit
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> Path:
-    assert CliRunner().invoke(main, ["init", str(tmp_path / "archive")]).exit_code == 0
-    return tmp_path / "archive" / "sphere.toml"
-
-
-@pytest.fixture
 def settings(config: Path) -> Settings:
     return load(config, environ={})
 

@@ -21,12 +21,6 @@ pytestmark = pytest.mark.unit
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> Path:
-    assert CliRunner().invoke(main, ["init", str(tmp_path / "archive")]).exit_code == 0
-    return tmp_path / "archive" / "sphere.toml"
-
-
-@pytest.fixture
 def records(config: Path) -> list[MemberRecord]:
     """Three instances of one study, and two of another patient's, none of them extracted."""
     theirs = [changed(data, PatientID="4711", StudyInstanceUID="1.2.840.99") for data in slices(2, seed=2, study=1)]

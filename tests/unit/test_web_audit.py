@@ -1,29 +1,36 @@
-"""What is recorded of retrievals over HTTP: who had what, how much of it, when, and whether all of it went out."""
+"""What is recorded of requests over HTTP: who asked and had what, how much of it, when, and whether all went out."""
 
 from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import orjson
 import pytest
 from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError
+from starlette.testclient import TestClient
 
-from sphere.catalog.audit import FOLDER, MAX_TEXT, told
-from sphere.conf.settings import Settings
+from sphere.catalog.answer import Match
+from sphere.catalog.audit import FOLDER, MAX_TEXT, AuditJournal, told
+from sphere.catalog.query import Key
+from sphere.conf.errors import StorageError
+from sphere.conf.settings import Settings, from_dict
 from sphere.ingest.storage import open_storage
 from sphere.jobs import audit
+from sphere.scp.web.app import make_app
 from sphere.scp.web.protocol import MAX_HEAD
+from sphere.scp.web.server import services_of
 from sphere.scp.web.tokens import Tokens
 from tests.support.extracted import extract
 from tests.support.landing import archive, changed, land, new_member, slices, table_rows
+from tests.support.oidc import KEY, bearer, jwks
 from tests.support.web import serving_web, until_closed
-from tests.unit.test_web_access import KEY, bearer, jwks
 
 pytestmark = pytest.mark.unit
 
@@ -181,3 +188,112 @@ def test_no_log_of_the_server_names_anybody(tmp_path: Path, caplog: pytest.LogCa
     told = [one.getMessage() for one in caplog.records if one.name.partition(".")[0] not in ("httpx", "httpcore")]
     assert told, "something is logged at all"
     assert not [line for line in told if "Secret" in line]
+
+
+def test_every_request_that_touches_data_is_recorded(tmp_path: Path) -> None:
+    settings = from_dict({}, base=tmp_path)
+    with services_of(settings) as services:
+        client = TestClient(make_app(settings, services), client=("127.0.0.1", 1), base_url="http://localhost")
+        client.get("/dicom-web/studies?PatientID=AUDIT-1")
+        client.get("/dicom-web/studies?Nonsense=1")
+        client.get("/healthz")
+        client.get("/dicom-web/studies/1.2.3/metadata", headers={"authorization": "Bearer x"})
+        client.get("/wado")
+        client.get("/status/peers")
+        client.get("/status/arrivals")
+        client.get("/status/quarantine", headers={"authorization": "Bearer x"})
+    storage = open_storage(settings.storage.root)
+    lines = [line for entry in storage.walk(FOLDER) for line in storage.read(entry.path).splitlines()]
+    records = [orjson.loads(line) for line in lines]
+    assert [one["path"].split("/")[1] for one in records] == ["dicom-web"] * 3 + ["wado", "status", "status"]
+    done, _, refused, failed = records[:4]
+    assert "AUDIT-1" in done["query"]
+    assert (done["who"], done["role"], done["address"], done["entities"]) == ("local", "admin", "127.0.0.1", 0)
+    assert (done["method"], done["path"], done["status"]) == ("GET", "/dicom-web/studies", 204)
+    assert (refused["who"], refused["status"]) == ("", 401)
+    assert failed["status"] == 400
+    assert [one["outcome"] for one in records] == ["done", "failed", "refused", "failed", "done", "refused"]
+
+
+class Many:
+    """A catalog of 450 studies."""
+
+    def find(self, query: Any, **_: Any) -> Iterator[Match]:
+        key = Key(0x0020000D, "StudyInstanceUID", "UI")
+        yield from (Match("STUDY", (key,), {key.tag: f"1.2.{number}"}, {}, "SPHERE") for number in range(450))
+
+
+def test_all_that_a_search_gave_is_recorded(tmp_path: Path) -> None:
+    """Not the first page of it only."""
+    settings = from_dict({}, base=tmp_path)
+    with services_of(settings) as services:
+        app = make_app(settings, replace(services, finder=cast(Any, Many())))
+        client = TestClient(app, client=("127.0.0.1", 1), base_url="http://localhost")
+        assert len(client.get("/dicom-web/studies").json()) == 450
+        assert len(client.get("/dicom-web/studies?offset=440").json()) == 10
+    storage = open_storage(settings.storage.root)
+    lines = [line for entry in storage.walk(FOLDER) for line in storage.read(entry.path).splitlines()]
+    assert [orjson.loads(line)["entities"] for line in lines] == [450, 10]
+
+
+def test_logs_name_nobody(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is asked for, and whatever goes wrong, a defect of ours too."""
+    settings = from_dict({}, base=tmp_path)
+    caplog.set_level("DEBUG", "sphere")
+    multipart = {"content-type": 'multipart/related; type="application/dicom+json"; boundary=B'}
+    wrong = {"00100010": {"vr": "PN", "Value": [{"Alphabetic": "Secret^Name"}]}, "00100020": {"vr": "US"}}
+    body = b"--B\r\nContent-Type: application/dicom+json\r\n\r\n" + orjson.dumps([wrong]) + b"\r\n--B--\r\n"
+    with services_of(settings) as services:
+        app = make_app(settings, services)
+        client = TestClient(app, client=("127.0.0.1", 1), base_url="http://localhost", raise_server_exceptions=False)
+        client.get("/dicom-web/studies?PatientName=Secret*")
+        client.get("/dicom-web/studies?PatientBirthDate=Secret")
+        assert client.post("/dicom-web/studies", content=body, headers=multipart).status_code == 409
+        monkeypatch.setattr(services.finder, "find", lambda *_, **__: {}["Secret"])
+        assert client.get("/dicom-web/studies?PatientName=Secret*").status_code == 500
+    assert "not stored" in caplog.text and "request failed: KeyError" in caplog.text
+    assert "Secret" not in caplog.text
+
+
+def test_what_is_done_to_annotations_is_recorded(tmp_path: Path) -> None:
+    settings = from_dict({}, base=tmp_path)
+    with services_of(settings) as services:
+        client = TestClient(make_app(settings, services), client=("127.0.0.1", 1), base_url="http://localhost")
+        made = client.post("/annotations?uid=1.2.3&level=study&allow_unknown=true", content=b"AUDIT-2").json()
+        one = f"/annotations/{made['id']}"
+        statuses = [client.put(one, content=b"AUDIT-3").status_code, client.get(f"{one}/file").status_code]
+        statuses += [client.delete(one).status_code, client.get("/annotations?uid=1.2.3").status_code]
+        statuses.append(client.delete(one).status_code)
+        refused = client.delete(one, headers={"authorization": "Bearer x"}).status_code
+    storage = open_storage(settings.storage.root)
+    lines = [line for entry in storage.walk(FOLDER) for line in storage.read(entry.path).splitlines()]
+    records = [orjson.loads(line) for line in lines]
+    assert (statuses, refused) == ([200, 200, 204, 200, 404], 401)
+    told = [(record["method"], record["path"], record["status"], record["outcome"]) for record in records]
+    assert told == [
+        ("POST", "/annotations", 201, "done"),
+        ("PUT", one, 200, "done"),
+        ("GET", f"{one}/file", 200, "done"),
+        ("DELETE", one, 204, "done"),
+        ("GET", "/annotations", 200, "done"),
+        ("DELETE", one, 404, "failed"),
+        ("DELETE", one, 401, "refused"),
+    ]
+    assert [record["entities"] for record in records] == [1, 1, 1, 1, 0, 0, 0]
+    assert records[2]["bytes"] == len(b"AUDIT-3")
+    assert [record["who"] for record in records] == ["local"] * 6 + [""]
+    assert not any(b"AUDIT-" in line for line in lines)  # no content
+
+
+def test_records_outlive_a_storage_that_is_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = open_storage(f"file:{tmp_path}/root")
+
+    def away(path: str) -> Any:
+        raise StorageError("away")
+
+    monkeypatch.setattr(storage, "create", away)
+    journal = AuditJournal(storage, tmp_path / "state" / "audit.jsonl")
+    journal.add(who="anna")
+    journal.close()
+    [line] = (tmp_path / "state" / "audit.jsonl").read_bytes().splitlines()
+    assert orjson.loads(line)["who"] == "anna"
