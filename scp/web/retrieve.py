@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import closing
 
 from pydicom.uid import UID
@@ -61,8 +61,8 @@ def answer(archive: Archive, request: Request, instances: Sequence[StoredInstanc
     """The instances in one body."""
     ranges = accepted(request)
     single = len(instances) == 1 and _wants_single(ranges)
-    wanted = _wanted(ranges)
-    sent = [(one, syntax) for one in instances if (syntax := route(one, wanted))]
+    wanted, refused = _wanted(ranges), _refused(ranges)
+    sent = [(one, syntax) for one in instances if (syntax := route(one, wanted, refused))]
     request.state.found = len(sent)
     if not sent:
         stored = ", ".join(sorted({syntax_of(one) for one in instances}))
@@ -74,7 +74,8 @@ def answer(archive: Archive, request: Request, instances: Sequence[StoredInstanc
     if all(syntax == syntax_of(one) for one, syntax in sent):
         headers["Content-Length"] = str(_length([one for one, _ in sent], single=single))
     elif len(instances) == 1:
-        return _one_converted(archive, *sent[0], headers, single=single, lenient="" in wanted)
+        lenient = "" in wanted and syntax_of(instances[0]) not in refused
+        return _one_converted(archive, *sent[0], headers, single=single, lenient=lenient)
     if len(sent) < len(instances):
         headers["Warning"] = f'299 SPHERE "{len(instances) - len(sent)} instances cannot be had as accepted"'
     status = 200 if len(sent) == len(instances) else 206  # PS3.18 Table 10.4.3-1
@@ -123,26 +124,43 @@ def _wanted(ranges: Sequence[MediaRange]) -> list[str]:
     """Transfer syntaxes by preference: "*" for any, "" where the range names none (PS3.18 8.7.3.5)."""
     wanted: list[str] = []
     for one in ranges:
-        kind = one.parameters.get("type", DICOM) if one.type == "multipart/related" else one.type
-        if one.quality and MediaRange(kind.lower()).covers(DICOM):
+        if one.quality and _kind(one).covers(DICOM):
             everything = one.type in ("*/*", "application/*")
             wanted.append(one.parameters.get("transfer-syntax", "*" if everything else ""))
     return wanted
 
 
-def route(instance: StoredInstance, wanted: Sequence[str]) -> str | None:
+def _refused(ranges: Sequence[MediaRange]) -> set[str]:
+    """Transfer syntaxes that are named as not acceptable (RFC 9110 12.4.2), whatever other ranges cover them."""
+    named = {
+        one.parameters.get("transfer-syntax", "") for one in ranges if not one.quality and _kind(one).covers(DICOM)
+    }
+    return named - {"", "*"}
+
+
+def _kind(one: MediaRange) -> MediaRange:
+    """The range of the parts' type, where it is of a body of parts."""
+    kind = one.parameters.get("type", DICOM) if one.type == "multipart/related" else one.type
+    return MediaRange(kind.lower())
+
+
+def route(instance: StoredInstance, wanted: Sequence[str], refused: Collection[str] = ()) -> str | None:
     """The transfer syntax in which an instance goes out; None where it cannot be had in any that is wanted.
 
     Where none is named it is Explicit VR Little Endian, if the instance can be had in it.
     """
     stored = syntax_of(instance)
+    offered: list[str] = [stored, *(TARGETS if stored in CONVERTIBLE else ())]
     for syntax in wanted:
-        if syntax in ("*", stored):
-            return stored
-        if not syntax:
-            return EXPLICIT if stored in CONVERTIBLE else stored
-        if syntax in TARGETS and stored in CONVERTIBLE:
-            return syntax
+        if syntax == "*":
+            choice = offered
+        elif not syntax:
+            choice = [EXPLICIT, stored] if EXPLICIT in offered else [stored]
+        else:
+            choice = [syntax] if syntax in offered else []
+        for one in choice:
+            if one not in refused:
+                return one
     return None
 
 

@@ -33,6 +33,7 @@ pytestmark = pytest.mark.unit
 
 AS_STORED = 'multipart/related; type="application/dicom"; transfer-syntax=*'
 EXPLICIT = "1.2.840.10008.1.2.1"
+IMPLICIT = "1.2.840.10008.1.2"
 LOSSY = "1.2.840.10008.1.2.4.51"
 FILES = Path(pydicom.__file__).parent / "data" / "test_files"
 
@@ -150,6 +151,19 @@ def test_of_several_transfer_syntaxes_the_best_that_can_be_had(web: Web, accept:
             data = response.content if kind.startswith("application") else parts(response)[0][1]
             assert pydicom.dcmread(io.BytesIO(data)).file_meta.TransferSyntaxUID == given
             assert given != LOSSY or data == one.data
+
+
+@pytest.mark.parametrize("everything", ["*/*", "application/*; q=0.1", AS_STORED])
+def test_a_transfer_syntax_that_is_refused_by_name_is_not_given(web: Web, everything: str) -> None:
+    one = SAMPLES["JPEG-lossy.dcm"]
+    for kind in ("application/dicom", 'multipart/related; type="application/dicom"'):
+        response = web.get(one.path, headers={"accept": f"{kind}; transfer-syntax={LOSSY}; q=0, {everything}"})
+        assert response.status_code == 200, response.text
+        data = parts(response)[0][1]
+        assert pydicom.dcmread(io.BytesIO(data)).file_meta.TransferSyntaxUID == EXPLICIT
+    both = f"application/dicom; transfer-syntax={EXPLICIT}; q=0, {kind}; transfer-syntax={IMPLICIT}; q=0"
+    refused = f"{both}, {kind}; transfer-syntax={LOSSY}; q=0, {everything}"
+    assert web.get(one.path, headers={"accept": refused}).status_code == 406
 
 
 @pytest.mark.parametrize(
