@@ -6,6 +6,7 @@ docs/decisions/0012-policy.md). The header is read only where a rule that could 
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 import ipaddress
 import re
@@ -156,7 +157,7 @@ class Conditions:
 
     def __init__(self, where: str, condition: Condition, callers: CallingPolicy) -> None:
         """Raises SettingsError for a key that cannot be matched; `where` names the table."""
-        self._tests: list[Callable[[Incoming], bool]] = list(_plain_tests(condition, callers))
+        self._tests: list[Callable[[Incoming], bool]] = list(_plain_tests(where, condition, callers))
         alternatives = _predicates(where, condition)
         if alternatives:
             self._tests.append(lambda one: all(_any_holds(found, one.header) for found in alternatives))
@@ -166,7 +167,7 @@ class Conditions:
         return all(test(one) for test in self._tests)
 
 
-def _plain_tests(condition: Condition, callers: CallingPolicy) -> Iterator[Callable[[Incoming], bool]]:
+def _plain_tests(where: str, condition: Condition, callers: CallingPolicy) -> Iterator[Callable[[Incoming], bool]]:
     """Tests of what is known without the header."""
     if condition.via:
         yield lambda one: one.via in condition.via
@@ -174,10 +175,10 @@ def _plain_tests(condition: Condition, callers: CallingPolicy) -> Iterator[Calla
         calling = _wild(condition.calling_ae)
         yield lambda one: calling(one.calling_ae)
     if condition.sop_class:
-        sop_class = _wild(tuple(map(_uid, condition.sop_class)))
+        sop_class = _wild(_uids(f"{where}.sop_class", condition.sop_class))
         yield lambda one: sop_class(one.sop_class)
     if condition.transfer_syntax:
-        transfer_syntax = _wild(tuple(map(_uid, condition.transfer_syntax)))
+        transfer_syntax = _wild(_uids(f"{where}.transfer_syntax", condition.transfer_syntax))
         yield lambda one: transfer_syntax(one.transfer_syntax)
     if condition.address:
         networks = [ipaddress.ip_network(text, strict=False) for text in condition.address]
@@ -195,11 +196,17 @@ def _name(peer: Peer | None) -> str:
     return peer.name if peer else ""
 
 
-def _uid(text: str) -> str:
-    """A UID of the keyword that PS3.6 Annex A gives it, or the text as it is: a UID or a wild card pattern."""
-    return _UIDS.get(text, text)
+def _uids(where: str, texts: Sequence[str]) -> tuple[str, ...]:
+    """The UIDs of keywords (PS3.6 Annex A); UIDs and patterns of them as they are. Raises SettingsError for others."""
+    for text in texts:
+        if text not in _UIDS and not _UID_PATTERN.fullmatch(text):
+            near = difflib.get_close_matches(text, _UIDS, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise SettingsError(f"{where}: {text!r} is no keyword, UID or UID with wild cards{hint}")
+    return tuple(_UIDS.get(text, text) for text in texts)
 
 
+_UID_PATTERN = re.compile(r"[0-9.*?]+")
 _UIDS: Mapping[str, str] = {entry[4]: uid for uid, entry in UID_dictionary.items() if entry[4]}
 
 
@@ -213,6 +220,8 @@ def _is_within(address: str, networks: Sequence[Any]) -> bool:
 
 def _predicates(where: str, rule: Condition) -> list[list[Predicate]]:
     """For each key of the header the predicates of which one must hold; raises SettingsError."""
+    if rule.modality and "Modality" in rule.keys:
+        raise SettingsError(f"{where}: `modality` and the key Modality are the same; give one of them")
     keys = {**({"Modality": rule.modality} if rule.modality else {}), **rule.keys}
     found = []
     for name, values in keys.items():

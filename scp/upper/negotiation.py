@@ -28,7 +28,12 @@ from sphere.scp.upper.messages import Context
 from sphere.scp.upper.protocol import PDU_HEADER, Rejection, Violation
 
 FIXED: Final = 68  # bytes of an A-ASSOCIATE-RQ between its header and its variable items (PS3.8 Table 9-11)
-PRESENTATION_CONTEXT, USER_INFORMATION = 0x20, 0x50  # item types that have sub-items
+APPLICATION_CONTEXT, PRESENTATION_CONTEXT, USER_INFORMATION = 0x10, 0x20, 0x50  # item types
+SUB_ITEMS: Final = {  # that are understood; of user identity (0x58, PS3.7 D.3.3.7) we know none, and may be silent
+    PRESENTATION_CONTEXT: (0x30, 0x40),
+    USER_INFORMATION: (0x51, 0x52, 0x53, 0x54, 0x55, 0x56, 0x57),
+}
+AE_TITLES: Final = slice(4, 20), slice(20, 36)  # bytes of the called and of the calling one
 MAX_CONTEXTS: Final = 128  # odd ids of one byte (PS3.8 9.3.2.2)
 MAX_SYNTAXES: Final = 128  # sub-items of one context; PS3.6 knows some 60 transfer syntaxes
 MAX_USER_ITEMS: Final = 2048  # sub-items of the user information
@@ -59,10 +64,15 @@ class Agreement:
 
 def read_request(body: memoryview) -> Proposal:
     """Decode an A-ASSOCIATE-RQ without its header; raises Violation, and Rejection when we cannot take it."""
-    _check_items(body)
+    understood = _understood(body)
+    for place, rejection in zip(
+        AE_TITLES, (protocol.CALLED_AE_NOT_RECOGNIZED, protocol.CALLING_AE_NOT_RECOGNIZED), strict=True
+    ):
+        if not understood[place].strip():
+            raise Rejection(*rejection)
     pdu = A_ASSOCIATE_RQ()
     try:
-        pdu.decode(PDU_HEADER.pack(protocol.ASSOCIATE_RQ, len(body)) + bytes(body))
+        pdu.decode(PDU_HEADER.pack(protocol.ASSOCIATE_RQ, len(understood)) + understood)
         primitive = pdu.to_primitive()
     except Exception as error:  # noqa: BLE001  pynetdicom raises whatever the bytes make of it
         raise _invalid(f"A-ASSOCIATE-RQ ({type(error).__name__})") from None
@@ -165,17 +175,39 @@ def _granted(extensions: dict[str, bytes]) -> Iterator[Any]:
         yield item
 
 
-def _check_items(body: memoryview) -> None:
-    """Refuse more items than an honest peer sends, before objects are made of them."""
+def _understood(body: memoryview) -> bytes:
+    """The A-ASSOCIATE-RQ without items that nobody here knows, which are to be ignored (PS3.8 9.3.1).
+
+    More items than an honest peer sends are refused before objects are made of them.
+    """
     if len(body) < FIXED:
         raise _invalid("an A-ASSOCIATE-RQ that is cut off")
-    found = 0
+    kept, found = [bytes(body[:FIXED])], 0
     for kind, item in _items(body[FIXED:]):
         found += kind == PRESENTATION_CONTEXT
-        limit = {PRESENTATION_CONTEXT: MAX_SYNTAXES, USER_INFORMATION: MAX_USER_ITEMS}.get(kind)
-        inner = item[4:] if kind == PRESENTATION_CONTEXT else item
-        if found > MAX_CONTEXTS or (limit is not None and sum(1 for _ in _items(inner)) > limit):
+        if found > MAX_CONTEXTS:
             raise _invalid("an A-ASSOCIATE-RQ with items without end")
+        if kind in SUB_ITEMS:
+            kept.append(_item(kind, _with_known(kind, item)))
+        elif kind == APPLICATION_CONTEXT:
+            kept.append(_item(kind, item))
+    return b"".join(kept)
+
+
+def _with_known(kind: int, item: memoryview) -> bytes:
+    """The value of an item with those of its sub-items alone that are understood."""
+    begin, limit = (4, MAX_SYNTAXES) if kind == PRESENTATION_CONTEXT else (0, MAX_USER_ITEMS)
+    kept = [bytes(item[:begin])]
+    for number, (sub_kind, value) in enumerate(_items(item[begin:])):
+        if number >= limit:
+            raise _invalid("an A-ASSOCIATE-RQ with items without end")
+        if sub_kind in SUB_ITEMS[kind]:
+            kept.append(_item(sub_kind, value))
+    return b"".join(kept)
+
+
+def _item(kind: int, value: bytes | memoryview) -> bytes:
+    return _ITEM.pack(kind, len(value)) + value
 
 
 def _items(data: memoryview) -> Iterator[tuple[int, memoryview]]:

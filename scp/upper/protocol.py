@@ -79,6 +79,7 @@ class Rejection(Exception):
 
 APPLICATION_CONTEXT_NOT_SUPPORTED: Final = (1, 1, 2)  # permanent, by the service user
 CALLING_AE_NOT_RECOGNIZED: Final = (1, 1, 3)
+CALLED_AE_NOT_RECOGNIZED: Final = (1, 1, 7)
 PROTOCOL_VERSION_NOT_SUPPORTED: Final = (1, 2, 2)  # permanent, by the provider (ACSE)
 LOCAL_LIMIT_EXCEEDED: Final = (2, 3, 2)  # transient, by the provider (presentation)
 

@@ -68,7 +68,10 @@ class Plain:
 
 
 class Tls:
-    """TLS, on a socket that never blocks: what OpenSSL has to wait for is waited for here, for TICK_S."""
+    """TLS, on a socket that never blocks: what OpenSSL has to wait for is waited for here, for TICK_S in all.
+
+    Bytes of a record that is not complete are no progress: who sends them one by one is as silent as who sends none.
+    """
 
     def __init__(self, sock: socket.socket, context: ssl.SSLContext, *, server_name: str | None = None) -> None:
         """`server_name` is what the acceptor is called, None where we are the acceptor. Raises OSError."""
@@ -82,12 +85,13 @@ class Tls:
 
     def handshake(self) -> None:
         """See Transport."""
+        until = time.monotonic() + TICK_S
         try:
             self._sock.do_handshake()
         except ssl.SSLWantReadError:
-            self._wait(select.POLLIN)
+            self._wait(select.POLLIN, until)
         except ssl.SSLWantWriteError:
-            self._wait(select.POLLOUT)
+            self._wait(select.POLLOUT, until)
         else:
             return
         raise BlockingIOError
@@ -96,27 +100,28 @@ class Tls:
         """See Transport."""
         if QUICKACK is not None:
             self._sock.setsockopt(socket.IPPROTO_TCP, QUICKACK, 1)
+        until = time.monotonic() + TICK_S
         while True:
             try:
                 return self._sock.recv_into(view)
             except ssl.SSLWantReadError:
-                if not wait or not self._wait(select.POLLIN):
+                if not wait or not self._wait(select.POLLIN, until):
                     raise BlockingIOError from None
             except ssl.SSLWantWriteError:
-                if not self._wait(select.POLLOUT):
+                if not self._wait(select.POLLOUT, until):
                     raise BlockingIOError from None
 
     def send(self, parts: Sequence[memoryview]) -> int:
         """See Transport. After BlockingIOError it has to be called with the same bytes."""
-        data = _joined(parts)
+        data, until = _joined(parts), time.monotonic() + TICK_S
         while True:
             try:
                 return self._sock.send(data)
             except ssl.SSLWantWriteError:
-                if not self._wait(select.POLLOUT):
+                if not self._wait(select.POLLOUT, until):
                     raise BlockingIOError from None
             except ssl.SSLWantReadError:
-                if not self._wait(select.POLLIN):
+                if not self._wait(select.POLLIN, until):
                     raise BlockingIOError from None
 
     def close(self, *, linger: bool = False) -> None:
@@ -125,9 +130,13 @@ class Tls:
             self._sock.unwrap()
         _close(self._sock, linger)
 
-    def _wait(self, event: int) -> bool:
+    def _wait(self, event: int, until: float) -> bool:
+        """Whether it came to that in time; the time is of the monotonic clock."""
+        left_s = until - time.monotonic()
+        if left_s <= 0:
+            return False
         self._poll.modify(self._sock.fileno(), event)
-        return bool(self._poll.poll(1000 * TICK_S))
+        return bool(self._poll.poll(1000 * left_s))
 
 
 def _joined(parts: Sequence[memoryview]) -> bytes | memoryview:

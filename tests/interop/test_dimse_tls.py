@@ -212,6 +212,29 @@ def test_handshakes_that_are_not_finished_hold_up_nobody(receiver: Receiver, key
     logged(receiver, "TLS handshake takes too long", 20)
 
 
+def test_bytes_of_a_record_without_end_are_no_progress(receiver: Receiver, keys: Keys) -> None:
+    """After the handshake, one byte after another of the record that holds an A-ASSOCIATE-RQ: closed after ARTIM."""
+    context = ssl.create_default_context(cafile=str(keys.ca.path))
+    context.load_cert_chain(str(keys.theirs.path), str(keys.theirs.key))
+    coming, going = ssl.MemoryBIO(), ssl.MemoryBIO()
+    tls = context.wrap_bio(coming, going, server_hostname="127.0.0.1")
+    with socket.create_connection(("127.0.0.1", receiver.settings.dimse.tls_port), timeout=30) as connection:
+        while True:
+            try:
+                tls.do_handshake()
+                break
+            except ssl.SSLWantReadError:
+                connection.sendall(going.read())
+                coming.write(connection.recv(1 << 16))
+        connection.sendall(going.read())
+        tls.write(bytes(12_000))
+        with pytest.raises(OSError, match=r"reset|pipe"):
+            for byte in going.read():  # ten minutes long
+                connection.sendall(bytes((byte,)))
+                time.sleep(0.05)
+    logged(receiver, "the peer is silent", 1)
+
+
 def logged(receiver: Receiver, text: str, times: int) -> str:
     """The log, as soon as `text` is in it so many times: associations are logged when they are over."""
     deadline = time.monotonic() + 20

@@ -148,6 +148,12 @@ def test_fragments_and_files_are_read_as_one(data: bytes, tmp_path: Path, cut: i
         ({"action": "accept", "keys": {"StudyDate": "yesterday"}}, "rules.0.keys: StudyDate: is not a date"),
         ({"action": "accept", "keys": {"ModalitiesInStudy": "CT"}}, "ModalitiesInStudy .* no instance has"),
         ({"action": "accept", "keys": {"PatientID": "*"}}, "rules.0.keys: PatientID: .* matches everything"),
+        ({"action": "accept", "sop_class": "CTImageStorag"}, "rules.0.sop_class: .* did you mean CTImageStorage"),
+        ({"action": "accept", "transfer_syntax": "jpeg"}, "rules.0.transfer_syntax: 'jpeg' is no keyword"),
+        (
+            {"action": "accept", "modality": "US", "keys": {"Modality": "CT"}},
+            "rules.0: `modality` and the key Modality",
+        ),
     ],
 )
 def test_bad_rules_are_named(rule: dict[str, Any], message: str) -> None:
