@@ -5,8 +5,7 @@ BIN := $(VENV)/bin
 PINS := setup.cfg pyproject.toml constraints.txt conf/jars.toml
 EXIT ?=
 PORT ?= 0
-LANES := -n 3 --dist loadgroup --no-loadscope-reorder  # workers, which wait much; who runs what: tests/support/lanes.py
-export PYTHONDONTWRITEBYTECODE ?= 1
+LANES := -n 4 --dist loadgroup --no-loadscope-reorder  # workers, which wait much; who runs what: tests/support/lanes.py
 
 .PHONY: bench-growth bench-files bench-matching help demo viewer test lint unit bench bench-landing bench-policy bench-retrieve bench-query bench-web fuzz hdfs setup clean
 
@@ -21,8 +20,10 @@ viewer: $(VENV)/.ready ## fetch the OHIF viewer, shown under /viewer; needs npm
 	@$(BIN)/python -m sphere.conf.viewer
 
 test: $(VENV)/.ready-test ## set up, then every check and test (SPHERE_REQUIRE_ALL=1: a missing tool is a failure)
-	@$(BIN)/python -m tests.support.install
-	$(MAKE) --no-print-directory lint
+	@# beside each other: programs of others, bytecode for the hundreds of processes that are started, lint
+	@$(BIN)/python -m tests.support.install & tools=$$!; \
+	($(BIN)/python -m compileall -q sphere tests/support tests/bench; $(BIN)/python -m pytest --collect-only -q >/dev/null) & \
+	$(MAKE) --no-print-directory lint; lint=$$?; wait $$tools && wait && exit $$lint
 	$(BIN)/python -m pytest $(LANES) $(PYTEST)
 
 unit: $(VENV)/.ready-test ## the tests that need neither Java nor servers of others
@@ -89,3 +90,4 @@ $(VENV)/.ready-test: $(PINS)
 
 clean: ## remove the virtual environment and what demos left
 	rm -rf $(VENV) .demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +

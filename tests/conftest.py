@@ -15,7 +15,7 @@ from tests.support.spark import spark
 
 pytest_plugins = ["tests.support.lanes"]
 
-# one cluster and one Spark for the whole run; what pages are tested with
+# one cluster and one Spark for all tests of a process; what pages are tested with
 __all__ = ["browsed", "browser", "expendable_hdfs_cluster", "hdfs_cluster", "page", "spark"]
 
 CORPUS = Path(os.environ.get("SPHERE_TEST_CORPUS") or Path(__file__).parent.parent / "../shared/data/dicom")

@@ -30,14 +30,13 @@ from tests.support.landing import (
     slices,
     table_rows,
 )
-from tests.support.spark import QUICK_START
 from tests.support.tombs import delete, restore
 
 pytestmark = [pytest.mark.faults, pytest.mark.spark]
 
 SECTIONS: dict[str, Any] = {
     "ingest": {"on_conflict": "replace"},
-    "spark": {"master": "local[1]", "driver_memory": "512m", "conf": QUICK_START},
+    "spark": {"master": "local[1]", "driver_memory": "512m"},
 }
 OWN_JVM = {("headers", 2), ("instances", 1), ("replace", 1), ("bundles", 1)}
 """Steps whose run has a JVM that goes with it; the others' is a second driver of the tests' session, there at once."""

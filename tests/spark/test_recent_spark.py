@@ -52,8 +52,10 @@ class Watch:
         self._number = count()
         self._writer = BundleWriter(open_storage(settings.storage.root), settings)
         self._expected: dict[str, Any] = {}
+        self._on_disk: dict[str, tuple[int, int]] = {}
         self.open = [QueryService(settings), QueryService(self._beside())]
         self.seen: list[str] = []
+        self.opened = 0
         self.arriving: list[tuple[bytes, float]] = []
 
     def close(self) -> None:
@@ -90,8 +92,17 @@ class Watch:
         expected = self.expected()
         for service in self.open:
             assert answers(service) == expected, f"open since before, {step}"
-        with QueryService(self._beside()) as service:
-            assert answers(service) == expected, f"opened now, {step}"
+        before, self._on_disk = self._on_disk, self.on_disk()
+        if before != self._on_disk:  # a service that is opened now knows nothing else
+            with QueryService(self._beside()) as service:
+                assert answers(service) == expected, f"opened now, {step}"
+            self.opened += 1
+
+    def on_disk(self) -> dict[str, tuple[int, int]]:
+        """Every file of the archive's storage, tables too: its size, and when it was changed last (ns)."""
+        stats = {path: path.stat() for path in (self._folder / "storage").rglob("*") if path.is_file()}
+        assert any(path.suffix == ".tar" for path in stats) and any(path.suffix == ".parquet" for path in stats)
+        return {str(path): (stat.st_size, stat.st_mtime_ns) for path, stat in stats.items()}
 
     def on_step(self, name: str, *details: Any) -> None:
         """Headers are told of again and again, by another thread: asked at their begin."""
@@ -134,6 +145,7 @@ def test_each_once_at_every_step(
         run(spark, settings, on_step=watch.on_step)
         assert not set(STEPS) - set(watch.seen)
         assert watch.seen.count("bundles") > 1, "several batches"
+        assert watch.opened > 20, "at most steps"
         watch.ask("all is done")
     finally:
         watch.close()

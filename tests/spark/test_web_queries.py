@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlencode
 
 import pydicom
@@ -144,22 +145,45 @@ def test_three_doors_give_the_same_answers(web: Web, receiver: Receiver, spark: 
     assert all(found[name] >= counts[name] for name in table), (found, counts)  # nearly every one finds something
 
 
+INTERPRETED = {"spark.sql.codegen.wholeStage": "false", "spark.sql.codegen.factoryMode": "NO_CODEGEN"}
+"""One statement of hundreds of conditions is run once: compiled, it would take longer."""
+
+
 def by_sql(spark: SparkSession, several: list[Asked]) -> dict[Asked, set[str]]:
-    """All of one level in one statement; those with a condition on another table each in its own."""
+    """All of one level in one statement; in another one, of which studies the conditions on `studies` are true."""
     found: dict[Asked, set[str]] = {}
-    for level in TABLE:
-        of_level = [one for one in several if one.level == level and not one.above]
-        key = UNIQUE_KEY[level]
-        sets = ", ".join(f"collect_set(CASE WHEN {one.sql} THEN {key} END)" for one in of_level)
-        row = spark.sql(f"SELECT {sets} FROM {TABLE[level]}").first()
-        assert row is not None
-        found |= {one: set(uids) for one, uids in zip(of_level, row, strict=True)}
-    for one in several:
-        if one.above:
-            row = spark.sql(one.statement).first()
-            assert row is not None
-            found[one] = set(row[0])
+    above = [one for one in several if one.above]
+    with configured(spark, INTERPRETED):
+        studies = dict(
+            zip(above, sets(spark, "studies", [(one.above, "StudyInstanceUID") for one in above]), strict=True)
+        )
+        for level in TABLE:
+            of_level = [one for one in several if one.level == level]
+            wanted = [(one.sql, f"struct({UNIQUE_KEY[level]}, StudyInstanceUID)") for one in of_level]
+            for one, rows in zip(of_level, sets(spark, TABLE[level], wanted), strict=True):
+                found[one] = {uid for uid, study in rows if not one.above or study in studies[one]}
     return found
+
+
+def sets(spark: SparkSession, table: str, wanted: list[tuple[str, str]]) -> list[list[Any]]:
+    """What is of each (condition, expression) in the rows of a table."""
+    columns = ", ".join(f"collect_set(CASE WHEN {condition} THEN {what} END)" for condition, what in wanted)
+    row = spark.sql(f"SELECT {columns} FROM {table}").first()
+    assert row is not None
+    return list(row)
+
+
+@contextmanager
+def configured(spark: SparkSession, options: dict[str, str]) -> Iterator[None]:
+    """With these options of the session."""
+    before = {name: spark.conf.get(name) for name in options}
+    for name, value in options.items():
+        spark.conf.set(name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            spark.conf.set(name, value)
 
 
 def by_qido(web: Web, one: Asked) -> set[str]:

@@ -53,13 +53,6 @@ class Asked:
     fuzzy: bool = False
     combined: bool = False
 
-    @property
-    def statement(self) -> str:
-        """What gives the unique keys of all that match."""
-        studies = f" AND StudyInstanceUID IN (SELECT StudyInstanceUID FROM studies WHERE {self.above})"
-        where = f"WHERE {self.sql}{studies if self.above else ''}"
-        return f"SELECT collect_set({UNIQUE_KEY[self.level]}) FROM {TABLE[self.level]} {where}"
-
 
 def sql_text(text: str) -> str:
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
