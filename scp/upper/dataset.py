@@ -64,6 +64,13 @@ class WaitingFile:
             self.size += written
             data = data[written:]
 
+    def cut(self, size: int) -> None:
+        """Have the first `size` bytes alone; raises OSError."""
+        if self._file is not None:
+            self._file.truncate(size)
+            self._file.seek(size)
+            self.size = size
+
     def range(self, offset: int, length: int) -> FileRange:
         """Bytes of it; valid until `close`."""
         assert self._file is not None
@@ -78,7 +85,8 @@ class WaitingFile:
 class ArrivingDataSet:
     """Bytes in the order of their arrival, never copied while they stay in memory.
 
-    When the disk fails, `error` says so, and what comes later is dropped: the message still ends, and can be answered.
+    When the disk fails, `error` says so, and what came is dropped at once, so that others have the room, as is what
+    comes later: the message still ends, and can be answered.
     A `file` that is given is shared with data sets before and after it, and is closed by who gives it.
     """
 
@@ -132,7 +140,9 @@ class ArrivingDataSet:
 
     def content(self) -> list[memoryview] | FileRange:
         """All of it; valid until `discard`."""
-        return self._fragments if self._file is None else self._file.range(self._start, self.size)
+        if self._file is None or self.error is not None:
+            return self._fragments
+        return self._file.range(self._start, self.size)
 
     def tobytes(self) -> bytes:
         """All of it as one value, for what is known to be small; raises StorageError."""
@@ -164,3 +174,5 @@ class ArrivingDataSet:
             self._file.write(data)
         except OSError as error:
             self.error = error
+            with suppress(OSError):
+                self._file.cut(self._start)

@@ -181,6 +181,7 @@ def test_data_sets_share_a_file_one_after_another(tmp_path: Path, monkeypatch: p
         broken = arrived(b"that is not kept")
     kept += [arrived(b"second", b"", b" and last"), arrived(b"third")]
     assert broken.error is not None and [one.error for one in kept] == [None] * 3
+    assert file.size == kept[0].content().path.stat().st_size == sum(one.size for one in kept)  # type: ignore[union-attr]
     kept[0].discard()
     assert [one.tobytes() for one in kept] == [b"first of all", b"second and last", b"third"]
     contents = [one.content() for one in kept]
