@@ -10,13 +10,16 @@ from __future__ import annotations
 import functools
 import itertools
 import traceback
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+import uuid
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import orjson
 import pyarrow as pa
-from pyspark.sql import SparkSession
+from pyspark import TaskContext
+from pyspark.sql import DataFrame, SparkSession
 
 from sphere.catalog.schema import TABLES, TEXTS
 from sphere.conf.errors import RejectReason, SphereError
@@ -31,14 +34,15 @@ from sphere.jobs.rolling import COLUMNS, NEEDED, ROLLED, Rolled, roll_up
 from sphere.jobs.versions import Place, place
 
 STAGING = "_staging"
-"""Folder below the catalog root for rows of contested versions; empty between two runs."""
+"""Folder below the catalog root for the members of each task and rows of contested versions; empty between two runs."""
 TASK_MEMBERS = 16_384
 """Members of one task, and so rows of one file, at most; a cut between two studies may add a twentieth."""
 _LEEWAY = 20
 _FILE_BYTES = 64 * 1024 * 1024  # of datasets, above which a row group ends early, and a file: it is made in memory
 
-# A member travels as its line of the journal; one row of the frame is one task.
+# A member travels as its line of the journal.
 _PLAN = pa.schema([("new", pa.binary()), ("contested", pa.binary()), ("split", TEXTS)])
+_JOB = "sphere.headers"  # the local property of a Spark job that says what its tasks are
 _RESULT = pa.schema(
     [
         ("kind", pa.string()),  # "file", "staged", "rolled", "contested" or "rejected"
@@ -110,9 +114,21 @@ def read_headers(
         return HeadersRead()
     members.sort(key=lambda item: _by_study(item[0]))
     tasks = in_tasks(members, parallelism=spark.sparkContext.defaultParallelism)
-    frame = spark.createDataFrame(pa.concat_tables(_planned(tasks)))
-    found = frame.mapInArrow(_Task(Sources.of(settings)), _RESULT_DDL).toArrow()
+    job = _Job.laid_out(Sources.of(settings), list(_planned(tasks)))
+    context = spark.sparkContext
+    context.setLocalProperty(_JOB, orjson.dumps(asdict(job)).decode())
+    try:
+        found = _frame(spark, len(tasks)).toArrow()
+    finally:
+        context.setLocalProperty(_JOB, "")
     return _collect(found.to_pylist())
+
+
+@functools.lru_cache(maxsize=8)
+def _frame(spark: SparkSession, tasks: int) -> DataFrame:
+    """What so many tasks find, in the job that the local property says: analysed, optimized and planned once, as Spark
+    takes longer for that than for starting the tasks."""
+    return spark.range(0, tasks, 1, tasks).mapInArrow(_run, _RESULT_DDL)
 
 
 def _by_study(record: MemberRecord) -> tuple[str, str, str, int]:
@@ -145,8 +161,8 @@ def _between_studies(members: Sequence[Any], cut: int, leeway: int) -> int:
     return cut
 
 
-def _planned(tasks: Sequence[Sequence[tuple[MemberRecord, bool]]]) -> Iterator[pa.Table]:
-    """A row for each task, in a chunk of its own, which Spark makes a partition."""
+def _planned(tasks: Sequence[Sequence[tuple[MemberRecord, bool]]]) -> Iterator[pa.RecordBatch]:
+    """A row for each task."""
     ends = [(task[0][0].StudyInstanceUID, task[-1][0].StudyInstanceUID) for task in tasks]
     split = {last for (_, last), (first, _) in itertools.pairwise(ends) if last == first}
     for task, here in zip(tasks, ends, strict=True):
@@ -155,7 +171,7 @@ def _planned(tasks: Sequence[Sequence[tuple[MemberRecord, bool]]]) -> Iterator[p
             "contested": to_lines([record for record, contested in task if contested]),
             "split": sorted(split.intersection(here)),
         }
-        yield pa.Table.from_pylist([row], schema=_PLAN)
+        yield pa.RecordBatch.from_pylist([row], schema=_PLAN)
 
 
 def _collect(results: Iterable[dict[str, Any]]) -> HeadersRead:
@@ -176,24 +192,71 @@ def _collect(results: Iterable[dict[str, Any]]) -> HeadersRead:
     return read
 
 
-class _Task:
-    """One Spark task; sent to the executors with nothing but its sources."""
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What the tasks of one Spark job are: a file of the catalog's storage has their members, each task's in its range
+    of bytes.
 
-    def __init__(self, sources: Sources) -> None:
-        self._sources = sources
+    A task that is tried again, or on two executors at once, finds the same.
+    """
 
-    def __call__(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        reader = _reader(self._sources.max_header)
-        storage = open_storage(self._sources.storage, user=self._sources.user)
-        for task in (row for batch in batches for row in batch.to_pylist()):
-            sink = _Sink(self._sources, split=task["split"])
-            for contested in (False, True):
-                lines = task["contested" if contested else "new"].split(b"\n")[:-1]
-                records = [MemberRecord.from_json(line) for line in lines]
-                beginnings = prefixes(storage, [(record.bundle, record.offset, record.length) for record in records])
-                for record, (prefix, fetch) in zip(records, beginnings, strict=True):
-                    sink.add(record, _read(reader, record, prefix, fetch), contested)
-            yield pa.RecordBatch.from_pylist(sink.finish(), schema=_RESULT)
+    sources: Sources
+    path: str
+    tasks: tuple[tuple[int, int], ...]  # offset and length of each
+
+    @classmethod
+    def laid_out(cls, sources: Sources, planned: Sequence[pa.RecordBatch]) -> _Job:
+        """Write the file, which is there until who reads headers sweeps STAGING."""
+        storage = open_storage(sources.catalog, user=sources.user)
+        options = pa.ipc.IpcWriteOptions(compression=None if storage.in_files else "zstd")
+        pieces = [_stream(task, options) for task in planned]
+        ends = list(itertools.accumulate(map(len, pieces)))
+        job = cls(sources, f"{STAGING}/{uuid.uuid4()}.members", tuple(zip([0, *ends], map(len, pieces), strict=False)))
+        storage.write(job.path, b"".join(pieces), durable=False)
+        return job
+
+    @classmethod
+    def of_task(cls) -> _Job:
+        """That of the task which this process runs."""
+        context = TaskContext.get()
+        assert context is not None  # Spark has one for every task
+        told = orjson.loads(context.getLocalProperty(_JOB) or b"{}")
+        return cls(Sources(**told["sources"]), told["path"], told["tasks"])
+
+    def task(self, number: int) -> dict[str, Any]:
+        """The row of _PLAN of a task."""
+        offset, length = self.tasks[number]
+        data = open_storage(self.sources.catalog, user=self.sources.user).read(self.path, offset, length)
+        row: dict[str, Any] = pa.ipc.open_stream(data).read_all().to_pylist()[0]
+        return row
+
+
+def _stream(batch: pa.RecordBatch, options: pa.ipc.IpcWriteOptions) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, batch.schema, options=options) as writer:
+        writer.write_batch(batch)
+    data: bytes = sink.getvalue().to_pybytes()
+    return data
+
+
+def _run(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """Spark tasks, each of which is a row with its number."""
+    job = _Job.of_task()
+    for number in (number for batch in batches for number in batch.column(0).to_pylist()):
+        yield pa.RecordBatch.from_pylist(_read_task(job.sources, job.task(number)), schema=_RESULT)
+
+
+def _read_task(sources: Sources, task: Mapping[str, Any]) -> list[dict[str, Any]]:
+    reader = _reader(sources.max_header)
+    storage = open_storage(sources.storage, user=sources.user)
+    sink = _Sink(sources, split=task["split"])
+    for contested in (False, True):
+        lines = task["contested" if contested else "new"].split(b"\n")[:-1]
+        records = [MemberRecord.from_json(line) for line in lines]
+        beginnings = prefixes(storage, [(record.bundle, record.offset, record.length) for record in records])
+        for record, (prefix, fetch) in zip(records, beginnings, strict=True):
+            sink.add(record, _read(reader, record, prefix, fetch), contested)
+    return sink.finish()
 
 
 @functools.cache

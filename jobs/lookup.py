@@ -71,11 +71,15 @@ def _says(chunk: pq.ColumnChunkMetaData) -> bool:
 
 def shaped(rows: pa.Table, schema: pa.Schema) -> pa.Table:
     """The rows with the columns of `schema`, null where they lack one."""
-    there = set(rows.column_names)
-    columns = [
-        rows[field.name].cast(field.type) if field.name in there else pa.nulls(len(rows), field.type)
-        for field in schema
-    ]
+    there = dict(zip(rows.column_names, rows.columns, strict=True))
+    columns = []
+    for field in schema:
+        column = there.get(field.name)
+        if column is None:
+            column = pa.nulls(len(rows), field.type)
+        elif column.type != field.type:
+            column = column.cast(field.type)
+        columns.append(column)
     return pa.Table.from_arrays(columns, schema=schema)
 
 

@@ -19,10 +19,11 @@ POLL_S = 0.2
 def watched(context: SparkContext, tell: Callable[[float], None]) -> Iterator[None]:
     """While the block runs a Spark job, tell now and then which part of its tasks is done, from 0 to 1."""
     over = threading.Event()
-    tracker = context.statusTracker()
 
     def watch() -> None:
+        tracker = None
         while not over.wait(POLL_S):
+            tracker = tracker or context.statusTracker()
             stages = [info for stage in tracker.getActiveStageIds() if (info := tracker.getStageInfo(stage))]
             tasks = sum(stage.numTasks for stage in stages)
             if tasks:

@@ -29,6 +29,7 @@ _OPTIONAL = optional_columns("series", "studies")
 """Of these, the columns that may be left out where they are null in every row."""
 NEEDED = frozenset(COLUMNS) - _OPTIONAL
 """And those that may not."""
+_PACKED = 1 << 20  # bytes of a table above which it is compressed on its way
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,8 +133,9 @@ def _database() -> duckdb.DuckDBPyConnection:
 
 
 def _packed(table: pa.Table) -> bytes:
+    """As an Arrow stream; compression costs a millisecond for each table of few rows, to write and to read."""
     sink = pa.BufferOutputStream()
-    options = pa.ipc.IpcWriteOptions(compression="zstd")
+    options = pa.ipc.IpcWriteOptions(compression="zstd" if table.nbytes > _PACKED else None)
     with pa.ipc.new_stream(sink, table.schema, options=options) as writer:
         writer.write_table(table)
     data: bytes = sink.getvalue().to_pybytes()

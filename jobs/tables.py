@@ -279,6 +279,7 @@ class Tables:
             configuration=_properties(name),
             commit_properties=_commit(mark),
         )
+        self._checked.add(name)
 
 
 @dataclass(slots=True)

@@ -123,8 +123,8 @@ class Storage(Readable):
         """An existing file, to go on at its end; raises StorageMissing."""
 
     @abstractmethod
-    def write(self, path: str, data: bytes) -> None:
-        """Replace the whole file atomically and durably."""
+    def write(self, path: str, data: bytes, *, durable: bool = True) -> None:
+        """Replace the whole file atomically, and durably unless `durable` is False: what nobody needs after a crash."""
 
     @abstractmethod
     def rewrite(self, path: str, pieces: Callable[[], Iterable[Piece]], *, check: Callable[[str], None]) -> int:

@@ -187,7 +187,7 @@ class HdfsStorage(Storage):
         with _told(f"reading {full}"):
             return _range(self._reader(full, None)[0], offset, length)
 
-    def write(self, path: str, data: bytes) -> None:
+    def write(self, path: str, data: bytes, *, durable: bool = True) -> None:
         full = self._path(path)
         with _told(f"writing {full}"):
             self._replace(full, lambda: [data])

@@ -156,20 +156,21 @@ class LocalStorage(Storage):
             finally:
                 os.close(fd)
 
-    def write(self, path: str, data: bytes) -> None:
+    def write(self, path: str, data: bytes, *, durable: bool = True) -> None:
         full = self._path(path)
         temporary = full.with_name(f".{full.name}.{secrets.token_hex(8)}{TEMPORARY}")
         with _Told(f"writing {full}"):
             _make_folders(full.parent)
             try:
-                _write_new(temporary, data)
+                _write_new(temporary, data, durable=durable)
                 with suppress(FileNotFoundError, PermissionError):  # there was none, or it may not be: as ours
                     _keep_owner(full.stat(), temporary)
                 temporary.replace(full)
             except OSError:
                 temporary.unlink(missing_ok=True)
                 raise
-            _sync_folder(full.parent)
+            if durable:
+                _sync_folder(full.parent)
 
     def rewrite(self, path: str, pieces: Callable[[], Iterable[Piece]], *, check: Callable[[str], None]) -> int:
         temporary = rewritten(path)
@@ -282,13 +283,14 @@ def _pread(fd: int, offset: int, length: int) -> bytes:
     return b"".join(parts)
 
 
-def _write_new(path: Path, data: bytes) -> None:
+def _write_new(path: Path, data: bytes, *, durable: bool) -> None:
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, _MODE)
     with os.fdopen(fd, "wb", buffering=0) as file:
         view = memoryview(data)
         while view:
             view = view[file.write(view) :]
-        os.fsync(file.fileno())
+        if durable:
+            os.fsync(file.fileno())
 
 
 def _write_pieces(path: Path, pieces: Iterable[Piece]) -> None:

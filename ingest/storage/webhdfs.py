@@ -113,7 +113,7 @@ class WebHdfsStorage(Storage):
             raise StorageError(f"reading {full}: {len(data)} bytes came where {promised} were promised")
         return data
 
-    def write(self, path: str, data: bytes) -> None:
+    def write(self, path: str, data: bytes, *, durable: bool = True) -> None:
         full = self._path(path)
         folder, _, name = full.rpartition("/")
         temporary = f"{folder}/.{name}.{secrets.token_hex(8)}{TEMPORARY}"

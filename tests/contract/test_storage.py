@@ -118,6 +118,12 @@ class StorageContract(Backend):
         assert other.read("x/state") == b""
         assert [entry.path for entry in storage.walk()] == ["x/state"]
 
+    def test_write_of_what_need_not_outlast_a_crash_is_read_at_once(self, storage: Storage, other: Storage) -> None:
+        storage.write("x/passing", b"first", durable=False)
+        storage.write("x/passing", b"second", durable=False)
+        assert other.read("x/passing", 1, 3) == b"eco"
+        assert [entry.path for entry in storage.walk()] == ["x/passing"]
+
     def test_rename_gives_another_name_and_replaces_nothing(self, storage: Storage, other: Storage) -> None:
         storage.write("x/.hidden", b"old" * 3)
         assert storage.read("x/.hidden", 0, 3) == b"old"

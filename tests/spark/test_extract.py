@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from sphere.catalog.lock import CatalogLock
 from sphere.catalog.schema import TABLES
 from sphere.conf.errors import JobFailed, LockHeld
 from sphere.conf.settings import Settings
-from sphere.jobs import extract
+from sphere.jobs import extract, headers
 from sphere.jobs.extract import run
 from sphere.jobs.session import register_tables
 from tests.support.catalog import roll_up
@@ -257,6 +258,22 @@ def test_second_run_waits_for_the_first(spark: SparkSession, tmp_path: Path) -> 
     first.join()
     second.join()
     assert [report.rows for report in reports] == [2, 0]
+
+
+def test_jobs_of_one_plan_each_have_their_own_members(spark: SparkSession, tmp_path: Path) -> None:
+    """The plan of a job is made once for a session and says nothing of its members: not even two at once mix them."""
+    archives = [archive(tmp_path / name) for name in ("one", "two", "three")]
+    for number, settings in enumerate(archives):
+        land(settings, [new_member(data) for data in slices(4 + number)[number:]])
+    run(spark, archives[0])
+    planned = headers._frame.cache_info().misses
+    with ThreadPoolExecutor(2) as pool:
+        reports = list(pool.map(lambda settings: run(spark, settings), archives[1:]))
+    assert [report.rows for report in reports] == [4, 4]
+    assert headers._frame.cache_info().misses == planned
+    for settings in archives:
+        assert len(by_uid(settings)) == 4
+    assert not list(tmp_path.rglob("*.members"))
 
 
 def test_a_commit_of_another_writer_is_not_written_over(
