@@ -3,12 +3,14 @@
 What changed comes from the change data feed, so that the roll-ups follow every writer of `instances`, and a killed run
 is made good by the next one: each roll-up carries the version of `instances` that it was computed from in the very
 commit that wrote it. Studies that are wholly of the rows which extraction has just added come rolled up by its tasks,
-and nothing is read for them. `patients` goes first, as the patients of before are found through `studies`.
+and nothing is read for them. `patients` goes first, as the patients of before are found through `studies`; `studies`
+and `series` go together.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,9 +65,19 @@ def refresh(tables: Tables, settings: Settings, *, on_step: Callable[[str], None
         tables, instances, heard=news.said, studies=news.of_patients, series=news.same_series, before=news.had
     )
     mark = (MARK, instances.version())
-    for name, table in rolled.items():
-        on_step(name)
-        tables.merge(name, news.rows[name], gone=_gone(news.had[name], news.rows[name]), onto=table, mark=mark)
+
+    def merge(name: str) -> None:
+        gone = _gone(news.had[name], news.rows[name])
+        tables.merge(name, news.rows[name], gone=gone, onto=rolled[name], mark=mark)
+
+    on_step("patients")
+    merge("patients")
+    with ThreadPoolExecutor(1) as pool:  # neither needs the other: they are recomputed where one is behind
+        on_step("studies")
+        studies = pool.submit(merge, "studies")
+        on_step("series")
+        merge("series")
+        studies.result()
 
 
 def _seen(table: DeltaTable | None) -> int:

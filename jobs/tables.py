@@ -45,13 +45,16 @@ FILE_ROWS = 8 * ROW_GROUP
 _FILE_ROWS = {"patients": 2 * ROW_GROUP}
 """Patients who come again are anywhere among all: each has the file written anew that holds it."""
 ABREAST = 2
-"""Files that a merge writes anew at once, by threads: Arrow's work is done without Python's lock."""
+"""Files that merges write anew at once, by threads: Arrow's work is done without Python's lock."""
 JOINED = 8
 """Small files of a table, from which on a merge joins them."""
 
 
 class Tables:
-    """Delta tables below `catalog.root`, by their names in sphere.catalog.schema.TABLES."""
+    """Delta tables below `catalog.root`, by their names in sphere.catalog.schema.TABLES.
+
+    Threads may each merge into a table of their own.
+    """
 
     def __init__(self, settings: Settings) -> None:
         become_hdfs_user(settings)
@@ -63,6 +66,7 @@ class Tables:
         self._kept: dict[str, DeltaTable] = {}
         self._committed: dict[str, int] = {}  # by table, the version that the last commit of ours made
         self._files: dict[str, _Files] = {}
+        self._abreast = ThreadPoolExecutor(ABREAST)
 
     def url(self, name: str) -> str:
         """Where the table is."""
@@ -221,13 +225,12 @@ class Tables:
                 rows, same = coming.placed(file, KEYS.get(name, ()))
             return path, None if rows is None else self._write(name, rows), same
 
-        with ThreadPoolExecutor(ABREAST) as pool:
-            for path, files, same in pool.map(place, sorted(holding - joined)):
-                if files is not None:
-                    anew.files += files
-                    anew.removed[path] = sizes[path]
-                    if same and len(files) == 1:
-                        anew.renamed[path] = files[0].path
+        for path, new, same in self._abreast.map(place, sorted(holding - joined)):
+            if new is not None:
+                anew.files += new
+                anew.removed[path] = sizes[path]
+                if same and len(new) == 1:
+                    anew.renamed[path] = new[0].path
         return anew
 
     def append(
