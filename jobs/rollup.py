@@ -199,6 +199,8 @@ def _grown(
     keys = set(fresh["patient_key"].to_pylist()) - moved
     names = TABLES["patients"].schema.names
     had = tables.find("patients", names, key="patient_key", values=keys, at=patients)
+    if not len(had):
+        return had
     more = compute("patients", _of(fresh, had["patient_key"].to_pylist()).select(_OF_PATIENTS))
     came = had.select(["patient_key", "last_received_at"]).join(
         more.select(["patient_key", "first_received_at"]), keys="patient_key", join_type="inner"
@@ -229,6 +231,8 @@ def _roll_up_again(pieces: Iterator[pa.Table], settings: Settings) -> Rolled:
 
 def _without(rows: pa.Table, studies: Collection[str]) -> pa.Table:
     """The rows of other studies."""
+    if not studies:
+        return rows
     return rows.filter(pc.invert(pc.is_in(rows[_STUDY], pa.array(studies, pa.string()))))
 
 
