@@ -1,17 +1,20 @@
-"""Fuzzy semantic matching of person names (PS3.4 C.2.2.2.1.1), by one regular expression a word of the key.
+"""Fuzzy semantic matching of person names (PS3.4 C.2.2.2.1.1), by one regular expression a word of the key in SQL.
 
 A key matches a name where each of its words begins some word of the name, in any order and component, upper and lower
 case, accents, doubled letters and spellings of one sound aside: "jon mueller" finds "Müller^John", "Meier" finds
 "Mayer", "smi" finds "Smith^Anna". Words are what spaces, component and group delimiters, hyphens, apostrophes, commas
 and full stops separate. `*` stands for any letters of a word, `?` for one. Words of other scripts than Latin match by
 their beginnings alone.
+
+In Python the same is found by the set of places that a name can be read up to, sound by sound: `re` would try every
+way to spell "ckckck", which doubles with each letter.
 """
 
 from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any, Final
@@ -20,6 +23,7 @@ from sphere.catalog.match import Sql, Test, Value, fold, normal_name
 
 BREAKS: Final = r" ^=,.'’\-"
 """What separates words, as the inside of a character class."""
+_BREAKS: Final = frozenset(BREAKS.replace("\\", ""))
 
 SOUNDS: Final[tuple[tuple[str, ...], ...]] = (
     ("ai", "ay", "ei", "ey", "aj", "ej"),
@@ -62,16 +66,84 @@ class FuzzyName(Test):
 
     def matches(self, value: Value) -> bool:
         name = normal_name(str(value))
-        return all(regex.search(name) for regex in self._regexes)
+        starts = {at for at in range(len(name) + 1) if at == 0 or name[at - 1] in _BREAKS}
+        return all(_is_heard(sounds, name, starts) for sounds in self._heard)
 
     @cached_property
-    def _regexes(self) -> tuple[re.Pattern[str], ...]:
-        return tuple(re.compile(_python(_pattern(word))) for word in self.words)
+    def _heard(self) -> tuple[tuple[_Spellings, ...], ...]:
+        return tuple(tuple(map(_spellings, _sounds(word))) for word in self.words)
 
 
-def _python(pattern: str) -> str:
-    """A pattern as `re` writes it: RE2 has \\x{...} where Python has \\u...."""
-    return re.sub(r"\\x\{([0-9a-f]{4})\}", r"\\u\1", pattern)
+_Spellings = tuple[str, tuple[tuple[str, ...], ...]]
+"""A sound and the ways to spell it, each as the letters that may stand at each of its places; none for a wild card.
+Where these are several, marks may follow."""
+
+
+def _is_heard(sounds: Sequence[_Spellings], name: str, places: set[int]) -> bool:
+    """Whether the sounds follow each other from one of some places of a name on."""
+    for sound, spellings in sounds:
+        if sound == "?":
+            places = {at + 1 for at in places if at < len(name) and name[at] not in _BREAKS}
+        elif sound == "*":
+            places = _onwards(places, name, lambda letter: letter not in _BREAKS)
+        else:
+            places = _onwards(_spelled(spellings, name, places), name, _is_mark)
+            places = _onwards(places, name, lambda letter: letter == "h")
+        if not places:
+            return False
+    return True
+
+
+def _spelled(spellings: Sequence[Sequence[str]], name: str, places: set[int]) -> set[int]:
+    """The ends of one or more spellings of a sound, from some places on; each place is looked at once."""
+    found: set[int] = set()
+    ahead = list(places)
+    seen = set(places)
+    while ahead:
+        at = ahead.pop()
+        for letters in spellings:
+            end = _end(letters, name, at)
+            if end < 0:
+                continue
+            found.add(end)
+            for further in (end, _past_marks(letters[-1], name, end)):  # a mark may also be a sound of its own
+                if further not in seen:
+                    seen.add(further)
+                    ahead.append(further)
+    return found
+
+
+def _end(letters: Sequence[str], name: str, at: int) -> int:
+    """Where a spelling that begins at a place ends, marks after its last letter left over; -1 where it does not."""
+    for number, variants in enumerate(letters):
+        at = _past_marks(letters[number - 1], name, at) if number else at
+        if at >= len(name) or name[at] not in variants:
+            return -1
+        at += 1
+    return at
+
+
+def _onwards(places: set[int], name: str, passes: Callable[[str], bool]) -> set[int]:
+    """The places, and those that can be come to from them over letters that pass."""
+    found = set(places)
+    for place in places:
+        at = place
+        while at < len(name) and passes(name[at]):
+            at += 1
+            if at in found:
+                break
+            found.add(at)
+    return found
+
+
+def _past_marks(variants: str, name: str, at: int) -> int:
+    while len(variants) > 1 and at < len(name) and _is_mark(name[at]):
+        at += 1
+    return at
+
+
+def _is_mark(letter: str) -> bool:
+    return "\u0300" <= letter <= "\u036f"
 
 
 def _pattern(word: str) -> str:
@@ -88,6 +160,15 @@ def _sounds(word: str) -> Iterator[str]:
         if sound != last and not (sound == "h" and last):
             yield sound
             last = sound
+
+
+def _spellings(sound: str) -> _Spellings:
+    """A sound with what `_unit` says of it: each letter with its accented variants."""
+    if sound in ("*", "?"):
+        return sound, ()
+    return sound, tuple(
+        tuple(letter + _variants().get(letter, "") for letter in one) for one in _GROUP_OF.get(sound, (sound,))
+    )
 
 
 def _unit(sound: str) -> str:

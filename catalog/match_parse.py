@@ -39,8 +39,11 @@ MULTIPLE_VALUE_VRS: Final = frozenset(("AE", "AS", "AT", "CS", "LO", "PN", "SH",
 TWO_QUOTES: Final = '""'
 """The key of empty value matching (PS3.4 C.2.2.2.7)."""
 
+MAX_PATTERN: Final = 1024
+"""Characters of a key with wild cards, and of a person name (PS3.5: 194): what the index evaluates has its limits."""
+
 _INTEGER = re.compile(r"[+-]?[0-9]{1,20}")
-_DECIMAL = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?")
+_DECIMAL = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +75,8 @@ def parse_values(text: str, vr: str, *, keyword: str = "", vm: str = "1", rules:
         raise ValueError(f"attributes of VR {vr} cannot be matched")
     if rules.empty_values and text == TWO_QUOTES:
         return (Empty(),)
+    if len(text) > MAX_PATTERN and (vr == "PN" or set(text) & {"*", "?"}):
+        raise ValueError(f"a person name, and a value with wild cards, has at most {MAX_PATTERN} characters")
     if "\\" in text and vr not in TRAILING_ONLY_VRS - {"UC"}:
         return _several(text, vr, keyword, rules.multiple_values and vm != "1")
     test = _parse(text, vr, rules)

@@ -7,7 +7,6 @@ docs/decisions/0012-policy.md). The header is read only where a rule that could 
 from __future__ import annotations
 
 import difflib
-import fnmatch
 import ipaddress
 import re
 import threading
@@ -23,6 +22,7 @@ from sphere.catalog.match_header import Header, holds
 from sphere.catalog.predicate import Predicate
 from sphere.catalog.query import Query
 from sphere.catalog.schema import COMPUTED
+from sphere.catalog.wild import Wild
 from sphere.conf.errors import QueryError, Refused, SettingsError
 from sphere.conf.peers import Condition, Peer, Rule
 from sphere.conf.settings import Settings
@@ -188,8 +188,8 @@ def _plain_tests(where: str, condition: Condition, callers: CallingPolicy) -> It
 
 
 def _wild(patterns: Sequence[str]) -> Callable[[str], bool]:
-    regex = re.compile("|".join(fnmatch.translate(pattern.replace("[", "[[]")) for pattern in patterns))
-    return lambda value: regex.match(value) is not None
+    wild = list(map(Wild, patterns))
+    return lambda value: any(one.matches(value) for one in wild)
 
 
 def _name(peer: Peer | None) -> str:

@@ -34,7 +34,7 @@ _CHARSET_VRS: Final = frozenset(("SH", "LO", "UC", "PN")) | _SINGLE_TEXT
 _JSON_NUMBER: Final = re.compile(r"-?(?:0|[1-9]\d{0,17})(?:\.\d+)?(?:[eE][+-]?\d{1,2})?", re.ASCII)
 _JSON_NUMBERS: Final = re.compile(rb"(?:-?(?:0|[1-9]\d{0,14})(?:\.\d{1,16})?(?:\\(?=.)|$))+")
 _JSON_INTEGERS: Final = re.compile(rb"(?:-?(?:0|[1-9]\d{0,14})(?:\\(?=.)|$))+")
-_NUMBER: Final = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?", re.ASCII)
+_NUMBER: Final = re.compile(r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?", re.ASCII)
 _INTEGER: Final = re.compile(r"[+-]?\d{1,400}", re.ASCII)
 _DATE: Final = re.compile(r"(\d{4})(\.?)(\d\d)\2(\d\d)", re.ASCII)
 _INT64: Final = range(-(1 << 63), 1 << 63)

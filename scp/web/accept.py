@@ -10,7 +10,10 @@ from starlette.requests import Request
 
 from sphere.scp.web.problem import WebError
 
-_ITEM = re.compile(r'\s*(?:([^\s;,"=]+)\s*(?:=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s;,"]*)))?)?\s*(?=[;,]|$)')
+_BLANKS = r"\s{0,64}"  # no more in a row: a longer row could be shared out between two of these in too many ways
+_ITEM = re.compile(
+    rf'{_BLANKS}(?:([^\s;,"=]+){_BLANKS}(?:={_BLANKS}(?:"((?:[^"\\]|\\.)*)"|([^\s;,"]*)))?)?{_BLANKS}(?=[;,]|$)'
+)
 MAX_RANGES = 50
 
 

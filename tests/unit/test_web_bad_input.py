@@ -19,6 +19,8 @@ import pytest
 
 from sphere.ingest.header import identify
 from sphere.scp.web import incoming, stow
+from sphere.scp.web.accept import parse
+from sphere.scp.web.problem import WebError
 from tests.support.landing import archive, land, new_member
 from tests.support.memory import peak
 from tests.support.web import Web, serving_web, until_closed
@@ -221,3 +223,12 @@ def test_floods_of_headers(web: Web, path: str) -> None:
     assert answers, "the first is short enough to be sent whole"
     assert peak(process.pid) - memory < SIZE // 4
     assert web.client.get(f"http://127.0.0.1:{web.port}/healthz").status_code == 200
+
+
+@pytest.mark.parametrize(
+    "text", ["a" + " " * 60_000 + '"', "a=" + " " * 60_000 + '"x', " " * 60_000 + '"'], ids=["name", "value", "nothing"]
+)
+def test_a_long_row_of_blanks_is_no_list_of_media_types(text: str) -> None:
+    """Shared out between the blanks before and after a sign, it took as many steps as the square of its length."""
+    with pytest.raises(WebError, match="cannot be read"):
+        parse(text)
