@@ -12,6 +12,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from typing import Any
 
@@ -154,12 +155,15 @@ class _Extraction:
 
     def _run(self) -> Report:
         self._steps.begin("recover")
-        recover(self._storage, self._settings)
-        self._sweep()
-        rollup.refresh(self._tables, self._settings, on_step=self._steps.begin)  # what a killed run left behind
-        report = self._follow_tombstones()
+        with ThreadPoolExecutor(1) as beside:
+            reading = beside.submit(self._catalogued)
+            recover(self._storage, self._settings)
+            self._sweep()
+            rollup.refresh(self._tables, self._settings, on_step=self._steps.begin)  # what a killed run left behind
+            catalogued = reading.result()
+        report = self._follow_tombstones()  # what was restored changes no row of `bundles`
         self._steps.begin("discover")
-        for batch in batches(self._landed, self._catalogued(), self._settings.extract.batch):
+        for batch in batches(self._landed, catalogued, self._settings.extract.batch):
             report += self._batch(batch)
             gc.collect(1)
             self._steps.begin("discover")
@@ -217,6 +221,7 @@ class _Extraction:
         batch = self._told_by_headers(batch, found)
         if found.files:
             self._steps.begin("instances")
+            rollup.foresee(self._tables, found.rolled)
             self._tables.append("instances", found.files, onto=instances)
         elif instances is None:
             self._tables.ensure("instances")

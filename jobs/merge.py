@@ -2,6 +2,7 @@
 
 Most rows of such a file stay, and so do most of its bytes' worth: new values are set in their rows' places, column by
 column, in the order that the rows are in. Nothing is sorted, and columns in which the file says nothing are not read.
+A file whose rows come as they are stays: where an instance is replaced, studies beside it are computed again, too.
 """
 
 from __future__ import annotations
@@ -13,9 +14,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
-
-from sphere.jobs.lookup import said_columns
 
 Positions = npt.NDArray[np.int64]
 
@@ -50,11 +48,10 @@ class Merge:
         stays[self._found(keys)[0]] = False
         return pa.array(stays)
 
-    def placed(self, file: pq.ParquetFile, kept_keys: Sequence[str]) -> tuple[pa.Table | None, bool]:
-        """All that the file says, with our rows in the places of those with the same key, without the keys that leave;
-        None where it has none of the keys. With it, whether no value came into one of the columns `kept_keys`."""
-        said = said_columns(file, self._rows.column_names)
-        before = file.read(columns=list(dict.fromkeys((*self._key, *said))))
+    def placed(self, before: pa.Table, kept_keys: Sequence[str]) -> tuple[pa.Table | None, bool]:
+        """All that a file says (what `said` gives), with our rows in the places of those with the same key, without the
+        keys that leave; None where this changes nothing. With it, whether no value came into one of the columns
+        `kept_keys`."""
         at, numbers = self._found(before.select(self._key))
         if not len(at):
             return None, True
@@ -70,6 +67,10 @@ class Merge:
     def _found(self, keys: pa.Table) -> tuple[Positions, Positions]:
         """Places of the rows that have one of our keys, ascending, and the number of each one's key."""
         first = self._key[0]
+        if len(self._key) == 1:  # a row that comes stands before a key that leaves, so it is the one that is found
+            number = pc.index_in(keys[first], value_set=self.keys, skip_nulls=True)
+            there = pc.is_valid(number).to_numpy()
+            return np.flatnonzero(there), number.drop_null().to_numpy().astype(np.int64)
         maybe = np.flatnonzero(pc.is_in(keys[first], value_set=self.keys).to_numpy())
         rows = keys.take(pa.array(maybe)).append_column("_at", pa.array(maybe))
         found = rows.join(self._numbered, keys=self._key, join_type="inner")
@@ -80,20 +81,23 @@ class Merge:
 
     def _set(
         self, before: pa.Table, at: Positions, rows: pa.Table, leaving: Positions, kept_keys: Sequence[str]
-    ) -> tuple[pa.Table, bool]:
+    ) -> tuple[pa.Table | None, bool]:
         schema = rows.schema
         there = set(before.column_names)
         names = [name for name in schema.names if name in there or rows[name].null_count < len(rows)]
         mask = np.zeros(len(before), bool)
         mask[at] = True
-        columns, same = [], True
+        columns, same, changed, places = [], True, len(leaving) > 0, pa.array(at)
         for name in names:
             type_ = schema.field(name).type
             old = before[name].combine_chunks().cast(type_) if name in there else pa.nulls(len(before), type_)
             new = rows[name].combine_chunks()
-            if name in kept_keys:
-                same = same and old.take(pa.array(at)).equals(new)
-            columns.append(_replaced(old, mask, at, new))
+            unchanged = old.take(places).equals(new)
+            same = same and (unchanged or name not in kept_keys)
+            changed = changed or not unchanged
+            columns.append(old if unchanged else _replaced(old, mask, at, new))
+        if not changed:
+            return None, True
         table = pa.Table.from_arrays(columns, schema=pa.schema([schema.field(name) for name in names]))
         stays = np.ones(len(before), bool)
         stays[leaving] = False

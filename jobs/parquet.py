@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import math
 import time
 import uuid
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import date, datetime, timedelta
 from typing import Any
 
 import orjson
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from sphere.catalog.schema import Table
@@ -65,7 +64,8 @@ class FileWriter:
     def finish(self, storage: Storage, folder: str) -> NewFile:
         """Write the file, of one batch at least, under a new name below `folder`; the path given is relative to it."""
         schema, used = self._used()
-        sink = io.BytesIO()
+        pieces = [shaped(piece, schema) for piece in self._pieces]
+        sink = pa.BufferOutputStream()
         # Compressor and dictionary cost time for each column: only those that say something have them.
         with pq.ParquetWriter(
             sink,
@@ -74,13 +74,13 @@ class FileWriter:
             compression_level=dict.fromkeys(used, 1),
             use_dictionary=[name for name in used if name not in self._distinct],
         ) as writer:
-            for piece in self._pieces:
-                writer.write_table(shaped(piece, schema), row_group_size=len(piece))
+            for piece in pieces:
+                writer.write_table(piece, row_group_size=len(piece))
         name = f"part-{uuid.uuid4()}.zstd.parquet"
-        data = sink.getvalue()
+        data = sink.getvalue().to_pybytes()
         storage.write(f"{folder}/{name}", data)
-        indexed = pa.schema([self._schema.field(at) for at in range(min(INDEXED, len(self._schema)))])
-        stats = statistics(pa.concat_tables([shaped(piece, indexed) for piece in self._pieces]))
+        indexed = [name for name in self._schema.names[:INDEXED] if name in schema.names]
+        stats = statistics(pa.concat_tables(pieces).select(indexed), writer.writer.metadata)
         return NewFile(name, len(data), int(time.time() * 1000), stats)
 
     def _used(self) -> tuple[pa.Schema, list[str]]:
@@ -95,20 +95,22 @@ class FileWriter:
         return pa.schema([field for field in self._schema if field.name in said | self._kept]), used
 
 
-def statistics(rows: pa.Table) -> str:
-    """Per-file statistics of the Delta protocol as JSON: number of rows, bounds and nulls of the columns.
+def statistics(rows: pa.Table, metadata: pq.FileMetaData) -> str:
+    """Per-file statistics of the Delta protocol as JSON: number of rows, bounds and nulls of the columns of `rows`, of
+    which the Parquet file is that has the `metadata`.
 
-    Bounds may be wider than the values, never narrower: long texts are cut, times are rounded to milliseconds.
+    Bounds may be wider than the values, never narrower: long texts are cut, times are rounded to milliseconds. None are
+    given of lists, nor where Parquet has none.
     """
+    nulls = {name: column.null_count for name, column in zip(rows.column_names, rows.columns, strict=True)}
+    wanted = {name for name, count in nulls.items() if count < len(rows)}
     low: dict[str, Any] = {}
     high: dict[str, Any] = {}
-    for name, column in zip(rows.column_names, rows.columns, strict=True):
-        if pa.types.is_list(column.type) or column.null_count == len(column):
-            continue
-        bounds = pc.min_max(column)
-        low[name] = _bound(bounds["min"].as_py(), up=False)
-        high[name] = _bound(bounds["max"].as_py(), up=True)
-    nulls = {name: column.null_count for name, column in zip(rows.column_names, rows.columns, strict=True)}
+    for at in range(metadata.num_columns):
+        name = metadata.schema.column(at).path
+        if name in wanted:
+            found = _bounds([metadata.row_group(group).column(at) for group in range(metadata.num_row_groups)])
+            low[name], high[name] = _bound(found[0], up=False), _bound(found[1], up=True)
     known = [name for name in low if low[name] is not None and high[name] is not None]
     return orjson.dumps(
         {
@@ -118,6 +120,21 @@ def statistics(rows: pa.Table) -> str:
             "nullCount": nulls,
         }
     ).decode()
+
+
+def _bounds(chunks: Iterable[pq.ColumnChunkMetaData]) -> tuple[Any, Any]:
+    """The least and the greatest value of a column, None where there is no value or one of the chunks has no bounds."""
+    found = []
+    for chunk in chunks:
+        one = chunk.statistics
+        if one is None or not one.has_min_max:
+            if one is None or not one.has_null_count or one.null_count < chunk.num_values:
+                return None, None
+        else:
+            found.append((one.min, one.max))
+    if not found:
+        return None, None
+    return min(low for low, _ in found), max(high for _, high in found)
 
 
 def _bound(value: Any, *, up: bool) -> Any:

@@ -25,7 +25,7 @@ from sphere.catalog.schema import TABLES
 from sphere.conf.settings import Settings
 from sphere.jobs import contradictions
 from sphere.jobs.rolling import COLUMNS, Rolled, compute, grow, join
-from sphere.jobs.tables import Tables, changed, read
+from sphere.jobs.tables import Prepared, Tables, changed, read
 
 MEMORY_LIMIT = "1GB"
 """Memory that a roll-up takes before it goes on in temporary files."""
@@ -60,24 +60,36 @@ def refresh(tables: Tables, settings: Settings, *, on_step: Callable[[str], None
             tables.ensure(name)  # empty, where everything was rejected: SQL knows it
         return
     news = _roll_up(tables, settings, instances, rolled, touched, new)
-    on_step("contradictions")
-    contradictions.record(
-        tables, instances, heard=news.said, studies=news.of_patients, series=news.same_series, before=news.had
-    )
-    mark = (MARK, instances.version())
 
-    def merge(name: str) -> None:
+    def prepared(name: str) -> Prepared | None:
         gone = _gone(news.had[name], news.rows[name])
-        tables.merge(name, news.rows[name], gone=gone, onto=rolled[name], mark=mark)
+        return tables.prepare(name, news.rows[name], gone=gone, onto=rolled[name])
+
+    with ThreadPoolExecutor(1) as beside:
+        patients = beside.submit(prepared, "patients")  # most of the work, where they come from everywhere
+        on_step("contradictions")
+        contradictions.record(
+            tables, instances, heard=news.said, studies=news.of_patients, series=news.same_series, before=news.had
+        )
+        others = {name: prepared(name) for name in ("studies", "series")}
+        ready = {"patients": patients.result(), **others}
+
+    def put(name: str) -> None:
+        tables.put(ready[name], mark=(MARK, instances.version()))
 
     on_step("patients")
-    merge("patients")
-    with ThreadPoolExecutor(1) as pool:  # neither needs the other: they are recomputed where one is behind
+    put("patients")
+    with ThreadPoolExecutor(1) as beside:  # neither needs the other: they are recomputed where one is behind
         on_step("studies")
-        studies = pool.submit(merge, "studies")
+        studies = beside.submit(put, "studies")
         on_step("series")
-        merge("series")
+        put("series")
         studies.result()
+
+
+def foresee(tables: Tables, rolled: Sequence[Rolled]) -> None:
+    """Begin to read what `refresh` is going to need of the patients of studies that tasks rolled up."""
+    tables.foresee("patients", {key for piece in rolled for key in piece.studies["patient_key"].to_pylist()})
 
 
 def _seen(table: DeltaTable | None) -> int:
@@ -197,8 +209,7 @@ def _grown(
     fresh = _without(studies, changed)
     moved = {*before["patient_key"].to_pylist(), *_only(studies, changed)["patient_key"].to_pylist()}
     keys = set(fresh["patient_key"].to_pylist()) - moved
-    names = TABLES["patients"].schema.names
-    had = tables.find("patients", names, key="patient_key", values=keys, at=patients)
+    had = tables.find_to_merge("patients", keys, at=patients)
     if not len(had):
         return had
     more = compute("patients", _of(fresh, had["patient_key"].to_pylist()).select(_OF_PATIENTS))

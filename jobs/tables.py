@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from sphere.jobs.keys import KeyFiles
 from sphere.jobs.lookup import files, find, open_parquet, shaped
 from sphere.jobs.merge import Merge
 from sphere.jobs.parquet import ROW_GROUP, FileWriter, NewFile
+from sphere.jobs.wholes import Wholes
 
 _PROPERTIES = {"delta.dataSkippingNumIndexedCols": "32"}
 KEYS = {
@@ -43,9 +43,7 @@ SMALL = 256 * 1024
 FILE_ROWS = 8 * ROW_GROUP
 """Rows of a file that a merge writes, at most."""
 _FILE_ROWS = {"patients": 2 * ROW_GROUP}
-"""Patients who come again are anywhere among all: each has the file written anew that holds it."""
-ABREAST = 2
-"""Files that merges write anew at once, by threads: Arrow's work is done without Python's lock."""
+"""Patients who come again are anywhere among all: each has the file written anew that holds it, as one row group."""
 JOINED = 8
 """Small files of a table, from which on a merge joins them."""
 
@@ -66,7 +64,7 @@ class Tables:
         self._kept: dict[str, DeltaTable] = {}
         self._committed: dict[str, int] = {}  # by table, the version that the last commit of ours made
         self._files: dict[str, _Files] = {}
-        self._abreast = ThreadPoolExecutor(ABREAST)
+        self._wholes = Wholes(self._storage)
 
     def url(self, name: str) -> str:
         """Where the table is."""
@@ -137,6 +135,23 @@ class Tables:
         nothing = pa.schema([TABLES[name].schema.field(column) for column in columns]).empty_table()
         return pa.concat_tables([nothing, *(self.pieces(name, columns, key=key, values=values, at=at) if at else ())])
 
+    def find_to_merge(self, name: str, values: Iterable[str], *, at: DeltaTable | None) -> pa.Table:
+        """The rows of a table whose first key column has one of `values`, most of which are about to be merged anew:
+        what is read for it is not read again by `merge`."""
+        wanted = pa.array(sorted(set(values)), pa.string())
+        paths = self.holding(name, at, TABLES[name].key[0], wanted) if at else []
+        return self._wholes.find(name, paths, values=wanted)
+
+    def foresee(self, name: str, values: Iterable[str]) -> None:
+        """Begin to read, beside what else is done, what `find_to_merge` is going to be asked for."""
+        at = self.current(name)
+        if at is not None:
+            sizes = self._files_of(name, at)
+            wanted = pa.array(sorted(set(values)), pa.string())
+            self._wholes.foresee(
+                name, {path: sizes[path] for path in self.holding(name, at, TABLES[name].key[0], wanted)}
+            )
+
     def pieces(
         self, name: str, columns: Sequence[str], *, key: str, values: Iterable[str], at: DeltaTable
     ) -> Iterator[pa.Table]:
@@ -182,17 +197,38 @@ class Tables:
         `mark`, an application's name and version, and fails where the table is no longer as in `onto`: raises JobFailed
         then.
         """
+        self.put(self.prepare(name, rows, gone=gone, onto=onto), mark=mark)
+
+    def prepare(
+        self,
+        name: str,
+        rows: Sequence[Mapping[str, Any]] | pa.Table,
+        *,
+        gone: Sequence[Mapping[str, Any]] = (),
+        onto: DeltaTable | None = None,
+    ) -> Prepared | None:
+        """Write the files of a `merge`, which are part of the table only when they are `put` there.
+
+        Tables may be prepared by several threads, each of them by one.
+        """
         schema, key = TABLES[name].schema, list(TABLES[name].key)
         if not isinstance(rows, pa.Table):
             rows = pa.Table.from_pylist(list(rows), schema=schema)
         if not len(rows) and not gone:
-            return
+            return None
         coming = Merge(rows.select(schema.names).cast(schema), pa.Table.from_pylist(list(gone), schema=schema), key)
         table = onto or self.current(name)
         anew = self._placed(name, table, coming) if table else _Anew()
         result = pa.concat_tables([*anew.joined, coming.rest()]).sort_by([(column, "ascending") for column in key])
-        new = [*anew.files, *self._write(name, result)]
-        self.append(name, new, removed=anew.removed, onto=table, mark=mark)
+        anew.files += self._write(name, result)
+        return Prepared(name, table, anew)
+
+    def put(self, prepared: Prepared | None, *, mark: tuple[str, int] | None = None) -> None:
+        """The commit of a `merge`."""
+        if prepared is None:
+            return
+        name, anew = prepared.name, prepared.anew
+        self.append(name, anew.files, removed=anew.removed, onto=prepared.onto, mark=mark)
         if name in self._keys:
             self._keys[name].renamed(anew.renamed)
 
@@ -200,7 +236,8 @@ class Tables:
         written = []
         for start in range(0, len(rows), file_rows(name)):
             writer = FileWriter(TABLES[name])
-            for batch in rows.slice(start, file_rows(name)).combine_chunks().to_batches(max_chunksize=ROW_GROUP):
+            group = _FILE_ROWS.get(name, ROW_GROUP)
+            for batch in rows.slice(start, file_rows(name)).combine_chunks().to_batches(max_chunksize=group):
                 writer.add(batch)
             written.append(writer.finish(self._storage, name))
         return written
@@ -221,16 +258,16 @@ class Tables:
                     anew.removed[path] = sizes[path]
 
         def place(path: str) -> tuple[str, list[NewFile] | None, bool]:
-            with open_parquet(self._storage, f"{name}/{unquote(path)}") as file:
-                rows, same = coming.placed(file, KEYS.get(name, ()))
+            rows, same = coming.placed(self._wholes.take(name, path), KEYS.get(name, ()))
             return path, None if rows is None else self._write(name, rows), same
 
-        for path, new, same in self._abreast.map(place, sorted(holding - joined)):
-            if new is not None:
-                anew.files += new
+        for path, written, same in self._wholes.abreast(place, sorted(holding - joined)):
+            if written is not None:
+                anew.files += written
                 anew.removed[path] = sizes[path]
-                if same and len(new) == 1:
-                    anew.renamed[path] = new[0].path
+                if same and len(written) == 1:
+                    anew.renamed[path] = written[0].path
+        self._wholes.forget(name)
         return anew
 
     def append(
@@ -294,6 +331,15 @@ class _Anew:
     files: list[NewFile] = field(default_factory=list)
     removed: dict[str, int] = field(default_factory=dict)
     renamed: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What is to become of a table as it is in `onto`."""
+
+    name: str
+    onto: DeltaTable | None
+    anew: _Anew
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,13 +1,14 @@
 """One batch of 20,000 new instances on catalogs of several sizes: ``make bench-growth``.
 
-``python -m tests.bench.bench_growth [--studies 4000,200000] [--cores 2] [--folder DIR]``
+``python -m tests.bench.bench_growth [--studies 4000,200000] [--cores 2] [--folder DIR] [--rounds 1]``
 
 A study has 25 instances on average: 4,000 studies are 100,000 instances, 1,000,000 are 25 million. The catalogs are
 generated (tests.bench.hospital_catalog) and kept in the folder, if one is given. Per catalog: a first small batch,
 which makes what is kept of the keys from nothing; then batches of new instances, which are the figure: of new patients,
-a series more for each study of that batch, and new studies of patients from all over the catalog, twice; then the
-instances of the first of these once more. "read" counts files and bytes of the catalog that the driver opened: tasks
-read bundles only. "merged" are the files that a batch took out of a table (-) and put in (+).
+a series more for each study of that batch, and new studies of patients from all over the catalog, twice; all this as
+often as there are rounds, with the medians in the end; then the instances of a batch once more. "read" counts files and
+bytes of the catalog that the driver opened: tasks read bundles only. "merged" are the files that a batch took out of a
+table (-) and put in (+).
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import statistics
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date
 from itertools import chain, islice
@@ -48,6 +50,7 @@ def main() -> None:
     parser.add_argument("--studies", default="4000,200000", type=lambda text: [int(n) for n in text.split(",")])
     parser.add_argument("--cores", default=os.cpu_count() or 1, type=int, help="cores that Spark may use")
     parser.add_argument("--folder", type=Path, help="where catalogs are kept; else a temporary folder")
+    parser.add_argument("--rounds", default=1, type=int, help="batches of each kind, of which the median is told")
     options = parser.parse_args()
     print(machine(options.cores, "tests.bench.bench_growth"))
     with tempfile.TemporaryDirectory(prefix="sphere-growth-") as temporary:
@@ -58,7 +61,7 @@ def main() -> None:
             settings = _archive(catalog, Path(temporary) / f"archive-{studies}", options.cores)
             spark = spark or _warm(settings, Path(temporary) / "warm", options.cores)
             print(f"\n## {studies} studies, {hospital.instances} instances", flush=True)
-            _batches(spark, settings, hospital)
+            _batches(spark, settings, hospital, options.rounds)
         if spark is not None:
             spark.stop()
 
@@ -130,7 +133,18 @@ def _number(seed: int) -> int:
     return 1000 * (seed + 1)
 
 
-def _batches(spark: SparkSession, settings: Settings, hospital: Hospital) -> None:
+def _planned(hospital: Hospital, rounds: int) -> Iterator[tuple[str, _Series]]:
+    yield "first batch", _Series(10, FIRST)
+    for seed in range(11, 11 + 10 * rounds, 10):
+        yield "new patients", _Series(seed, BATCH)
+        yield "new patients", _Series(seed + 1, BATCH)
+        yield "series more", _Series(seed + 2, BATCH, studies=seed)
+        yield "known patients", _Series(seed + 3, BATCH, patients=hospital, slices=25)
+        yield "known patients", _Series(seed + 4, BATCH, patients=hospital, slices=25)
+    yield "the same again", _Series(14, BATCH, patients=hospital, slices=25)
+
+
+def _batches(spark: SparkSession, settings: Settings, hospital: Hospital, rounds: int) -> None:
     opened: Counter[str] = Counter()
     read = LocalStorage.read
 
@@ -140,32 +154,32 @@ def _batches(spark: SparkSession, settings: Settings, hospital: Hospital) -> Non
             opened[path] += len(data)
         return data
 
-    batches = {
-        "first batch": _Series(10, FIRST),
-        "new patients": _Series(11, BATCH),
-        "new patients too": _Series(12, BATCH),
-        "series more": _Series(13, BATCH, studies=11),
-        "known patients": _Series(14, BATCH, patients=hospital, slices=25),
-        "and once more": _Series(15, BATCH, patients=hospital, slices=25),
-        "the same again": _Series(14, BATCH, patients=hospital, slices=25),
-    }
+    figures: dict[str, list[tuple[float, ...]]] = {}
     LocalStorage.read = counted  # type: ignore[method-assign]
     try:
-        for what, batch in batches.items():
+        for what, batch in _planned(hospital, rounds):
             land(settings, batch)
             opened.clear()
             before = _files(settings)
             timing, report = timed(lambda: run(spark, settings))
             steps = ", ".join(f"{name} {s:.2f}" for name, s in report.seconds.items() if s >= 0.01)  # type: ignore[attr-defined]
-            us, cpu, driver = (s / batch.count * 1e6 for s in (timing.wall_s, timing.cpu_s, timing.driver_s))
+            each = [s / batch.count * 1e6 for s in (timing.wall_s, timing.cpu_s, timing.driver_s)]
+            headers = report.seconds.get("headers", 0.0) / batch.count * 1e6  # type: ignore[attr-defined]
+            figures.setdefault(what, []).append((*each, each[0] - headers))
             print(
-                f"{what:16}  {batch.count:>6}  {us:>6.0f} us each, {cpu:>5.0f} of CPU, {driver:>5.0f} of it the "
-                f"driver's; read {len(opened)} files, {sum(opened.values()) / 1e6:.1f} MB; {steps}; merged "
-                f"{_merged(before, _files(settings))}",
+                f"{what:16}  {batch.count:>6}  {_each(each)}; read {len(opened)} files, "
+                f"{sum(opened.values()) / 1e6:.1f} MB; {steps}; merged {_merged(before, _files(settings))}",
                 flush=True,
             )
     finally:
         LocalStorage.read = read  # type: ignore[method-assign]
+    for what, found in figures.items():
+        *each, rest = (statistics.median(one) for one in zip(*found, strict=True))
+        print(f"median of {len(found)}  {what:16}  {_each(each)}; {rest:.0f} us by the clock besides headers")
+
+
+def _each(us: Sequence[float]) -> str:
+    return "{:>6.0f} us each, {:>5.0f} of CPU, {:>5.0f} of it the driver's".format(*us)
 
 
 def _files(settings: Settings) -> dict[str, set[str]]:

@@ -15,7 +15,7 @@ from deltalake import DeltaTable, write_deltalake
 from sphere.catalog.schema import TABLES
 from sphere.conf.settings import Settings
 from sphere.ingest.storage.local import LocalStorage
-from sphere.jobs import rollup
+from sphere.jobs import rollup, wholes
 from sphere.jobs import tables as module
 from sphere.jobs.rolling import COLUMNS, Rolled
 from sphere.jobs.rolling import roll_up as roll_up_rows
@@ -161,6 +161,46 @@ def test_patients_who_come_again_cost_the_same_in_a_larger_catalog(
     assert "studies" not in many or many["studies"] <= 1  # what the batch before added, for its keys
     for name, size in few_bytes.items():
         assert many_bytes[name] < 1.2 * size, name
+
+
+@pytest.mark.parametrize(("kept", "times"), [(wholes.KEPT, 1), (0, 2)])
+def test_a_file_is_read_once_for_its_rows_and_their_merge(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: int, times: int
+) -> None:
+    """And again where no more may be kept, whether it was foreseen or not."""
+    monkeypatch.setattr(module, "file_rows", lambda name: 5)
+    monkeypatch.setattr(module, "SMALL", 0)
+    monkeypatch.setattr(wholes, "KEPT", kept)
+    settings = archive(tmp_path / "archive")
+    rows = [{"patient_key": f"1:{number:02}", "NumberOfPatientRelatedStudies": 1} for number in range(40)]
+    Tables(settings).merge("patients", rows)
+    known = Tables(settings)
+    known.find("patients", ("patient_key",), key="patient_key", values=["1:00"], at=known.open("patients"))
+    read = LocalStorage.read
+    for foreseen in (False, True):
+        paths: Counter[str] = Counter()
+        tables = Tables(settings)
+
+        def counted(self: LocalStorage, path: str, *args: Any, paths: Counter[str] = paths) -> bytes:
+            paths[path] += path.endswith(".parquet")
+            return read(self, path, *args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(LocalStorage, "read", counted)
+            keys = ["1:03", "1:21", "1:22"]
+            if foreseen:
+                tables.foresee("patients", keys)
+            found = tables.find_to_merge("patients", keys, at=tables.open("patients"))
+            assert sorted(found["patient_key"].to_pylist()) == keys
+            more = [
+                {**row, "NumberOfPatientRelatedStudies": row["NumberOfPatientRelatedStudies"] + 1}
+                for row in found.to_pylist()
+            ]
+            tables.merge("patients", more)
+        assert sorted(paths.values()) == [times] * 2
+        known.find("patients", ("patient_key",), key="patient_key", values=["1:00"], at=known.open("patients"))
+    counts = {row["patient_key"]: row["NumberOfPatientRelatedStudies"] for row in table_rows(settings, "patients")}
+    assert counts == {row["patient_key"]: 3 if row["patient_key"] in keys else 1 for row in rows}
 
 
 def model(rows: list[Row], coming: list[Row], gone: list[Row], key: tuple[str, ...]) -> list[Row]:

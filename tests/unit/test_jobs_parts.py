@@ -83,7 +83,9 @@ def test_statistics_are_bounds() -> None:
             "nothing": pa.nulls(3, pa.string()),
         }
     )
-    found = orjson.loads(statistics(rows))
+    sink = pa.BufferOutputStream()
+    pq.write_table(rows, sink, row_group_size=2)
+    found = orjson.loads(statistics(rows, pq.read_metadata(pa.BufferReader(sink.getvalue()))))
     assert found["numRecords"] == 3
     assert found["nullCount"] == {"text": 1, "day": 1, "when": 0, "number": 0, "list": 1, "nothing": 3}
     low, high = found["minValues"], found["maxValues"]

@@ -271,6 +271,25 @@ def test_merge_writes_only_files_that_hold_a_key(settings: Settings) -> None:
     assert [row["PatientID"] for row in table_rows(settings, "patients")] == ["0", "1", "two", "3", None]
 
 
+def test_merge_leaves_a_file_whose_rows_come_as_they_are(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SMALL", 0)
+    tables = Tables(settings)
+    rows = [{"patient_key": f"1:{number}", "collections": [f"{number}"]} for number in range(4)]
+    for at in (0, 2):
+        tables.merge("patients", rows[at : at + 2])
+    before = set(DeltaTable(tables.url("patients")).file_uris())
+    version = tables.ensure("patients").version()
+    tables.merge("patients", [*rows[:3], {**rows[3], "collections": None}], mark=("test", 7))
+    after = DeltaTable(tables.url("patients"))
+    assert (len(before - set(after.file_uris())), len(set(after.file_uris()) - before)) == (1, 1)
+    assert (after.version(), after.transaction_version("test")) == (version + 1, 7)
+    tables.merge("patients", rows[:2], mark=("test", 8))
+    assert DeltaTable(tables.url("patients")).transaction_version("test") == 8
+    assert set(DeltaTable(tables.url("patients")).file_uris()) == set(after.file_uris())
+    tables.merge("patients", (), gone=[{"patient_key": "1:0"}])
+    assert [row["collections"] for row in table_rows(settings, "patients")] == [["1"], ["2"], None]
+
+
 def test_merge_joins_small_files(settings: Settings) -> None:
     tables = Tables(settings)
     for number in range(20):

@@ -1,0 +1,97 @@
+"""Files of a table that are read as a whole, several at once: to find rows in them that are about to be merged, and
+then for the merge, which reads nothing again."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+from urllib.parse import unquote
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from sphere.catalog.schema import TABLES
+from sphere.ingest.storage.base import Storage
+from sphere.jobs.lookup import said_columns, shaped
+
+ABREAST = 2
+"""Files that are worked on at once, by threads: Arrow's work is done without Python's lock."""
+KEPT = 64 * 1024 * 1024
+"""Bytes, as they are in memory, of files that are kept from finding rows to merging them."""
+
+_GROWS = 5  # times, when it is read, of a file's size
+_File = tuple[str, str]  # table, path
+_Given = TypeVar("_Given")
+
+
+class Wholes:
+    """Files below `storage`; for several threads at once."""
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+        self._workers, self._readers = ThreadPoolExecutor(ABREAST), ThreadPoolExecutor(ABREAST)
+        self._coming: dict[_File, Future[pa.Table]] = {}
+        self._kept: dict[_File, pa.Table] = {}
+        self._room = KEPT
+        self._lock = threading.Lock()
+
+    def abreast(self, work: Callable[[str], _Given], paths: Iterable[str]) -> Iterator[_Given]:
+        """What `work` gives of each path, in their order."""
+        return self._workers.map(work, paths)
+
+    def foresee(self, name: str, sizes: Mapping[str, int]) -> None:
+        """Begin to read files, by their paths with their sizes in bytes, that `find` will soon be asked to look into,
+        as many of them as it is going to keep."""
+        self.forget(name)
+        room = KEPT // _GROWS
+        for path, size in sizes.items():
+            room -= size
+            if room >= 0:
+                self._coming[name, path] = self._readers.submit(self._read, name, path)
+
+    def find(self, name: str, paths: Sequence[str], *, values: pa.Array) -> pa.Table:
+        """The rows of these files of the table `name` whose first key column has one of `values`; what the files say is
+        kept for `take` while there is room."""
+        schema, key = TABLES[name].schema, TABLES[name].key[0]
+
+        def matching(path: str) -> pa.Table:
+            rows = self.take(name, path)
+            found = rows.filter(pc.is_in(rows[key], value_set=values))
+            if len(found):
+                self._keep(name, path, rows)
+            return shaped(found, schema)
+
+        return pa.concat_tables([schema.empty_table(), *self.abreast(matching, paths)])
+
+    def take(self, name: str, path: str) -> pa.Table:
+        """What a file says, with its key columns: columns that are null in every row are left out."""
+        with self._lock:
+            rows = self._kept.pop((name, path), None)
+            self._room += 0 if rows is None else rows.nbytes
+            coming = self._coming.pop((name, path), None)
+        if coming is not None:
+            rows = coming.result()
+        return self._read(name, path) if rows is None else rows
+
+    def forget(self, name: str) -> None:
+        """Keep nothing of a table any more."""
+        with self._lock:
+            for where in [where for where in self._coming if where[0] == name]:
+                self._coming.pop(where).cancel()
+            for where in [where for where in self._kept if where[0] == name]:
+                self._room += self._kept.pop(where).nbytes
+
+    def _keep(self, name: str, path: str, rows: pa.Table) -> None:
+        with self._lock:
+            if rows.nbytes <= self._room:
+                self._kept[name, path] = rows
+                self._room -= rows.nbytes
+
+    def _read(self, name: str, path: str) -> pa.Table:
+        table = TABLES[name]
+        with pq.ParquetFile(pa.BufferReader(self._storage.read(f"{name}/{unquote(path)}"))) as file:
+            said = dict.fromkeys((*table.key, *said_columns(file, table.schema.names)))
+            return file.read(columns=list(said), use_threads=False)
