@@ -1,9 +1,10 @@
 """Which instances are stored already, and with which bytes: so that a copy is stored once, and a contradiction is seen.
 
 What it knows is never wrong and not always whole: what it does not know is stored again, and extraction merges it. It
-is asked for every instance that arrives, and so looks into a dictionary; it reads the tails of the journals once for
-each sender (an association), and the catalog's files once for each study where the process has an index at hand: an
-index costs more than 100 MB of memory, which a receiver that answers no query does without.
+is asked for every instance that arrives, and so looks into a dictionary, and at what other processes of this host say
+of the instance; it reads the tails of the journals once for each sender (an association), and the catalog's files once
+for each study where the process has an index at hand: an index costs more than 100 MB of memory, which a receiver that
+answers no query does without.
 See docs/decisions/0012-policy.md.
 """
 
@@ -14,18 +15,24 @@ import logging
 import secrets
 import struct
 import threading
+import time
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, Literal, Protocol
+from pathlib import Path
+from typing import Any, Final, Literal, Protocol
 
 from sphere.catalog.tail import JournalTail
-from sphere.conf.errors import SphereError
-from sphere.conf.settings import Settings
+from sphere.conf.errors import Refused, SphereError
+from sphere.conf.logs import hashed
+from sphere.conf.settings import OnConflict, Settings
 from sphere.ingest.folders import BUNDLES
+from sphere.ingest.members import NewMember, with_digest
 from sphere.ingest.records import MemberRecord
-from sphere.ingest.spool import in_use, open_readable
+from sphere.ingest.reservations import Reservation, Reservations
+from sphere.ingest.spool import SpoolFirst, in_use, open_readable, spool_settings, spool_storage
+from sphere.ingest.storage.base import Readable
 
 log = logging.getLogger(__name__)
 
@@ -35,11 +42,17 @@ CHUNK = 1 << 20  # bytes read at a time to see whether a copy is there
 LINE = 700  # bytes of a line of a journal, about
 TAIL = 10_000  # members taken from the journals at a time
 PATIENCE_S = 0.5  # seconds that a sender to a spool waits for storage and catalog: they may be away for hours
+READ_S = 20e6  # bytes of a copy that a storage reads in a second, or is not waited for
+AWAY_S = 10.0  # seconds after a look that failed in which a sender to a spool waits for no other one
 _PACKED = struct.Struct("<32sIQQI")  # sha256, number of the bundle, offset, length, dataset_offset
 
-Meeting = Literal["new", "copy", "other", "refused copy"]
-"""new: nothing is known of it; copy: the bytes of the first version; other: bytes that are not known; refused copy: the
+Meeting = Literal["new", "copy", "lost copy", "other", "refused copy"]
+"""new: nothing is known of it; copy: the bytes of the first version; lost copy: those as well, and they cannot be read
+where they were stored; other: bytes that are not known, or cannot be read and are not the first; refused copy: the
 bytes of a version that is known and not the first."""
+
+REFUSED: Final[tuple[Meeting, ...]] = ("other", "refused copy")  # with ingest.on_conflict = "reject"
+DUPLICATE_INSTANCE = 0x0111  # duplicate SOP instance (PS3.7 C.5.7)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +65,13 @@ class KnownVersion:
     offset: int
     length: int
     dataset_offset: int
+
+
+class Writer(Protocol):
+    """What a bundle writer does for us."""
+
+    def store(self, member: NewMember) -> MemberRecord:
+        """Return when the member is durable; raises StorageError, then nothing of it remains."""
 
 
 class Catalog(Protocol):
@@ -68,48 +88,84 @@ class KnownInstances:
         self._catalog = catalog
         self._thorough = settings.ingest.on_conflict == "reject"  # worth an index: a sender is to be told
         self._storage = open_readable(settings)
-        self._hurried = in_use(settings) and not self._thorough
         self._state_dir = settings.archive.state_dir
+        self._reservations = Reservations(self._state_dir)
         self._salt = secrets.token_bytes(16)  # nobody outside can make two UIDs meet
         self._versions: OrderedDict[bytes, bytes] = OrderedDict()
         self._bundles: list[str] = []
         self._numbers: dict[str, int] = {}
         self._adding = threading.Lock()
         self._looking = threading.Lock()
-        self._tail: JournalTail | None = None
+        self._looked_at = 0  # ns since 1970: what landed on this host until then is remembered
+        self._tail = _Tail(self._storage, self._state_dir)
+        self._beside: _Beside | None = None
+        if in_use(settings):
+            self._beside = _Beside()
+            self._tail = _Tail(spool_storage(settings), spool_settings(settings).archive.state_dir)
+            self._far = _Tail(self._storage, self._state_dir)
+        self._looking_far = threading.Lock()
         self._senders: OrderedDict[tuple[str, str], None] = OrderedDict()
         self._loaded: OrderedDict[str, str] = OrderedDict()  # by study, the index that it was loaded from
 
-    def meet(self, uid: str, study: str, sha256: str, *, sender: str) -> Meeting:
+    def store(
+        self, member: NewMember, store: Callable[[NewMember], MemberRecord], *, sender: str
+    ) -> tuple[Meeting, MemberRecord | None]:
+        """What an instance is, and its record where `store` was called with it: its bytes were not there.
+
+        Of one SOPInstanceUID one instance at a time is stored on this host. Raises StorageError.
+        """
+        member = with_digest(member)
+        with self._reservations.hold(member.SOPInstanceUID) as place:
+            meeting = self.meet(
+                member.SOPInstanceUID, member.StudyInstanceUID, member.sha256, sender=sender, place=place
+            )
+            if meeting in ("copy", "refused copy"):
+                log.info("not stored again instance=%s: its bytes are", hashed(member.SOPInstanceUID))
+                return meeting, None
+            record = store(member)
+            place.add(record)
+            self.add(record)
+            return meeting, record
+
+    def meet(self, uid: str, study: str, sha256: str, *, sender: str, place: Reservation | None = None) -> Meeting:
         """What an instance is that arrives from `sender` (which stands for one association).
 
-        A copy was read, and is there, byte for byte.
+        A copy was read, and is there, byte for byte. `place` says what other processes stored of it.
         """
         self._look(study, sender)
+        if place is not None:
+            self._see(uid, place)
         known = self._versions.get(self._key(uid))
         if known is None:
             return "new"
         digest = bytes.fromhex(sha256)
         for number, (sha, bundle, *where) in enumerate(_PACKED.iter_unpack(known)):
-            if sha == digest and self._is_there(KnownVersion(uid, sha256, self._bundles[bundle], *where)):
-                return "refused copy" if number else "copy"
+            if sha == digest:
+                if self._is_there(KnownVersion(uid, sha256, self._bundles[bundle], *where)):
+                    return "refused copy" if number else "copy"
+                return "other" if number else "lost copy"
         return "other"
 
     def add(self, record: MemberRecord) -> None:
-        """An instance was stored."""
-        self._add([record])
+        """An instance was stored; where it was before as well, it is here now."""
+        self._add([record], moved=True)
 
     def _key(self, uid: str) -> bytes:
-        return hashlib.blake2b(uid.encode(), digest_size=16, key=self._salt).digest()
+        return hashlib.blake2b(uid.encode("utf-8", "backslashreplace"), digest_size=16, key=self._salt).digest()
 
-    def _add(self, versions: Iterable[KnownVersion | MemberRecord], *, first: bool = False) -> None:
-        """Remember versions, in front of the others where `first`."""
+    def _add(
+        self, versions: Iterable[KnownVersion | MemberRecord], *, first: bool = False, moved: bool = False
+    ) -> None:
+        """Remember versions, in front of the others where `first`, in the place of the same bytes where `moved`."""
         with self._adding:
             for version in versions:
                 key, packed = self._key(version.SOPInstanceUID), self._pack(version)
                 known = self._versions.get(key, b"")
-                if packed[:32] not in (known[at : at + 32] for at in range(0, len(known), _PACKED.size)):
+                at = next((at for at in range(0, len(known), _PACKED.size) if known[at : at + 32] == packed[:32]), -1)
+                if at < 0:
                     self._versions[key] = packed + known if first else known + packed
+                elif moved:
+                    self._versions[key] = known[:at] + packed + known[at + _PACKED.size :]
             while len(self._versions) > KEPT:
                 self._versions.popitem(last=False)
 
@@ -124,59 +180,77 @@ class KnownInstances:
     def _look(self, study: str, sender: str) -> None:
         """See what landed elsewhere before this association, and what the catalog has of this study.
 
-        Where a spool takes what arrives, nobody waits longer than PATIENCE_S for it.
+        Where a spool takes what arrives, nobody waits longer than PATIENCE_S for storage and catalog.
         """
         if (sender, study) in self._senders:
             return
-        if not self._hurried:
+        new = (sender, "") not in self._senders
+        if self._beside is None:
             with self._looking:
-                self._look_now(study, sender)
-            return
-        if self._looking.acquire(timeout=PATIENCE_S):
-            looked = threading.Event()
-            threading.Thread(target=self._look_beside, args=(study, sender, looked), daemon=True).start()
-            if looked.wait(PATIENCE_S):
-                return
-        log.warning("copies are not recognised for now: storage or catalog takes its time")
-        self._senders[sender, ""] = self._senders[sender, study] = None
+                self._look_now(study, self._tail if new else None)
+        else:
+            if new:
+                self._look_again()
+            if not self._beside.ask(lambda: self._look_beside(study, self._far if new else None), PATIENCE_S):
+                log.warning("copies are not recognised for now: storage or catalog takes its time")
+        with self._looking:
+            self._senders[sender, ""] = self._senders[sender, study] = None
+            _forget(self._senders)
 
-    def _look_beside(self, study: str, sender: str, looked: threading.Event) -> None:
+    def _look_now(self, study: str, tail: _Tail | None) -> bool:
+        """Whether everything answered."""
         try:
-            self._look_now(study, sender)
-        finally:
-            self._looking.release()
-            looked.set()
-
-    def _look_now(self, study: str, sender: str) -> None:
-        try:
-            if (sender, "") not in self._senders:
-                self._catch_up()
+            if tail is not None:
+                self._catch_up(tail)
             found = self._catalog.versions_of(study, seen=self._loaded.get(study, ""), load=self._thorough)
             if found is not None:
                 self._loaded[study], versions = found
                 self._add(versions, first=True)
+            _forget(self._loaded)
         except SphereError as error:
             log.warning("copies are not recognised for now: %s", error)
-        self._senders[sender, ""] = self._senders[sender, study] = None
-        _forget(self._senders)
-        _forget(self._loaded)
+            return False
+        return True
 
-    def _catch_up(self) -> None:
-        if self._tail is None:
-            self._tail = JournalTail(self._storage, self._state_dir, {}, self._older())
-        while records := self._tail.take(TAIL):
+    def _look_beside(self, study: str, tail: _Tail | None) -> bool:
+        with self._looking_far:
+            return self._look_now(study, tail)
+
+    def _see(self, uid: str, place: Reservation) -> None:
+        """What processes of this host stored of an instance since this one looked."""
+        if place.forgotten_at > self._looked_at:
+            self._look_again()
+        if versions := place.stored():
+            self._add(
+                KnownVersion(uid, one.sha256, one.bundle, one.offset, one.length, one.dataset_offset)
+                for one in versions
+            )
+
+    def _look_again(self) -> None:
+        """Read what the journals have of this host (with a spool, those of the spool)."""
+        try:
+            with self._looking:
+                self._catch_up(self._tail)
+        except SphereError as error:
+            log.warning("copies are not recognised for now: %s", error)
+
+    def _catch_up(self, tail: _Tail) -> None:
+        now = time.time_ns()
+        while records := tail.take():
             self._add(records)
-
-    def _older(self) -> set[str]:
-        """All bundles but the newest ones with about KEPT members."""
-        journals = {entry.path: entry.size for entry in self._storage.walk(BUNDLES) if entry.path.endswith(".journal")}
-        newest_first = sorted(journals, reverse=True)  # their names begin with their time
-        sums = accumulate(journals[path] for path in newest_first)
-        older = (path for path, size in zip(newest_first, sums, strict=True) if size > KEPT * LINE)
-        return {path.removesuffix(".journal") + ".tar" for path in older}
+        if tail is self._tail:
+            self._looked_at = now
 
     def _is_there(self, version: KnownVersion) -> bool:
         """Whether the bytes are where they should be; what cannot be read yet, or any more, is stored again."""
+        if self._beside is None or self._spooled(version.bundle):
+            return self._matches(version)
+        return self._beside.ask(lambda: self._matches(version), PATIENCE_S + version.length / READ_S)
+
+    def _spooled(self, bundle: str) -> bool:
+        return isinstance(self._storage, SpoolFirst) and self._storage.spool.exists(bundle)
+
+    def _matches(self, version: KnownVersion) -> bool:
         sha = hashlib.sha256()
         at, end = version.offset + version.dataset_offset, version.offset + version.length
         try:
@@ -190,6 +264,81 @@ class KnownInstances:
             log.debug("a copy in %s cannot be read: %s", version.bundle, error)
             return False
         return sha.hexdigest() == version.sha256
+
+
+class OnceWriter:
+    """Stores what an import brings, unless its bytes are stored already."""
+
+    def __init__(self, writer: Writer, known: KnownInstances, on_conflict: OnConflict) -> None:
+        self._writer, self._known, self._on_conflict = writer, known, on_conflict
+
+    def store(self, member: NewMember) -> MemberRecord | None:
+        """Its record when it is durable; None where it was stored before. Raises Refused for a version that is not to
+        be (it is kept all the same, see docs/decisions/0012-policy.md), and StorageError."""
+        if not member.SOPInstanceUID:
+            return self._writer.store(member)
+        meeting, record = self._known.store(member, self._writer.store, sender="import")
+        if self._on_conflict == "reject" and meeting in REFUSED:
+            raise Refused("another version of this instance is stored", status=DUPLICATE_INSTANCE)
+        return record
+
+
+class _Tail:
+    """What journals say beyond the newest bundles with about KEPT members, which the first look begins with. For one
+    thread at a time."""
+
+    def __init__(self, storage: Readable, state_dir: Path) -> None:
+        self._storage, self._state_dir = storage, state_dir
+        self._tail: JournalTail | None = None
+
+    def take(self) -> list[MemberRecord]:
+        """Further members, none where there are no more now; raises StorageError."""
+        if self._tail is None:
+            self._tail = JournalTail(self._storage, self._state_dir, {}, self._older())
+        return self._tail.take(TAIL)
+
+    def _older(self) -> set[str]:
+        journals = {entry.path: entry.size for entry in self._storage.walk(BUNDLES) if entry.path.endswith(".journal")}
+        newest_first = sorted(journals, reverse=True)  # their names begin with their time
+        sums = accumulate(journals[path] for path in newest_first)
+        older = (path for path, size in zip(newest_first, sums, strict=True) if size > KEPT * LINE)
+        return {path.removesuffix(".journal") + ".tar" for path in older}
+
+
+class _Beside:
+    """Asks what may not answer for hours, in threads of its own, and waits for none while an earlier one is late."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._late = 0
+        self._next = 0.0
+
+    def ask(self, question: Callable[[], bool], wait_s: float) -> bool:
+        """What it answers within `wait_s` seconds, else False."""
+        if self._late or time.monotonic() < self._next:
+            return False
+        answers: list[bool] = []
+        answered, waits = threading.Event(), True
+
+        def answer() -> None:
+            found = False
+            try:
+                found = question()
+            finally:
+                with self._lock:
+                    answers.append(found)
+                    answered.set()
+                    if not waits:
+                        self._late -= 1
+                        self._next = self._next if found else time.monotonic() + AWAY_S
+
+        threading.Thread(target=answer, daemon=True, name="beside").start()
+        answered.wait(wait_s)
+        with self._lock:
+            if not answers:
+                waits = False
+                self._late += 1
+            return answers == [True]
 
 
 def _forget(remembered: OrderedDict[Any, Any]) -> None:

@@ -185,8 +185,9 @@ class Ingest(Section):
     on_conflict: OnConflict = Field(
         "keep-first",
         description="Same SOPInstanceUID with other bytes: which version `instances` shows. reject: the first, and a "
-        "C-STORE of another is answered 0x0111, duplicate SOP instance, where the first is known by then. All stay in "
-        "the bundles, and `conflicts` says what happened.",
+        "C-STORE of another is answered 0x0111, duplicate SOP instance, where this host can know of the first: what it "
+        "stored itself, and what other hosts and the catalog answer in time. All stay in the bundles, and `conflicts` "
+        "says what happened.",
     )
     durability: Literal["storage", "spool"] = Field(
         "storage",

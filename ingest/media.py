@@ -12,10 +12,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 from sphere.conf.errors import SphereError
-from sphere.ingest.bundle import BundleWriter, FileRange, NewMember
+from sphere.ingest.bundle import FileRange, NewMember
 from sphere.ingest.header import Identity, identify
 from sphere.ingest.part10 import file_meta
 from sphere.ingest.records import MemberRecord
@@ -29,12 +29,20 @@ IN_FLIGHT = 16  # files stored at once, so that they share one sync (group commi
 
 @dataclass(frozen=True, slots=True)
 class Imported:
-    """What became of one file: its record, or why it was not stored; `skipped` says it was left out on purpose."""
+    """What became of one file: its record, or why it was not stored; `skipped` says it was left out on purpose: it is
+    no DICOM, or stored already."""
 
     path: Path
     record: MemberRecord | None = None
     error: str = ""
     skipped: bool = False
+
+
+class Writer(Protocol):
+    """What stores a member."""
+
+    def store(self, member: NewMember) -> MemberRecord | None:
+        """Return when it is durable, None where it was stored before. Raises SphereError."""
 
 
 def find_files(paths: Iterable[Path]) -> Iterator[Path]:
@@ -68,7 +76,7 @@ def open_regular(path: Path) -> BinaryIO:
 
 def import_files(
     paths: Iterable[Path],
-    writer: BundleWriter,
+    writer: Writer,
     *,
     memory_bytes: int,
     only_dicom: bool = False,
@@ -85,7 +93,8 @@ def import_files(
     def store(path: Path) -> Imported:
         try:
             member = _look_at(path, memory_bytes, only_dicom, clock())
-            return Imported(path, skipped=True) if member is None else Imported(path, writer.store(admit(member)))
+            record = writer.store(admit(member)) if member is not None else None
+            return Imported(path, record, skipped=record is None)
         except OSError as error:
             return Imported(path, error=error.strerror or str(error))
         except SphereError as error:

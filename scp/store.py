@@ -6,17 +6,15 @@ import logging
 import threading
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
-from typing import Protocol
 
-from sphere.catalog.known import KnownInstances, Meeting
+from sphere.catalog.known import DUPLICATE_INSTANCE, REFUSED, KnownInstances, Meeting, Writer
 from sphere.conf.errors import SphereError
 from sphere.conf.logs import hashed
 from sphere.conf.settings import OnConflict
 from sphere.ingest.bundle import FileRange, NewMember
 from sphere.ingest.header import Identifier, Identity
-from sphere.ingest.members import Dataset, with_digest
+from sphere.ingest.members import Dataset
 from sphere.ingest.part10 import file_meta
-from sphere.ingest.records import MemberRecord
 from sphere.scp.policy import Policy, Via
 
 log = logging.getLogger(__name__)
@@ -24,7 +22,6 @@ log = logging.getLogger(__name__)
 SUCCESS = 0x0000
 OUT_OF_RESOURCES = 0xA700  # PS3.4 Table B.2-1
 MISMATCH = 0xB007  # warning: data set does not match SOP class (PS3.4 Table B.2-1)
-DUPLICATE_INSTANCE = 0x0111  # duplicate SOP instance (PS3.7 C.5.7)
 PROCESSING_FAILURE = 0x0110  # PS3.7 C.5.9
 PREFIXES = (1 << 16, 1 << 23)  # bytes given to the header reader to find the UIDs: first, and if that is too little
 MAX_COMMENT = 64  # characters of an Error Comment, LO (PS3.7 Table E.2-1)
@@ -64,13 +61,6 @@ class StoreAnswer:
     comment: str = ""
 
 
-class Writer(Protocol):
-    """What a bundle writer does for us."""
-
-    def store(self, member: NewMember) -> MemberRecord:
-        """Return when the member is durable; raises StorageError, then nothing of it remains."""
-
-
 class StoreService:
     """Lands instances: durable first, then Success."""
 
@@ -108,7 +98,7 @@ class StoreService:
             return self._failed(request, error.dimse, str(error))
         except Exception as error:  # noqa: BLE001  a defect of ours must be answered, and not end the association
             return self._failed(request, PROCESSING_FAILURE, f"internal error ({type(error).__name__})")
-        if self._on_conflict == "reject" and meeting in ("other", "refused copy"):
+        if self._on_conflict == "reject" and meeting in REFUSED:
             return self._failed(request, DUPLICATE_INSTANCE, "another version of this instance is stored")
         return _judge(request, found)
 
@@ -117,12 +107,7 @@ class StoreService:
         if self._known is None or not member.SOPInstanceUID:
             self._writer.store(member)
             return "new"
-        member = with_digest(member)
-        meeting = self._known.meet(member.SOPInstanceUID, member.StudyInstanceUID, member.sha256, sender=sender)
-        if meeting in ("new", "other"):
-            self._known.add(self._writer.store(member))
-        else:
-            log.info("not stored again instance=%s: its bytes are", hashed(member.SOPInstanceUID))
+        meeting, _ = self._known.store(member, self._writer.store, sender=sender)
         return meeting
 
     def _failed(self, request: StoreRequest, status: int, reason: str) -> StoreAnswer:

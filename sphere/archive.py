@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -165,6 +166,8 @@ class Archive:
 
     def import_files(self, paths: Iterable[Path], *, only_dicom: bool = False) -> Iterator[Imported]:
         """Store files and folders; yields what became of each file when it is durable (see sphere.ingest.media)."""
+        from sphere.catalog.known import KnownInstances, OnceWriter
+        from sphere.catalog.queries import LateQueries
         from sphere.ingest.bundle import BundleWriter
         from sphere.ingest.media import import_files
         from sphere.ingest.storage import open_storage
@@ -173,17 +176,15 @@ class Archive:
         policy = Policy(self.settings)
         storage = open_storage(self.settings.storage.root, user=self.settings.storage.user)
         writer = BundleWriter(storage, self.settings)
-        try:
-            memory = self.settings.storage.memory_mib << 20
+        with closing(writer), LateQueries(self.settings) as finder:
+            known = KnownInstances(self.settings, finder)
             yield from import_files(
                 paths,
-                writer,
-                memory_bytes=memory,
+                OnceWriter(writer, known, self.settings.ingest.on_conflict),
+                memory_bytes=self.settings.storage.memory_mib << 20,
                 only_dicom=only_dicom,
                 admit=lambda member: policy.admit(member, via="import"),
             )
-        finally:
-            writer.close()
 
     def delete(
         self,

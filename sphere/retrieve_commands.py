@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, TextIO, get_args
 
 import click
@@ -124,16 +124,16 @@ def get(
 
 @contextmanager
 def _archive_store(settings: Settings) -> Iterator[Lands]:
+    from sphere.catalog.known import KnownInstances
+    from sphere.catalog.queries import LateQueries
     from sphere.ingest.spool import open_writer
     from sphere.scp.policy import Policy
     from sphere.scp.store import StoreService
 
     policy = Policy(settings)
-    writer = open_writer(settings)
-    try:
-        yield StoreService(writer, policy)
-    finally:
-        writer.close()
+    with closing(open_writer(settings)) as writer, LateQueries(settings) as finder:
+        known = KnownInstances(settings, finder)
+        yield StoreService(writer, policy, known, on_conflict=settings.ingest.on_conflict)
 
 
 def _targets(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import tarfile
@@ -18,6 +19,7 @@ from sphere.conf.errors import SettingsError
 from sphere.conf.settings import from_dict, load
 from sphere.output import as_csv, as_json, as_table
 from sphere.serve import banner, with_ports
+from tests.support.landing import changed, slices
 
 pytestmark = pytest.mark.unit
 
@@ -167,6 +169,25 @@ def test_import_can_leave_out_what_is_not_dicom(config: Path, tmp_path: Path) ->
     result = call("import", "--only-dicom", tmp_path / "note.txt", config=config)
     assert result.exit_code == 0
     assert "0 stored, 1 skipped, 0 failed" in result.output
+
+
+@pytest.mark.parametrize(
+    ("policy", "answer"), [("keep-first", "1 stored, 1 skipped, 0"), ("reject", "0 stored, 1 skipped, 1")]
+)
+def test_an_import_stores_the_same_bytes_once(config: Path, tmp_path: Path, policy: str, answer: str) -> None:
+    """In one call and in the next; other bytes as ingest.on_conflict says."""
+    text = config.read_text()
+    assert 'on_conflict = "keep-first"' in text
+    config.write_text(re.sub('#? ?on_conflict = "keep-first"', f'on_conflict = "{policy}"', text))
+    one, other = tmp_path / "1.dcm", tmp_path / "2.dcm"
+    one.write_bytes(slices(1)[0])
+    other.write_bytes(changed(slices(1)[0], PatientComments="corrected"))
+    assert "1 stored, 2 skipped, 0 failed" in call("import", one, one, one, config=config).output
+    result = call("import", one, other, config=config)
+    assert answer in result.output
+    assert ("another version of this instance is stored" in result.output) == (policy == "reject")
+    found = orjson.loads(call("status", "--json", config=config).stdout)
+    assert found["landed"] == 2
 
 
 def test_a_data_set_without_meta_becomes_a_complete_file(config: Path, tmp_path: Path) -> None:
