@@ -59,10 +59,17 @@ class QueryError(SphereError):
     """An identifier or a query that breaks the rules of PS3.4 C.4.1; ``offending`` lists the tags at fault."""
 
     dimse, http = 0xA900, 400  # Identifier does not match SOP Class (PS3.4 Table C.4-1)
+    exit_status = 2  # wrong by itself, whatever the archive has
 
     def __init__(self, message: str, *, offending: tuple[int, ...] = ()) -> None:
         super().__init__(message)
         self.offending = offending
+
+
+class StatementError(QueryError):
+    """A statement of SQL that does not only ask, or that Spark cannot answer; an answer that a format cannot hold."""
+
+    exit_status = 1
 
 
 class Refused(SphereError):
@@ -102,7 +109,7 @@ class TooLarge(SphereError):
 class BadRequest(SphereError):
     """A request that breaks the rules of an interface of this archive; the message names the parameter."""
 
-    http = 400
+    http, exit_status = 400, 2
 
 
 class PeerError(SphereError):

@@ -266,6 +266,9 @@ class Forwarding(Section):
     )
 
 
+ROOT_VARIABLE = "SPHERE_STORAGE__ROOT"
+"""The variable that names an archive where there is no settings file."""
+
 LISTS: Mapping[str, type[Section]] = {"peers": Peer, "rules": Rule, "forwards": Forward, "snapshots": Snapshot}
 """Sections that are lists of tables."""
 
@@ -309,6 +312,17 @@ def load(config: Path | None = None, *, environ: Mapping[str, str] = os.environ)
         return _resolve(settings, path.parent.resolve() if path else Path.cwd())
     except SettingsError as error:
         raise SettingsError(f"{path or 'the settings'}: {error}") from None
+
+
+def load_archive(config: Path | None = None, *, environ: Mapping[str, str] = os.environ) -> Settings:
+    """The settings of an archive: as `load`, but raises SettingsError where neither a settings file nor the variable
+    SPHERE_STORAGE__ROOT says which one. The defaults alone would be a new one in the current folder."""
+    if _find(config, environ) is None and not environ.get(ROOT_VARIABLE):
+        raise SettingsError(
+            f"which archive? There is no sphere.toml in {Path.cwd()}: name the settings of one with --config FILE, "
+            f"before the verb, or SPHERE_CONFIG, or its storage with {ROOT_VARIABLE}; `sphere init DIR` makes an archive"
+        )
+    return load(config, environ=environ)
 
 
 def from_dict(data: Mapping[str, Any], *, base: Path) -> Settings:

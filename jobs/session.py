@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -63,7 +65,8 @@ def spark_session(settings: Settings, *, app_name: str) -> SparkSession:
     builder = SparkSession.builder.appName(app_name).master(settings.spark.master)
     for key, value in _options(settings).items():
         builder = builder.config(key, value)
-    with _errors_to(settings.archive.state_dir / "spark" / "driver.log") as log, _none_left_behind():
+    log_file = settings.archive.state_dir / "spark" / "driver.log"
+    with _errors_to(log_file) as log, _none_left_behind(), _handler_of_ctrl_c():
         try:
             return builder.getOrCreate()
         except (PySparkException, OSError) as error:
@@ -85,6 +88,18 @@ def _none_left_behind() -> Iterator[None]:
                 if child.pid not in before and "pyspark-shell" in _command(child):  # as script and as JVM
                     child.kill()
         raise
+
+
+@contextmanager
+def _handler_of_ctrl_c() -> Iterator[None]:
+    """Keep the handler of SIGINT that was set on purpose, or that it is ignored, as in a child of `sphere serve`: that
+    of PySpark takes the place of Python's own alone."""
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        if before not in (signal.default_int_handler, None) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, before)
 
 
 def _command(process: Any) -> list[str]:

@@ -14,7 +14,8 @@ import pyarrow as pa
 
 from sphere.caller import who_calls
 from sphere.conf.errors import NotThere, SettingsError, SphereError
-from sphere.conf.settings import load
+from sphere.conf.settings import load_archive
+from sphere.option_values import check_uid
 from sphere.output import Format, format_options, write_rows
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def annotate(ctx: click.Context, server: str, token: str) -> None:
 
 @annotate.command()
 @click.argument("file", type=FILE)
-@click.option("--uid", required=True, help="Of the study, series or instance.")
+@click.option("--uid", required=True, callback=check_uid, help="Of the study, series or instance.")
 @click.option("--level", type=LEVELS, help="What the UID is of; needed with --allow-unknown.")
 @click.option("--allow-unknown", is_flag=True, help="Also where the archive does not have it.")
 @click.option("--type", default="", help="What kind of annotation it is.")
@@ -69,7 +70,8 @@ def add(
 
 
 @annotate.command("list")
-@click.option("--uid", default="", help="Of a study, series or instance: what is linked to it or to something in it.")
+@click.option("--uid", default="", callback=check_uid,
+              help="Of a study, series or instance: what is linked to it or to something in it.")  # fmt: skip
 @click.option("--level", type=LEVELS, help="Linked to one of these only.")
 @click.option("--type", default="", help="Of this type only.")
 @click.option("--author", default="", help="By this author only.")
@@ -166,7 +168,7 @@ def _annotating(ctx: click.Context) -> Iterator[Annotating]:
     from sphere.annotating import Here, There
 
     server, token = ctx.meta["server"]
-    one: Annotating = There(server, token) if server else Here(load(ctx.obj), who_calls())
+    one: Annotating = There(server, token) if server else Here(load_archive(ctx.obj), who_calls())
     try:
         yield one
     except FileNotFoundError as error:

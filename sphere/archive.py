@@ -14,8 +14,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sphere.conf.errors import QueryError, SettingsError
-from sphere.conf.settings import Settings, load
+from sphere.conf.errors import QueryError, SettingsError, StatementError
+from sphere.conf.settings import Settings, load_archive
 
 if TYPE_CHECKING:
     from datetime import datetime, timedelta
@@ -32,11 +32,11 @@ if TYPE_CHECKING:
 
 
 def open(config: str | Path | None = None) -> Archive:
-    """The archive of a settings file (default: SPHERE_CONFIG, else ./sphere.toml).
+    """The archive of a settings file (default: SPHERE_CONFIG, else ./sphere.toml, else SPHERE_STORAGE__ROOT names it).
 
     Raises SettingsError when the file is missing or wrong.
     """
-    return Archive(load(Path(config) if config is not None else None))
+    return Archive(load_archive(Path(config) if config is not None else None))
 
 
 def plain_values(dataset: Any) -> dict[str, Any]:
@@ -101,19 +101,25 @@ class Archive:
         return self._spark
 
     def sql(self, statement: str) -> pa.Table:
-        """The answer of one Spark SQL statement as an Arrow table; raises QueryError with Spark's explanation."""
+        """The answer of one Spark SQL statement that asks (SELECT, DESCRIBE, SHOW, EXPLAIN) as an Arrow table.
+
+        Raises StatementError, a QueryError, where it does anything else, nothing of which is done, or with Spark's
+        explanation.
+        """
         from pyspark.errors import PySparkException
 
         from sphere.catalog.schema import TABLES
         from sphere.jobs.session import register_tables
+        from sphere.jobs.statements import check_asks
 
         words = set(re.findall(r"\w+", statement.lower()))
         spark = self._session()
         register_tables(spark, self.settings, [name for name in TABLES if name in words])
         try:
+            check_asks(spark, statement)
             return spark.sql(statement).toArrow()
         except PySparkException as error:
-            raise QueryError(str(error).split("\n\nJVM stacktrace")[0].split(";\n'")[0].strip()) from None
+            raise StatementError(str(error).split("\n\nJVM stacktrace")[0].split(";\n'")[0].strip()) from None
 
     def queries(self) -> Queries:
         """The query service: `find`, `count` and `lookup_instances` of Query values. Opened once, closed by `close`."""

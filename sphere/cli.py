@@ -16,7 +16,8 @@ from sphere.archive import Archive
 from sphere.conf import logs
 from sphere.conf.errors import SettingsError, SphereError
 from sphere.conf.private import keep_private, make_private
-from sphere.conf.settings import Settings, from_dict, load
+from sphere.conf.settings import Settings, from_dict, load_archive
+from sphere.interrupts import LINE, STATUS, Interrupts, noted
 from sphere.output import Format, PathArgument, format_options, write_rows
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -26,16 +27,29 @@ class Verbs(click.Group):
     """A click group that turns every SphereError, and what the system refuses, into one clear line and a status."""
 
     def invoke(self, ctx: click.Context) -> object:
+        with noted() as interrupts:
+            try:
+                return self._invoke(ctx, interrupts)
+            except click.exceptions.Exit:
+                raise
+            except KeyboardInterrupt:
+                pass
+            except Exception:  # what became of Ctrl-C in somebody's library
+                if not interrupts.came():
+                    raise
+        click.echo(LINE, err=True)
+        return ctx.exit(STATUS)
+
+    def _invoke(self, ctx: click.Context, interrupts: Interrupts) -> object:
         try:
             return super().invoke(ctx)
         except SphereError as error:
+            if interrupts.came():
+                raise
             click.echo(f"sphere: {error}", err=True)
             ctx.exit(error.exit_status)
-        except KeyboardInterrupt:
-            click.echo("sphere: interrupted", err=True)
-            ctx.exit(130)
         except OSError as error:  # a folder that cannot be written to, a full disk
-            if error.errno == errno.EPIPE:  # who read our output went away: click ends quietly
+            if interrupts.came() or error.errno == errno.EPIPE:  # who read our output went away: click ends quietly
                 raise
             logging.getLogger("sphere").debug("where it happened", exc_info=True)
             where = f"{error.filename}: " if error.filename else ""
@@ -98,8 +112,8 @@ def main(ctx: click.Context, config: Path | None, log_level: logs.Level) -> None
 
 
 def settings_of(ctx: click.Context) -> Settings:
-    """The settings that this call works with."""
-    return load(ctx.obj)
+    """The settings of the archive that this call works with."""
+    return load_archive(ctx.obj)
 
 
 @main.command()
@@ -274,7 +288,7 @@ def verify(ctx: click.Context, bundles: tuple[str, ...]) -> None:
 @click.pass_context
 def sql(ctx: click.Context, statement: str, format_: Format, output: Path | None) -> None:
     """Ask the catalog in Spark SQL: instances, series, studies, patients, quarantine, conflicts, tombstones, bundles,
-    audit, annotations.
+    audit, annotations. A statement that does anything but ask (SELECT, DESCRIBE, SHOW, EXPLAIN) is refused.
 
     \b
     Examples:

@@ -6,7 +6,7 @@ from typing import IO, TYPE_CHECKING, cast
 
 import click
 
-from sphere.conf.settings import load
+from sphere.conf.settings import load_archive
 
 if TYPE_CHECKING:
     from sphere.catalog.cohorts import Cohorts, Kind
@@ -81,5 +81,5 @@ def _cohorts(ctx: click.Context) -> Cohorts:
     from sphere.catalog.cohorts import Cohorts
     from sphere.ingest.storage import open_storage
 
-    settings = load(ctx.obj)
+    settings = load_archive(ctx.obj)
     return Cohorts(open_storage(settings.storage.root, user=settings.storage.user))

@@ -8,7 +8,7 @@ from datetime import timedelta
 
 import click
 
-from sphere.conf.settings import load
+from sphere.conf.settings import load_archive
 
 _UNITS = {"h": "hours", "d": "days", "w": "weeks"}
 
@@ -55,7 +55,7 @@ def compact(
     from sphere.archive import Archive
     from sphere.jobs.progress import step_bar
 
-    archive = Archive(load(ctx.obj))
+    archive = Archive(load_archive(ctx.obj))
     with step_bar() as on_step:
         report = archive.compact(after=after, dry_run=dry_run, vacuum=vacuum, on_step=on_step)
     for where, why in report.failures.items():

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from sphere.conf.settings import load
-from sphere.conf.uids import UID
+from sphere.conf.settings import load_archive
+from sphere.option_values import check_uids
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,13 +19,6 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def _check(_: click.Context, option: click.Parameter, uids: tuple[str, ...]) -> tuple[str, ...]:
-    for uid in uids:
-        if not UID.fullmatch(uid):
-            raise click.BadParameter(f"{uid[:80]!r} is not a UID (PS3.5 9.1)", param=option)
-    return uids
-
-
 def _chosen(function: F) -> F:
     """The options that name studies, series and instances; each may be given several times."""
     for option, name, what in (
@@ -33,7 +26,7 @@ def _chosen(function: F) -> F:
         ("--series", "series", "All of a series."),
         ("--study", "study", "All of a study."),
     ):
-        function = click.option(option, name, multiple=True, metavar="UID", callback=_check, help=what)(function)
+        function = click.option(option, name, multiple=True, metavar="UID", callback=check_uids, help=what)(function)
     return function
 
 
@@ -63,7 +56,7 @@ def delete(ctx: click.Context, /, where: tuple[str, ...], reason: str, yes: bool
 
     if bool(where) == any(uids.values()):
         raise click.UsageError("say what to delete: either --study, --series, --instance, or --where KEYWORD=VALUE")
-    settings = load(ctx.obj)
+    settings = load_archive(ctx.obj)
     with open_queries(settings) as queries:
         if where:
             found = deleting.choose_matching(queries, dict(split_key(key) for key in where))
@@ -105,7 +98,7 @@ def undelete(ctx: click.Context, /, remaining: bool, **uids: Sequence[str]) -> N
 
     if not any(uids.values()):
         raise click.UsageError("say what to show again: --study, --series or --instance")
-    settings = load(ctx.obj)
+    settings = load_archive(ctx.obj)
     found = deleting.choose_deleted(settings, uids)
     done = deleting.undelete(settings, [one for one in found if not (remaining and one.erased)])
     click.echo(f"{done} are shown again; those that had left the tables, after the next sphere extract")

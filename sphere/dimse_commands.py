@@ -14,8 +14,9 @@ from pydicom.dataset import Dataset
 
 from sphere.catalog.query import Features, Model
 from sphere.catalog.schema import Level
-from sphere.conf.settings import load
+from sphere.conf.settings import load, load_archive
 from sphere.finding import find_here, find_there
+from sphere.option_values import check_as_of, check_timezone
 from sphere.output import Format, format_options, write_rows
 from sphere.peer_argument import Named, peer_argument
 
@@ -71,8 +72,15 @@ def name_failure(message: str) -> None:
 @click.option("--relational", is_flag=True, help="Negotiate relational queries: no unique keys above the level needed.")
 @click.option("--fuzzy", is_flag=True, help="Fuzzy person names: words in any order, spellings of one sound aside.")
 @click.option("--combined", is_flag=True, help="Take a date and its time as one moment in ranges.")
-@click.option("--timezone", default="", metavar="&ZZXX", help="Dates and times are meant, and shown, in this zone.")
-@click.option("--as-of", metavar="VERSION|TIME", help="Ask this archive's catalog as it was (no PEER).")
+@click.option(
+    "--timezone",
+    default="",
+    metavar="&ZZXX",
+    callback=check_timezone,
+    help="Dates and times are meant, and shown, in this zone.",
+)
+@click.option("--as-of", metavar="VERSION|TIME", callback=check_as_of,
+              help="Ask this archive's catalog as it was (no PEER).")  # fmt: skip
 @click.option("--limit", type=click.IntRange(min=1), help="Stop after so many answers.")
 @click.option("--offset", type=click.IntRange(min=0), default=0, help="Pass over so many answers first.")
 @format_options
@@ -106,7 +114,7 @@ def find(
       sphere find -k StudyDate=20240101- --as-of 2026-01-31T12:00:00Z
       sphere find ward --level SERIES -k StudyInstanceUID=1.2.3 -k Modality -k NumberOfSeriesRelatedInstances
     """
-    settings = load(ctx.obj)
+    settings = load_archive(ctx.obj) if peer is None else load(ctx.obj)
     wanted = dict(split_key(key) for key in keys)
     features = Features(
         relational=relational,

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import io
-from collections.abc import Callable
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator
+from datetime import date, datetime, time
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 import click
 import orjson
+
+from sphere.conf.errors import StatementError
 
 if TYPE_CHECKING:  # the command line is read by every child of `sphere serve`, and is to stay small
     import pyarrow as pa
@@ -23,15 +29,21 @@ def format_options(command: Command) -> Command:
     choice = click.Choice(list(get_args(Format)))
     file = click.Path(dir_okay=False, path_type=Path)
     command = click.option("-o", "--output", type=file, help="Write to this file.")(command)
-    help_ = "How rows are written."
+    help_ = (
+        "How rows are written. In json binary is base64, a map an object, decimals, NaN and Infinity are text; "
+        "json and parquet want column names that differ."
+    )
     return click.option("--format", "format_", type=choice, default="table", show_default=True, help=help_)(command)
 
 
 def write_rows(table: pa.Table, *, format: Format, output: Path | None) -> None:
     """Write an Arrow table to a file, or to standard output where `output` is None.
 
-    json is one array of objects; parquet needs `output` (click.UsageError otherwise).
+    json is one array of objects; parquet needs `output` (click.UsageError otherwise). Raises StatementError where json
+    or parquet would have columns of one name, of which readers see one.
     """
+    if format in ("json", "parquet"):
+        _check_names(table)
     if format == "parquet":
         if output is None:
             raise click.UsageError("--format parquet needs -o FILE")
@@ -47,19 +59,59 @@ def write_rows(table: pa.Table, *, format: Format, output: Path | None) -> None:
 
 
 def as_csv(table: pa.Table) -> str:
-    """RFC 4180 text with a header line; lists as JSON, nulls empty."""
+    """RFC 4180 text with a header line; lists, maps and structs as JSON, nulls empty."""
     stream: IO[str] = io.StringIO()
     writer = csv.writer(stream)
     writer.writerow(table.column_names)
-    writer.writerows([_plain(value) for value in row.values()] for row in table.to_pylist())
+    writer.writerows([_plain(value) for value in row] for row in _rows(table))
     stream.seek(0)
     return stream.read()
 
 
 def as_json(table: pa.Table) -> str:
-    """A JSON array of objects, one a row; dates and times as RFC 3339 text."""
-    options = orjson.OPT_INDENT_2 | orjson.OPT_UTC_Z | orjson.OPT_APPEND_NEWLINE | orjson.OPT_NON_STR_KEYS
-    return orjson.dumps(table.to_pylist(), default=str, option=options).decode()
+    """A JSON array of objects, one a row, values as `in_json` says."""
+    rows = [dict(zip(table.column_names, row, strict=True)) for row in _rows(table)]
+    return orjson.dumps(rows, option=orjson.OPT_INDENT_2 | _JSON).decode()
+
+
+_JSON = orjson.OPT_UTC_Z | orjson.OPT_APPEND_NEWLINE
+
+
+def in_json(value: Any, type_: pa.DataType) -> Any:
+    """A value of an Arrow table as JSON has it, nothing of it lost: bytes as base64, maps as objects, decimals and what
+    JSON does not know (NaN, Infinity, spans) as text; dates and times are left, as orjson writes RFC 3339."""
+    from pyarrow import types
+
+    if value is None:
+        return None
+    if types.is_map(type_):
+        return {_name(in_json(key, type_.key_type)): in_json(one, type_.item_type) for key, one in value}
+    if types.is_struct(type_):
+        return {field.name: in_json(value[field.name], field.type) for field in type_}
+    if types.is_list(type_) or types.is_large_list(type_) or types.is_fixed_size_list(type_):
+        return [in_json(one, type_.value_type) for one in value]
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode("ascii")
+    if isinstance(value, float):
+        return value if math.isfinite(value) else {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}[str(value)]
+    return value if isinstance(value, bool | int | str | date | datetime | time) else str(value)
+
+
+def _name(key: Any) -> str:
+    """The key of a map as the name of a member."""
+    return key if isinstance(key, str) else orjson.dumps(key, option=orjson.OPT_UTC_Z).decode().strip('"')
+
+
+def _rows(table: pa.Table) -> Iterator[tuple[Any, ...]]:
+    """Its rows, by the places of columns: two may have one name."""
+    columns = [[in_json(value, column.type) for value in column.to_pylist()] for column in table.columns]
+    return zip(*columns, strict=True)
+
+
+def _check_names(table: pa.Table) -> None:
+    twice = [name for name, times in Counter(table.column_names).items() if times > 1]
+    if twice:
+        raise StatementError(f"several columns are called {', '.join(twice)}: give each a name of its own (AS)")
 
 
 def as_table(table: pa.Table) -> str:
@@ -72,8 +124,8 @@ def as_table(table: pa.Table) -> str:
     grid = Table(box=box.SIMPLE_HEAD, show_edge=False)
     for name in table.column_names:
         grid.add_column(Text(name), overflow="fold")
-    for row in table.to_pylist():
-        grid.add_row(*(Text(printable(_plain(value), keep="\n\t")) for value in row.values()))
+    for row in _rows(table):
+        grid.add_row(*(Text(printable(_plain(value), keep="\n\t")) for value in row))
     console = Console(file=io.StringIO(), width=10_000, color_system=None)
     console.print(grid)
     lines = [line.rstrip() for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
@@ -104,5 +156,5 @@ def _plain(value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, list | dict):
-        return orjson.dumps(value, default=str).decode()
+        return orjson.dumps(value, option=orjson.OPT_UTC_Z).decode()
     return str(value)

@@ -14,8 +14,9 @@ import pyarrow as pa
 from sphere.catalog.schema import Level
 from sphere.conf.errors import PeerError
 from sphere.conf.peers import Peer
-from sphere.conf.settings import Settings, load
+from sphere.conf.settings import Settings, load, load_archive
 from sphere.dimse_commands import name_failure, split_key
+from sphere.option_values import check_ae_title
 from sphere.output import write_rows
 from sphere.peer_argument import Named, peer_argument
 from sphere.progress import bar
@@ -53,7 +54,8 @@ def _options(function: Callable[..., None]) -> Callable[..., None]:
 
 
 @click.command()
-@click.option("--to", "destination", required=True, metavar="AET", help="AE title, known to the peer, to send to.")
+@click.option("--to", "destination", required=True, metavar="AET", callback=check_ae_title,
+              help="AE title, known to the peer, to send to.")  # fmt: skip
 @_options
 def move(
     ctx: click.Context, peer: Named, destination: str, level: Level, keys: tuple[str, ...], list_file: TextIO | None,
@@ -73,7 +75,7 @@ def move(
     """
     from sphere.scp import client
 
-    settings = load(ctx.obj)
+    settings = load_archive(ctx.obj) if existing else load(ctx.obj)
     source = peer.resolve(settings)
 
     def ask(target: Target) -> Iterator[Progress]:
@@ -106,7 +108,7 @@ def get(
     """
     from sphere.scp import client
 
-    settings = load(ctx.obj)
+    settings = load_archive(ctx.obj)
     source = peer.resolve(settings)
     targets = _targets(source, settings, keys, list_file, level)
     with _archive_store(settings) as store:

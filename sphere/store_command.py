@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from sphere.conf.errors import PeerError, StorageError
 from sphere.conf.peers import Peer
-from sphere.conf.settings import Settings, load
+from sphere.conf.settings import Settings, load, load_archive
 from sphere.dimse_commands import name_failure, split_key
 from sphere.output import PathArgument, write_rows
 from sphere.peer_argument import Named, peer_argument
@@ -65,7 +65,7 @@ def store(
 
     if bool(paths) == bool(where):
         raise click.UsageError("say what to send: either PATH..., or --where KEYWORD=VALUE")
-    settings = load(ctx.obj)
+    settings = load_archive(ctx.obj) if where else load(ctx.obj)
     target = peer.resolve(settings)
     asked = [str(path.resolve()) for path in paths] or [f"where {key}" for key in where]
     with SentJournal(settings.archive.state_dir, target, asked) as journal, closing(Transcoder()) as transcoder:

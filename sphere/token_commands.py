@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, cast
 
 import click
 
-from sphere.conf.settings import load
+from sphere.conf.settings import load_archive
 
 if TYPE_CHECKING:
     from sphere.catalog.cohorts import Cohorts
@@ -94,7 +94,7 @@ def _tokens(ctx: click.Context) -> Tokens:
     from sphere.ingest.storage import open_storage
     from sphere.scp.web.tokens import Tokens
 
-    settings = load(ctx.obj)
+    settings = load_archive(ctx.obj)
     return Tokens(open_storage(settings.storage.root, user=settings.storage.user))
 
 
@@ -102,7 +102,7 @@ def _cohorts(ctx: click.Context) -> Cohorts:
     from sphere.catalog.cohorts import Cohorts
     from sphere.ingest.storage import open_storage
 
-    settings = load(ctx.obj)
+    settings = load_archive(ctx.obj)
     return Cohorts(open_storage(settings.storage.root, user=settings.storage.user))
 
 

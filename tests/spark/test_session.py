@@ -19,8 +19,10 @@ from pyspark.errors import AnalysisException, PySparkException
 from pyspark.sql import SparkSession
 
 from sphere.catalog.schema import TABLES
+from sphere.conf.errors import StatementError
 from sphere.jobs.extract import run
 from sphere.jobs.session import register_tables
+from sphere.jobs.statements import check_asks
 from tests.support.landing import archive, land, new_member, slices
 
 pytestmark = pytest.mark.spark
@@ -68,6 +70,63 @@ def test_tables_are_read_only(spark: SparkSession, tmp_path: Path, statement: st
         spark.sql(statement).collect()
     register_tables(spark, settings)
     assert spark.sql("SELECT count(*) AS n FROM instances").collect()[0]["n"] == 2
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "SELECT 1",
+        "WITH a AS (SELECT 1 AS x) SELECT * FROM a UNION ALL SELECT 2",
+        "VALUES (1), (2)",
+        "FROM range(3) |> WHERE id > 0",
+        "DESCRIBE QUERY SELECT 1",
+        "SHOW TABLES",
+        "EXPLAIN SELECT 1",
+    ],
+)
+def test_what_asks_is_let_through(spark: SparkSession, statement: str) -> None:
+    check_asks(spark, statement)
+    assert spark.sql(statement).toArrow().num_rows
+
+
+@pytest.mark.parametrize(
+    ("statement", "kind"),
+    [
+        ("DROP TABLE instances", "DROP TABLE"),
+        ("DROP VIEW instances", "DROP VIEW"),
+        ("INSERT INTO instances VALUES (1)", "INSERT INTO"),
+        ("WITH a AS (SELECT 1) INSERT INTO delta.`{path}` SELECT * FROM a", "INSERT INTO"),
+        ("FROM range(1) INSERT INTO a SELECT * INSERT INTO b SELECT *", "INSERT INTO"),
+        ("INSERT OVERWRITE DIRECTORY '{path}/new' USING csv SELECT 1", "INSERT INTO DIR"),
+        ("DELETE FROM delta.`{path}`", "DELETE FROM TABLE"),
+        ("UPDATE delta.`{path}` SET id = 1", "UPDATE TABLE"),
+        ("MERGE INTO delta.`{path}` USING b ON false WHEN NOT MATCHED BY SOURCE THEN DELETE", "MERGE INTO TABLE"),
+        ("TRUNCATE TABLE delta.`{path}`", "TRUNCATE TABLE"),
+        ("CREATE TABLE x USING parquet LOCATION '{path}/new' AS SELECT 1", "CREATE TABLE AS SELECT"),
+        ("CREATE TEMP VIEW v AS SELECT 1", "CREATE VIEW"),
+        ("ALTER TABLE delta.`{path}` ADD COLUMN x INT", "ADD COLUMNS"),
+        ("SET spark.sql.shuffle.partitions=3", "SET"),
+        ("USE elsewhere", "SET CATALOG AND NAMESPACE"),
+        ("CACHE TABLE instances", "CACHE TABLE"),
+        ("ADD JAR '/x.jar'", "ADD JARS"),
+        ("VACUUM delta.`{path}` RETAIN 0 HOURS", "VACUUM TABLE"),
+        ("OPTIMIZE delta.`{path}`", "OPTIMIZE TABLE"),
+        ("RESTORE TABLE delta.`{path}` TO VERSION AS OF 0", "RESTORE TABLE"),
+        ("CREATE TABLE delta.`{path}/new` SHALLOW CLONE delta.`{path}`", "CLONE TABLE"),
+        ("BEGIN DELETE FROM delta.`{path}`; END", "COMPOUND BODY"),
+        ("EXECUTE IMMEDIATE 'DELETE FROM delta.`{path}`'", "UNRESOLVED EXECUTE IMMEDIATE"),
+        ("CALL x.y(1)", "CALL"),
+    ],
+)
+def test_what_does_anything_is_refused_before_it_is_done(
+    spark: SparkSession, tmp_path: Path, statement: str, kind: str
+) -> None:
+    path = tmp_path / "table"
+    spark.range(3).write.format("delta").save(str(path))
+    before = sorted(path.rglob("*"))
+    with pytest.raises(StatementError, match=f"^{kind} is no query, and nothing of it was done"):
+        check_asks(spark, statement.replace("{path}", str(path)))
+    assert sorted(path.rglob("*")) == before
 
 
 def test_times_are_utc(spark: SparkSession) -> None:

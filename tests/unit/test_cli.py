@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import csv
+import json
+import os
 import re
 import subprocess
 import sys
 import tarfile
+from datetime import date, datetime, timedelta
+from decimal import Decimal
 from pathlib import Path
 
 import orjson
@@ -14,10 +19,11 @@ import pytest
 from click.testing import CliRunner, Result
 from pydicom.data import get_testdata_file
 
+import sphere
 from sphere.cli import Late, main
-from sphere.conf.errors import SettingsError
+from sphere.conf.errors import SettingsError, StatementError
 from sphere.conf.settings import from_dict, load
-from sphere.output import as_csv, as_json, as_table
+from sphere.output import as_csv, as_json, as_table, write_rows
 from sphere.serve import banner, with_ports
 from tests.support.landing import changed, slices
 
@@ -49,12 +55,87 @@ def test_every_verb_has_help_with_an_example(verb: str) -> None:
         (["sql", "SELECT 1", "--format", "parquet"], "needs -o FILE"),
         (["sql", "SELECT 1", "--format", "xml"], "'xml' is not one of"),
         (["find", "X@127.0.0.1:1", "--level", "FRAME"], "'FRAME' is not one of"),
+        (["find", "-k", "PatientNam=x"], "did you mean PatientName?"),
+        (["find", "X@127.0.0.1:1", "-k", "PatientNam=x"], "did you mean PatientName?"),
+        (["find", "-k", "StudyDate=foo"], "StudyDate: "),
+        (["find", "-k", "Modality=CT"], "Modality is a key of SERIES, below STUDY"),
+        (["find", "--timezone", "foo"], "Invalid value for '--timezone': 'foo' is not an offset from UTC"),
+        (
+            ["find", "X@127.0.0.1:1", "--timezone", "foo"],
+            "Invalid value for '--timezone': 'foo' is not an offset from UTC",
+        ),
+        (["find", "--as-of", "foo"], "Invalid value for '--as-of': as of 'foo': neither a version"),
+        (["find", "nobody"], "neither a name in the settings"),
+        (["store", "X@127.0.0.1:1", "--where", "PatientNam=x"], "PatientNam"),
+        (["delete", "--yes", "--where", "PatientNam=x"], "PatientNam"),
+        (["delete", "--yes", "--where", "PatientID"], "chooses everything"),
+        (["delete", "--yes", "--study", "a"], "is not a UID"),
+        (["move", "X@127.0.0.1:1", "--to", "Y", "-k", "PatientNam=x"], "PatientNam"),
+        (["get", "X@127.0.0.1:1", "-k", "PatientNam=x"], "PatientNam"),
+        (["move", "X@127.0.0.1:1", "--to", "MORE THAN SIXTEEN", "-k", "StudyInstanceUID=1.2"], "--to"),
+        (["annotate", "list", "--uid", "a"], "is not a UID"),
+        (["token", "create", "--role", "reader", "--name", "x", "--expires", "soon"], "--expires"),
+        (["cohort", "create", "a b", "/dev/null"], "a b"),
+        (["init", "x", "--root", "ftp://there"], "storage.root"),
+        (["init", "x", "--port", "70000"], "dimse.port"),
+        (["peers", "--timeout", "0"], "--timeout"),
+        (["compact", "--after", "soon"], "is not a time"),
     ],
 )
-def test_wrong_usage_is_status_2(arguments: list[str], message: str) -> None:
-    result = call(*arguments)
-    assert result.exit_code == 2
+def test_wrong_usage_is_status_2(config: Path, arguments: list[str], message: str) -> None:
+    result = call(*arguments, config=config)
+    assert (result.exit_code, result.exception.__class__) == (2, SystemExit), result.output
     assert message in result.output
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["serve"],
+        ["import", "x.dcm"],
+        ["extract"],
+        ["status"],
+        ["sql", "SELECT 1"],
+        ["find", "-k", "PatientID=1"],
+        ["ship"],
+        ["verify"],
+        ["store", "X@127.0.0.1:1", "--where", "PatientID=1"],
+        ["get", "X@127.0.0.1:1", "-k", "StudyInstanceUID=1.2"],
+        ["move", "X@127.0.0.1:1", "--to", "Y", "--existing", "-k", "StudyInstanceUID=1.2"],
+        ["delete", "--study", "1.2"],
+        ["undelete", "--study", "1.2"],
+        ["compact"],
+        ["cohort", "list"],
+        ["token", "list"],
+        ["annotate", "list"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_no_archive_is_made_where_none_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in [name for name in os.environ if name.startswith("SPHERE_")]:
+        monkeypatch.delenv(name)
+    result = call(*arguments)
+    assert (result.exit_code, result.output.count("\n")) == (2, 1), result.output
+    assert f"no sphere.toml in {tmp_path}" in result.output
+    assert all(word in result.output for word in ("--config", "SPHERE_CONFIG", "SPHERE_STORAGE__ROOT", "sphere init"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_archive_is_named_by_a_file_here_or_by_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SPHERE_CONFIG", raising=False)
+    assert call("echo", "X@127.0.0.1:1").exit_code == 1, "who only asks a peer needs none"
+    monkeypatch.setenv("SPHERE_STORAGE__ROOT", "file:elsewhere")
+    assert orjson.loads(call("status", "--json").stdout)["storage_root"] == (tmp_path / "elsewhere").as_uri()
+    monkeypatch.delenv("SPHERE_STORAGE__ROOT")
+    with pytest.raises(SettingsError, match="which archive"):
+        sphere.open()
+    (tmp_path / "sphere.toml").write_text('[storage]\nroot = "file:here"\n')
+    assert orjson.loads(call("status", "--json").stdout)["storage_root"] == (tmp_path / "here").as_uri()
+    assert sphere.open().settings.storage.root == (tmp_path / "here").as_uri()
 
 
 @pytest.mark.parametrize(
@@ -250,6 +331,50 @@ def test_output_formats() -> None:
     assert orjson.loads(as_json(table))[0] == {"PatientName": 'Åse, "A"', "n": 1, "many": ["a", "b"]}
     text = as_table(table)
     assert "PatientName" in text and text.endswith("(2 rows)\n")
+
+
+def test_json_loses_nothing() -> None:
+    utc = pa.timestamp("us", tz="UTC")
+    table = pa.table(
+        {
+            "binary": pa.array([b"\0\xff", None]),
+            "map": pa.array([[("a", 1.5), ("b", None)], []], pa.map_(pa.string(), pa.float64())),
+            "numbered": pa.array([[(1, b"x")], None], pa.map_(pa.int32(), pa.binary())),
+            "days": pa.array([[(date(2026, 1, 31), [1])], None], pa.map_(pa.date32(), pa.list_(pa.int8()))),
+            "struct": pa.array(
+                [{"a": {"b": [b"y", None]}}, None], pa.struct({"a": pa.struct({"b": pa.list_(pa.binary())})})
+            ),
+            "decimal": pa.array([Decimal("0.10"), Decimal("-12345678901234567890.12")], pa.decimal128(38, 2)),
+            "double": pa.array([float("nan"), float("-inf")]),
+            "float": pa.array([float("inf"), 0.5], pa.float32()),
+            "long": pa.array([2**63 - 1, None], pa.int64()),
+            "at": pa.array([datetime(2026, 1, 31, 12, 0, 0, 250000), None], utc),
+            "local": pa.array([datetime(2026, 1, 31, 12), None], pa.timestamp("us")),
+            "day": pa.array([date(2026, 1, 31), None]),
+            "span": pa.array([timedelta(hours=1, microseconds=1), None]),
+            "flag": pa.array([True, None]),
+        }
+    )
+    first, second = json.loads(as_json(table), parse_constant=pytest.fail)
+    assert first == {
+        "binary": "AP8=", "map": {"a": 1.5, "b": None}, "numbered": {"1": "eA=="}, "days": {"2026-01-31": [1]},
+        "struct": {"a": {"b": ["eQ==", None]}}, "decimal": "0.10", "double": "NaN", "float": "Infinity",
+        "long": 9223372036854775807, "at": "2026-01-31T12:00:00.250000Z", "local": "2026-01-31T12:00:00",
+        "day": "2026-01-31", "span": "1:00:00.000001", "flag": True,
+    }  # fmt: skip
+    assert (second["decimal"], second["double"], second["map"]) == ("-12345678901234567890.12", "-Infinity", {})
+    values = dict(zip(*csv.reader(as_csv(table).splitlines()[:2]), strict=True))
+    assert (values["binary"], values["map"], values["double"]) == ("AP8=", '{"a":1.5,"b":null}', "NaN")
+
+
+def test_columns_of_one_name_are_shown_or_refused_never_lost(tmp_path: Path) -> None:
+    twice = pa.Table.from_arrays([pa.array([1]), pa.array([2]), pa.array([3])], names=["a", "b", "a"])
+    assert as_csv(twice) == "a,b,a\r\n1,2,3\r\n"
+    assert as_table(twice).splitlines()[-2].split() == ["1", "2", "3"]
+    for format_ in ("json", "parquet"):
+        with pytest.raises(StatementError, match="several columns are called a: give each a name of its own"):
+            write_rows(twice, format=format_, output=tmp_path / "rows")  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_one_port_for_dimse_and_http_is_refused(tmp_path: Path) -> None:
