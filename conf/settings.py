@@ -320,7 +320,7 @@ def load_archive(config: Path | None = None, *, environ: Mapping[str, str] = os.
     if _find(config, environ) is None and not environ.get(ROOT_VARIABLE):
         raise SettingsError(
             f"which archive? There is no sphere.toml in {Path.cwd()}: name the settings of one with --config FILE, "
-            f"before the verb, or SPHERE_CONFIG, or its storage with {ROOT_VARIABLE}; `sphere init DIR` makes an archive"
+            f"before the verb, or SPHERE_CONFIG, or its storage with {ROOT_VARIABLE}; `sphere init DIR` makes one"
         )
     return load(config, environ=environ)
 

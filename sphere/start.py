@@ -1,4 +1,4 @@
-"""What the program `sphere` begins with: Ctrl-C is one line while the command line is read in, and while Python ends."""
+"""What the program `sphere` begins with: Ctrl-C is one line while the command line is read in and while Python ends."""
 
 from __future__ import annotations
 
