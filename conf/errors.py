@@ -33,6 +33,10 @@ class StorageFull(StorageError):
     """The storage has no room left."""
 
 
+class StorageAway(StorageError):
+    """The storage does not answer, as was seen just now: asking again at once is no use."""
+
+
 class StorageMissing(StorageError):
     """A file that should be on the storage is not there."""
 

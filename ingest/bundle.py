@@ -10,7 +10,7 @@ from collections.abc import Callable
 from datetime import datetime, timezone
 from typing import TypeVar
 
-from sphere.conf.errors import StorageError, StorageFull
+from sphere.conf.errors import StorageAway, StorageError, StorageFull
 from sphere.conf.settings import Settings
 from sphere.ingest.dayfile import unique_name
 from sphere.ingest.folders import BUNDLES
@@ -37,13 +37,14 @@ _log = logging.getLogger(__name__)
 class _Job:
     """What waits for its turn: a member to be written, or something to be done while nothing is written."""
 
-    __slots__ = ("action", "error", "prepared", "record")
+    __slots__ = ("action", "error", "prepared", "record", "since")
 
     def __init__(self, prepared: Prepared | None = None, action: Callable[[], None] | None = None) -> None:
         self.prepared = prepared
         self.action = action
         self.record: MemberRecord | None = None
         self.error: StorageError | None = None
+        self.since = time.monotonic()
 
 
 class BundleWriter:
@@ -143,13 +144,14 @@ class BundleWriter:
 
     def _write(self, jobs: list[_Job]) -> None:
         """Write the members; where a node of the storage died, once more into another bundle."""
-        give_up = time.monotonic() + GIVE_UP_S
+        give_up = min(job.since for job in jobs) + GIVE_UP_S  # the time that they waited for their turn counts
         for left in reversed(range(self._storage.attempts)):
             try:
                 self._write_once(jobs, self._storage.attempts - 1 - left)
                 return
             except StorageError as error:
-                if not left or isinstance(error, StorageFull) or self._closed or time.monotonic() > give_up:
+                in_vain = isinstance(error, (StorageFull, StorageAway)) or self._closed
+                if not left or in_vain or time.monotonic() > give_up:
                     raise
                 _log.warning("members go into another bundle: %s", error)
 

@@ -6,21 +6,24 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+IDLE = 8  # threads kept for later calls
+
 
 class Deadline:
     """Runs calls one after another in a thread of its own.
 
     hdfs-native waits without end for DataNodes that died at the wrong moment. A call that takes longer than its time
-    raises TimeoutError and is left to itself; so does every later one, as the first may still be using its objects.
+    raises TimeoutError and is left to itself; so does every later one, as the first may still be using its objects:
+    it is `stuck`.
     """
 
     def __init__(self) -> None:
         self._work: _Work | None = None
-        self._stuck = False
+        self.stuck = False
 
     def __call__(self, limit_s: float, function: Callable[..., Any], *arguments: Any) -> Any:
         """What `function` returns or raises; TimeoutError after `limit_s` seconds."""
-        if self._stuck:
+        if self.stuck:
             raise TimeoutError("an earlier call has not returned")
         if self._work is None:
             self._work = _Work()
@@ -28,7 +31,7 @@ class Deadline:
         work.call = (function, arguments)
         work.asked.release()
         if not work.answered.acquire(timeout=limit_s):
-            self._stuck = True
+            self.stuck = True
             work.call = None
             raise TimeoutError(f"no answer within {limit_s:.0f} s")
         if work.error is not None:
@@ -43,6 +46,30 @@ class Deadline:
             work.asked.release()
 
 
+class LimitedCalls:
+    """Runs calls of many threads at once, each in a thread of its own, kept for a later call where it returns in time.
+
+    A call that takes longer raises TimeoutError and is left to itself: its thread ends when it returns.
+    """
+
+    def __init__(self) -> None:
+        self._idle: list[Deadline] = []
+
+    def __call__(self, limit_s: float, function: Callable[..., Any], *arguments: Any) -> Any:
+        """What `function` returns or raises; TimeoutError after `limit_s` seconds."""
+        try:
+            call = self._idle.pop()
+        except IndexError:
+            call = Deadline()
+        try:
+            return call(limit_s, function, *arguments)
+        finally:
+            if call.stuck or len(self._idle) >= IDLE:
+                call.end()
+            else:
+                self._idle.append(call)
+
+
 class _Work:
     """What the thread and its callers share; the thread holds nothing else, so that an appender can be collected."""
 
@@ -53,7 +80,7 @@ class _Work:
         self.asked, self.answered = threading.Lock(), threading.Lock()  # held until released by the other side
         self.asked.acquire()
         self.answered.acquire()
-        threading.Thread(target=self._serve, name="hdfs-writer", daemon=True).start()
+        threading.Thread(target=self._serve, name="hdfs-call", daemon=True).start()
 
     def _serve(self) -> None:
         while True:

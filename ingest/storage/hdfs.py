@@ -20,13 +20,16 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import islice
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from hdfs_native import Client, FileReader, FileWriter, WriteOptions
+from hdfs_native import Client, FileReader, FileStatus, FileWriter, WriteOptions
 
-from sphere.conf.errors import StorageError, StorageFull, StorageMissing
+from sphere.conf.errors import StorageAway, StorageError, StorageFull, StorageMissing
 from sphere.ingest.storage.base import Appender, Buffer, Entry, Piece, Storage
 from sphere.ingest.storage.deadline import Deadline
+from sphere.ingest.storage.namenode import NameNode, namenode
 from sphere.ingest.storage.paths import TEMPORARY, checked, checked_prefix, is_temporary, rewritten
 
 COPY = 8 << 20  # bytes copied at a time when a file is cut
@@ -36,19 +39,19 @@ SYNC_S = 3.0  # seconds that a sync may take (2 to 30 ms as a rule); then the by
 FRESH_S = 1.5  # seconds that a pipeline has for its first sync where the bytes can go into another file
 APPENDS = 3  # attempts to open a file to append
 APPEND_PAUSE_S = 0.1  # seconds between them
+READ_S = 10.0  # seconds that DataNodes have for a range, besides those that its size takes
 RELEASE_S = 3.0  # seconds for the lease of one that failed
 SLOWEST = 4 << 20  # bytes per second: a longer write has more time
 READER_S = 5.0  # seconds for which the block locations of a file are used again for ranges of it
 _READERS = 64
+_LISTED = 128  # entries taken from a list at a time
 _JOIN = 1 << 18  # bytes up to which buffers are joined on their way into the client; 1 MiB is fresh memory each time
 _PERMISSION = 0o640
 log = logging.getLogger(__name__)
-# Connection attempts with 0.5 s doubling to 3 s between them: 15 s in all, where the client's default is 3 minutes.
-_CONFIG = {
-    "dfs.client.failover.max.attempts": "6",
-    "dfs.client.failover.sleep.base.millis": "500",
-    "dfs.client.failover.sleep.max.millis": "3000",
-}
+
+
+Ask = Callable[..., Any]
+"""`HdfsStorage._ask`."""
 
 
 class HdfsAppender(Appender):
@@ -58,12 +61,12 @@ class HdfsAppender(Appender):
     """
 
     def __init__(
-        self, client: Client, path: str, writer: FileWriter, size: int, *, patience_s: float, copies: int = 0
+        self, ask: Ask, path: str, writer: FileWriter, size: int, *, patience_s: float, copies: int = 0
     ) -> None:
         self._call = Deadline()
         self._patience_s = patience_s
         self._copies = copies
-        self._client = client
+        self._ask = ask
         self._path = path
         self._writer: FileWriter | None = writer  # None: closed, opened again by the next write
         self._size = size
@@ -81,7 +84,7 @@ class HdfsAppender(Appender):
 
     def _reopen(self) -> None:
         if self._writer is None:
-            self._writer = self._call(ANSWER_S, self._client.append, self._path)
+            self._writer = self._ask(lambda client: client.append(self._path), changes=self._path)
             self._patience_s = FRESH_S
 
     def prepare(self) -> None:
@@ -97,7 +100,7 @@ class HdfsAppender(Appender):
                 self._call(self._patience_s, self._writer.hsync)
                 self._synced, self._patience_s = self._size, SYNC_S
                 if self._copies:
-                    self._call(ANSWER_S, self._client.set_replication, self._path, self._copies)
+                    self._ask(lambda client: client.set_replication(self._path, self._copies))
                     self._copies = 0
 
     def probe(self) -> None:
@@ -144,12 +147,12 @@ class HdfsStorage(Storage):
     def __init__(self, url: str, *, user: str = "") -> None:
         parts = urlsplit(url)
         self.url = url
-        self._namenode = f"hdfs://{parts.netloc}"
+        self._namenode_url = f"hdfs://{parts.netloc}"
         self._root = unquote(parts.path).rstrip("/")
         self._user = user
         self._copies = 0  # of a file by default, 0: not known yet
         self._lock = threading.Lock()
-        self._connected: tuple[int, Client] | None = None  # (process id, client): a client does not survive a fork
+        self._connected: tuple[int, int, Client] | None = None  # (process id, outages before it was made, client)
         self._readers: OrderedDict[str, tuple[float, FileReader]] = OrderedDict()
 
     def create(self, path: str, attempt: int = 0) -> HdfsAppender:
@@ -159,9 +162,9 @@ class HdfsStorage(Storage):
         full = self._path(path)
         for left in reversed(range(APPENDS)):
             with _told(f"opening {full} to append"):
-                writer = self._client.append(full)
-                size = self._client.get_file_info(full).length
-            appender = HdfsAppender(self._client, full, writer, size, patience_s=ANSWER_S)
+                writer = self._ask(lambda client: client.append(full), changes=full)
+                size = self._ask(lambda client: client.get_file_info(full)).length
+            appender = HdfsAppender(self._ask, full, writer, size, patience_s=ANSWER_S)
             try:
                 appender.probe()
                 break
@@ -179,13 +182,15 @@ class HdfsStorage(Storage):
         with _told(f"reading {full}"):
             reader, kept = self._reader(full, None if length is None else offset + length)
             try:
-                return _range(reader, offset, length)
+                return self._range(reader, offset, length)
+            except TimeoutError:  # another attempt would wait as long
+                raise
             except Exception:
                 if not kept:
                     raise
         self._forget(full)  # another process put a new file in its place, and the blocks of the old one are gone
         with _told(f"reading {full}"):
-            return _range(self._reader(full, None)[0], offset, length)
+            return self._range(self._reader(full, None)[0], offset, length)
 
     def write(self, path: str, data: bytes, *, durable: bool = True) -> None:
         full = self._path(path)
@@ -200,13 +205,13 @@ class HdfsStorage(Storage):
                 self._fill(self._path(temporary), _written_out(pieces()), self.attempts - 1 - left)
                 break
             except StorageError as error:
-                if not left or isinstance(error, StorageFull):
+                if not left or isinstance(error, (StorageFull, StorageAway)):
                     raise
                 log.warning("once more, in another file: %s", error)
         try:
             check(temporary)
             with _told(f"putting {temporary} in the place of {full}"):
-                self._client.rename(self._path(temporary), full, True)
+                self._ask(lambda client: client.rename(self._path(temporary), full, True), changes=full)
         except BaseException:
             self.delete(temporary)
             raise
@@ -229,18 +234,19 @@ class HdfsStorage(Storage):
         self._forget(full)
         self._forget(other)
         with _told(f"renaming {full}"):
-            self._client.rename(full, other, False)
+            self._ask(lambda client: client.rename(full, other, False), changes=full)
 
     def size(self, path: str) -> int:
         full = self._path(path)
         with _told(f"looking at {full}"):
-            return self._client.get_file_info(full).length
+            length: int = self._ask(lambda client: client.get_file_info(full)).length
+            return length
 
     def exists(self, path: str) -> bool:
         full = self._path(path)
         with _told(f"looking at {full}"):
             try:
-                return not self._client.get_file_info(full).isdir
+                return not self._ask(lambda client: client.get_file_info(full)).isdir
             except FileNotFoundError:
                 return False
 
@@ -253,7 +259,10 @@ class HdfsStorage(Storage):
         """The files below a folder: with one call (of the client), or folder by folder."""
         with _told(f"listing {folder}"):
             try:
-                found = list(self._client.list_status(folder, enter is None))
+                listed = self._ask(lambda client: client.list_status(folder, enter is None))
+                found: list[FileStatus] = []
+                while some := self._ask(lambda _: list(islice(listed, _LISTED))):
+                    found += some
             except FileNotFoundError:
                 return []
         entries: list[Entry] = []
@@ -268,25 +277,26 @@ class HdfsStorage(Storage):
     def truncate(self, path: str, size: int) -> None:
         full = self._path(path)
         with _told(f"cutting {full}"):
-            reader = self._client.read(full)
+            reader = self._ask(lambda client: client.read(full))
             if size > len(reader):
                 raise StorageError(f"cutting {full}: it is shorter than {size} bytes")
             if size < len(reader):  # the client has no truncate: the part to keep is copied and put in its place
                 kept = [(at, min(COPY, size - at)) for at in range(0, size, COPY)]
-                self._replace(full, lambda: (reader.read_range(*part) for part in kept))
+                self._replace(full, lambda: (self._range(reader, *part) for part in kept))
 
     def recover(self, path: str) -> int:
         full = self._path(path)
         if not self._let_go(full, RECOVER_S):
             raise StorageError(f"recovering the lease of {full}: not done after {RECOVER_S:.0f} s; try again")
         with _told(f"looking at {full}"):
-            return self._client.get_file_info(full).length
+            length: int = self._ask(lambda client: client.get_file_info(full)).length
+            return length
 
     def _let_go(self, full: str, within_s: float) -> bool:
         """Have nobody write to the file any more; whether that was done in time."""
         end = time.monotonic() + within_s
         with _told(f"recovering the lease of {full}"):
-            while not self._client.recover_lease(full):
+            while not self._ask(lambda client: client.recover_lease(full), changes=full):
                 if time.monotonic() > end:
                     return False
                 time.sleep(0.1)
@@ -298,21 +308,27 @@ class HdfsStorage(Storage):
         self._forget(full)
         with _told(f"deleting {full}"):
             try:
-                self._client.delete(full)
+                self._ask(lambda client: client.delete(full), changes=full)
             except FileNotFoundError:
                 return
 
     @property
+    def _namenode(self) -> NameNode:
+        return namenode(self._namenode_url, self._user)
+
+    def _ask(self, call: Callable[[Client], Any], *, changes: str = "") -> Any:
+        """What `call` gives of the client; see NameNode."""
+        return self._namenode.ask(call, self._client, changes=changes)
+
+    @property
     def _client(self) -> Client:
-        connected = self._connected
-        if connected is None or connected[0] != os.getpid():
-            if self._user:
-                os.environ["HADOOP_USER_NAME"] = self._user
-            with _told(f"connecting to {self._namenode}"):
-                connected = self._connected = (os.getpid(), Client(self._namenode, _CONFIG))
+        connected, of_now = self._connected, (os.getpid(), self._namenode.outages)
+        if connected is None or connected[:2] != of_now:
+            with _told(f"connecting to {self._namenode_url}"):
+                connected = self._connected = (*of_now, self._namenode.connect())
             self._readers = OrderedDict()
             self._lock = threading.Lock()
-        return connected[1]
+        return connected[2]
 
     def _path(self, path: str) -> str:
         return f"{self._root}/{checked(path)}"
@@ -322,12 +338,12 @@ class HdfsStorage(Storage):
         with _told(f"creating {full}"):
             copies = None if attempt < 2 else max(1, self._copies - 1) if attempt == 2 else 1
             options = WriteOptions(create_parent=True, overwrite=False, permission=_PERMISSION, replication=copies)
-            writer = self._client.create(full, options)
+            writer = self._ask(lambda client: client.create(full, options), changes=full)
             if not self._copies:
-                self._copies = self._client.get_file_info(full).replication or 1
+                self._copies = self._ask(lambda client: client.get_file_info(full)).replication or 1
             wanted = self._copies if copies else 0
             patience_s = FRESH_S if attempt < 3 else 2 * FRESH_S
-            return HdfsAppender(self._client, full, writer, 0, patience_s=patience_s, copies=wanted)
+            return HdfsAppender(self._ask, full, writer, 0, patience_s=patience_s, copies=wanted)
 
     def _replace(self, full: str, pieces: Callable[[], Iterable[bytes]]) -> None:
         """Put these bytes in the place of the file; `pieces` gives them, for each attempt anew."""
@@ -336,7 +352,7 @@ class HdfsStorage(Storage):
                 self._replace_once(full, pieces(), self.attempts - 1 - left)
                 return
             except StorageError as error:
-                if not left or isinstance(error, StorageFull):
+                if not left or isinstance(error, (StorageFull, StorageAway)):
                     raise
                 log.warning("once more, in another file: %s", error)
 
@@ -345,9 +361,9 @@ class HdfsStorage(Storage):
         temporary = f"{folder}/.{name}.{secrets.token_hex(8)}{TEMPORARY}"
         try:
             self._fill(temporary, pieces, attempt)
-            self._client.rename(temporary, full, True)
+            self._ask(lambda client: client.rename(temporary, full, True), changes=full)
         except BaseException:
-            self._client.delete(temporary)
+            self._ask(lambda client: client.delete(temporary), changes=temporary)
             raise
         finally:
             self._forget(full)
@@ -355,13 +371,13 @@ class HdfsStorage(Storage):
     def _reader(self, full: str, end: int | None) -> tuple[FileReader, bool]:
         """A reader of the file, and whether it is one of the last 5 s: where that is long enough for `end`; None: the
         file as it is now."""
-        client = self._client
+        client = self._client  # forgets the readers of another one
         now = time.monotonic()
         with self._lock:
             kept = self._readers.get(full)
         if kept is not None and end is not None and now - kept[0] < READER_S and end <= len(kept[1]):
             return kept[1], True
-        reader = client.read(full)
+        reader = self._namenode.ask(client.read, full)
         with self._lock:
             self._readers[full] = (now, reader)
             self._readers.move_to_end(full)
@@ -369,14 +385,15 @@ class HdfsStorage(Storage):
                 self._readers.popitem(last=False)
         return reader, False
 
+    def _range(self, reader: FileReader, offset: int, length: int | None) -> bytes:
+        size = (len(reader) if length is None else min(offset + length, len(reader))) - offset
+        if size <= 0:
+            return b""
+        return self._namenode.limited(READ_S + size / SLOWEST, reader.read_range, offset, size)
+
     def _forget(self, full: str) -> None:
         with self._lock:
             self._readers.pop(full, None)
-
-
-def _range(reader: FileReader, offset: int, length: int | None) -> bytes:
-    end = len(reader) if length is None else min(offset + length, len(reader))
-    return reader.read_range(offset, end - offset) if end > offset else b""
 
 
 def _written_out(pieces: Iterable[Piece]) -> Iterator[bytes]:

@@ -7,7 +7,7 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import pytest
@@ -69,6 +69,36 @@ def test_the_namenode_is_killed_and_comes_back(expendable_hdfs_cluster: HdfsClus
         _wait_for_readyz(serving, (200, {"status": "ready", "not_ready": []}))
         assert set(ledger.refused) <= {OUT_OF_RESOURCES}
         assert serving.stop() == 0
+    audit(ledger, serving.settings)
+
+
+HANG_S = 20.0  # seconds that a part of HDFS hangs
+
+
+@pytest.mark.parametrize("kind", ["namenode", "datanode"])
+def test_hdfs_hangs(forgetful_hdfs_cluster: HdfsCluster, tmp_path: Path, kind: Literal["namenode", "datanode"]) -> None:
+    """Who connects gets no answer: every C-STORE is refused in time, also on an association that began meanwhile, and
+    the same receiver goes on when HDFS does."""
+    ledger = Ledger()
+    root = f"{forgetful_hdfs_cluster.hdfs_url}/faults/hangs"
+    with running_supervisor(tmp_path, root=root, workers=1) as serving:
+        with Senders(ledger, serving.port, count=3, pause_s=0.01):  # they wait 20 s for an answer, and for no more
+            ledger.wait_for_count(50)
+            with forgetful_hdfs_cluster.stopped(kind):
+                time.sleep(HANG_S)
+                with Senders(ledger, serving.port, count=3, pause_s=0.1):
+                    refused = ledger.refused[OUT_OF_RESOURCES]
+                    time.sleep(HANG_S)
+                assert ledger.refused[OUT_OF_RESOURCES] > refused > 0
+            back = time.monotonic()
+            ledger.wait_for_success(back)
+            took = f"answers took {ledger.slowest:.1f} s at most"
+            print(f"\nresumed {time.monotonic() - back:.1f} s after it went on; {took}")
+            ledger.wait_for_count(50)
+        assert [child.restarts for child in serving.state().children] == [0]
+        assert serving.stop() == 0
+    assert set(ledger.refused) == {OUT_OF_RESOURCES}
+    assert ledger.broken == 0
     audit(ledger, serving.settings)
 
 

@@ -18,6 +18,7 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import Literal
 from xml.sax.saxutils import escape
 
 import pytest
@@ -102,6 +103,18 @@ class HdfsCluster:
         process = self._processes.pop("namenode")
         process.kill()
         process.wait()
+
+    @contextlib.contextmanager
+    def stopped(self, kind: Literal["namenode", "datanode"]) -> Iterator[None]:
+        """Those processes hang meanwhile: they accept connections and answer nothing."""
+        hung = [process for name, process in self._processes.items() if name.startswith(kind)]
+        for process in hung:
+            process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for process in hung:
+                process.send_signal(signal.SIGCONT)
 
     def start_namenode(self, *, wait_s: float = 120.0) -> None:
         """Start it again and wait until it takes writes."""

@@ -34,6 +34,7 @@ class Ledger:
     acknowledged: dict[str, float] = field(default_factory=dict)  # monotonic time of Success
     refused: Counter[int] = field(default_factory=Counter)  # by status
     broken: int = 0  # associations that ended otherwise than by our release
+    slowest: float = 0.0  # seconds that an answer took at most
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def instance(self, *, largest: int = 60_000) -> tuple[str, bytes]:
@@ -117,7 +118,9 @@ def store(peer: RawPeer, ledger: Ledger, uid: str, data: bytes, *, message_id: i
     peer.send(p_data(pdv(3, 3, store_rq(uid, message_id=message_id))))
     for at in range(0, len(data), PIECE):
         peer.send(p_data(pdv(3, 2 if at + PIECE >= len(data) else 0, data[at : at + PIECE])))
+    sent = time.monotonic()
     answer = peer.receive()
+    ledger.slowest = max(ledger.slowest, time.monotonic() - sent)
     if answer is None or answer[0] != 0x04 or len(answer[1]) < 6:
         raise EOFError("no answer")
     status = int(command.decode(answer[1][6:])["Status"])

@@ -42,7 +42,7 @@ class Client:
 
 def storage(client: Client) -> HdfsStorage:
     found = HdfsStorage("hdfs://namenode:8020/sphere")
-    found._connected = (os.getpid(), client)  # type: ignore[assignment]
+    found._connected = (os.getpid(), 0, client)  # type: ignore[assignment]
     return found
 
 
