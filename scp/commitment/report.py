@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import math
 import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 from pydicom.uid import UID
 from pynetdicom.dsutils import encode
 
-from sphere.conf.errors import PeerError, SphereError
+from sphere.conf.errors import PeerError, SphereError, StorageError
 from sphere.conf.logs import hashed
 from sphere.conf.peers import Peer
 from sphere.conf.private import make_private
 from sphere.conf.settings import Settings
-from sphere.scp.commitment.transactions import Reference, Transaction, Transactions
+from sphere.scp.commitment.queues import BACK_OFF_S, Outcome, Queues
+from sphere.scp.commitment.transactions import Reference, Transaction, Transactions, Waiting
 from sphere.scp.commitment.verify import COMMITTED, Verifier
 from sphere.scp.contexts import ENCODABLE, STORAGE_COMMITMENT
 from sphere.scp.upper.association import Association
@@ -39,7 +41,7 @@ DUPLICATE_TRANSACTION = 0x0131  # Failure Reason
 HERE_S = 20.0  # seconds after which a report is no longer for the association of its request
 RELEASE_S = 0.5  # seconds that a requester has to release that association, if it wants the report on another
 GRACE_S = 30.0  # seconds after which a request is reported by whoever sees it: its receiver died
-BACK_OFF_S = (5.0, 15.0, 60.0, 300.0, 900.0)  # seconds before further tries; the last again and again
+AT_ONCE = 8  # requesters that are told at the same time
 LOOK_S = 1.0  # seconds between looks at what is due
 
 
@@ -52,6 +54,8 @@ class Reporter:
         self._transactions = transactions
         self._verifier = verifier
         self._wake = threading.Event()
+        self._encoding = threading.Lock()  # a report of 20,000 references takes 200 MB before it is encoded
+        self._queues = Queues(self._report, self._give_up, most=AT_ONCE)
         self._stopped = False
 
     def report_here(self, transaction: Transaction, association: Association, request: Message) -> None:
@@ -62,30 +66,39 @@ class Reporter:
                 command, dataset = event_report(transaction, verdicts, self._settings.archive.ae_title)
                 outgoing = _encoded(dataset, request.context.transfer_syntax)
                 if _is_done(association.ask(request.context, command, outgoing), transaction):
-                    self._transactions.done(transaction)
+                    self._done(transaction)
                     return
         except (Released, Ended, Violation):
             log.debug("association over before its report transaction=%s", hashed(transaction.uid))
         except SphereError as error:
             log.warning("report put off transaction=%s: %s", hashed(transaction.uid), error)
-        self._transactions.again(transaction, after_s=0, tries=transaction.tries)
+        try:
+            self._transactions.again(transaction, after_s=0, tries=transaction.tries)
+        except StorageError as error:  # it is due after GRACE_S as it is
+            log.error("report put off transaction=%s: %s", hashed(transaction.uid), error)
         self._wake.set()
 
     def run(self) -> None:
-        """Report what is due until `stop`; waits while another process does."""
-        make_private(self._lock.parent)
-        with self._lock.open("w") as lock:
-            while not self._stopped:
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    time.sleep(LOOK_S)
-                    continue
-                self._wake.clear()
-                for transaction in self._transactions.due():
-                    if not self._stopped:
-                        self._report(transaction)
+        """Report what is due until `stop`; waits while another process does. Nothing else ends it."""
+        while not self._stopped:
+            try:
+                make_private(self._lock.parent)
+                with self._lock.open("a") as lock:
+                    self._run(lock)
+            except Exception as error:  # noqa: BLE001  a disk that is full, or a defect: requests were accepted
+                log.error("reports put off: %s", error if isinstance(error, OSError) else type(error).__name__)
                 self._wake.wait(LOOK_S)
+
+    def _run(self, lock: IO[str]) -> None:
+        while not self._stopped:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(LOOK_S)
+                continue
+            self._wake.clear()
+            self._queues.look(self._transactions.waiting())
+            self._wake.wait(LOOK_S)
 
     def stop(self) -> None:
         """End `run` soon; what is left is reported by the next receiver."""
@@ -108,33 +121,64 @@ class Reporter:
             time.sleep(0.02)
         return None
 
-    def _report(self, transaction: Transaction) -> None:
+    def _report(self, waiting: Waiting) -> Outcome:
         """Over an association of our own."""
+        transaction = None if self._stopped else self._transactions.read(waiting)
+        if transaction is None:
+            return Outcome()
+        reachable = True
         try:
             verdicts = dict(self._verifier.check(transaction.references))
             if self._sent(transaction, verdicts):
-                self._transactions.done(transaction)
-                return
+                return Outcome(after_s=self._done(transaction))
             reason = "it was not taken"
+        except PeerError as error:
+            reason, reachable = str(error), False
         except SphereError as error:
             reason = str(error)
         except Exception as error:  # noqa: BLE001  a defect of ours must not end the reports of others
             reason = f"internal error ({type(error).__name__})"
-        waited_h = (time.time() - transaction.received) / 3600
-        if waited_h > self._settings.dimse.commitment_h:
-            log.error("report given up transaction=%s after_h=%.0f: %s", hashed(transaction.uid), waited_h, reason)
+        return Outcome(reachable, self._put_off(transaction, reason))
+
+    def _is_over(self, received: float) -> bool:
+        return time.time() - received > 3600 * self._settings.dimse.commitment_h
+
+    def _give_up(self, waiting: Waiting) -> None:
+        """Drop a report whose time is over, as its requester was asked just now and did not answer."""
+        if self._is_over(waiting.received) and (transaction := self._transactions.read(waiting)) is not None:
+            self._put_off(transaction, "its requester does not answer")
+
+    def _done(self, transaction: Transaction) -> float:
+        """It was reported; seconds for which it is not to be reported again: without end where its file stays."""
+        try:
             self._transactions.done(transaction)
-            return
+        except StorageError as error:
+            log.error("reported, and reported again by the next receiver: %s", error)
+            return math.inf
+        return 0.0
+
+    def _put_off(self, transaction: Transaction, reason: str) -> float:
+        """Have it reported later; in how many seconds."""
+        if self._is_over(transaction.received):
+            log.error("report given up transaction=%s: %s", hashed(transaction.uid), reason)
+            return self._done(transaction)
         after_s = BACK_OFF_S[min(transaction.tries, len(BACK_OFF_S) - 1)]
         log.warning("report put off transaction=%s after_s=%.0f: %s", hashed(transaction.uid), after_s, reason)
-        self._transactions.again(transaction, after_s=after_s, tries=transaction.tries + 1)
+        try:
+            self._transactions.again(transaction, after_s=after_s, tries=transaction.tries + 1)
+        except StorageError as error:  # this process remembers it, and the next one tries at once
+            log.error("%s", error)
+        return after_s
 
     def _sent(self, transaction: Transaction, verdicts: Mapping[Reference, int]) -> bool:
-        command, dataset = event_report(transaction, verdicts, self._settings.archive.ae_title)
         proposed = Proposed(STORAGE_COMMITMENT, tuple(map(str, ENCODABLE[:2])), as_scp=True)
         with connect(self._peer(transaction), self._settings, [proposed]) as association:
             context = association.user_contexts[0]
-            return _is_done(association.ask(context, command, _encoded(dataset, context.transfer_syntax)), transaction)
+            with self._encoding:
+                command, dataset = event_report(transaction, verdicts, self._settings.archive.ae_title)
+                outgoing = _encoded(dataset, context.transfer_syntax)
+                del dataset
+            return _is_done(association.ask(context, command, outgoing), transaction)
 
     def _peer(self, transaction: Transaction) -> Peer:
         """The requester among the peers; raises PeerError."""

@@ -9,7 +9,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -52,11 +52,23 @@ class Transaction:
     duplicate: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """A transaction in short: its file, and when that was written (nanoseconds)."""
+
+    name: str
+    requester: str
+    received: float
+    due: float
+    stamp: int
+
+
 class Transactions:
     """The waiting transactions of a host, shared by its receivers."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._seen: dict[str, Waiting] = {}  # of the one thread that asks what waits
 
     def accept(self, transaction: Transaction) -> Transaction:
         """Return when it is durable; the same request again is the one that waits already.
@@ -76,11 +88,27 @@ class Transactions:
             raise StorageError(f"the transaction cannot be kept: {error.strerror}") from None
         return transaction
 
-    def due(self) -> Iterator[Transaction]:
-        """Those whose time has come, the oldest first."""
-        now = time.time()
-        waiting = [found for path in self._folder.glob(f"*{_SUFFIX}") if (found := _read(path)) is not None]
-        return iter(sorted((one for one in waiting if one.due <= now), key=lambda one: one.received))
+    def waiting(self) -> list[Waiting]:
+        """What waits, the oldest first, without its references; a file is read once for each change of it."""
+        seen: dict[str, Waiting] = {}
+        for entry in os.scandir(self._folder):
+            if entry.name.endswith(_SUFFIX):
+                with suppress(FileNotFoundError):  # reported just now
+                    stamp = entry.stat().st_mtime_ns
+                    before = self._seen.get(entry.name)
+                    one = before if before and before.stamp == stamp else self._look_at(entry.name, stamp)
+                    if one is not None:
+                        seen[entry.name] = one
+        self._seen = seen
+        return sorted(seen.values(), key=lambda one: one.received)
+
+    def _look_at(self, name: str, stamp: int) -> Waiting | None:
+        found = _read(self._folder / name)
+        return Waiting(name, found.requester, found.received, found.due, stamp) if found is not None else None
+
+    def read(self, waiting: Waiting) -> Transaction | None:
+        """It, with its references; None where it was reported meanwhile."""
+        return _read(self._folder / waiting.name)
 
     def again(self, transaction: Transaction, *, after_s: float, tries: int) -> None:
         """Have it reported in `after_s` seconds; raises StorageError."""
@@ -90,8 +118,11 @@ class Transactions:
             raise StorageError(f"the transaction cannot be kept: {error.strerror}") from None
 
     def done(self, transaction: Transaction) -> None:
-        """It was reported."""
-        self._path(transaction).unlink(missing_ok=True)
+        """It was reported; raises StorageError where it still seems to wait."""
+        try:
+            self._path(transaction).unlink(missing_ok=True)
+        except OSError as error:
+            raise StorageError(f"the transaction cannot be removed: {error.strerror}") from None
 
     @contextmanager
     def _alone(self) -> Iterator[None]:

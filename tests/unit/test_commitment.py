@@ -24,6 +24,10 @@ WANTED = Transaction(
 )  # fmt: skip
 
 
+def kept(transactions: Transactions) -> list[Transaction]:
+    return [found for one in transactions.waiting() if (found := transactions.read(one)) is not None]
+
+
 def test_the_same_request_again_while_its_report_is_put_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both have written and neither has renamed: each has its own file to rename."""
     transactions = Transactions(tmp_path)
@@ -40,7 +44,7 @@ def test_the_same_request_again_while_its_report_is_put_off(tmp_path: Path, monk
         put_off = pool.submit(transactions.again, WANTED, after_s=-1, tries=1)
         assert accepted.result() == WANTED
         put_off.result()
-    [waiting] = transactions.due()
+    [waiting] = kept(transactions)
     assert (waiting.uid, waiting.references) == (WANTED.uid, WANTED.references)
     assert len(list(tmp_path.iterdir())) == 1
 
@@ -60,7 +64,7 @@ def test_two_requests_with_one_uid_at_once_are_both_kept(tmp_path: Path, monkeyp
     with ThreadPoolExecutor(2) as pool:
         accepted = list(pool.map(Transactions(tmp_path).accept, (WANTED, other)))
     assert sorted(one.duplicate for one in accepted) == [False, True]
-    assert {one.references for one in Transactions(tmp_path).due()} == {WANTED.references, other.references}
+    assert {one.references for one in kept(Transactions(tmp_path))} == {WANTED.references, other.references}
 
 
 def test_nothing_is_left_of_what_cannot_be_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,3 +75,20 @@ def test_nothing_is_left_of_what_cannot_be_kept(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(StorageError, match="No space left"):
         Transactions(tmp_path).accept(WANTED)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_waits_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[Path] = []
+    read = module._read
+    monkeypatch.setattr(module, "_read", lambda path: reads.append(path) or read(path))
+    transactions = Transactions(tmp_path)
+    for number in range(30):
+        transactions.accept(replace(WANTED, uid=f"1.2.{number}", received=float(number)))
+    reads.clear()
+    for _ in range(5):
+        assert [one.received for one in transactions.waiting()] == list(range(30))
+    assert len(reads) == 30
+    transactions.done(replace(WANTED, uid="1.2.0"))
+    transactions.again(replace(WANTED, uid="1.2.1", received=1.0), after_s=5, tries=1)
+    assert [one.received for one in transactions.waiting()] == list(range(1, 30))
+    assert len(reads) == 31
