@@ -11,13 +11,13 @@ import struct
 from collections.abc import Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
-from pydicom.charset import convert_encodings, decode_bytes
 from pydicom.datadict import dictionary_VR
 from pydicom.dataelem import DataElement, RawDataElement
 from pydicom.dataset import Dataset
-from pydicom.valuerep import TEXT_VR_DELIMS
 
-from sphere.ingest.header.dictionary import private_vr
+from sphere.catalog.wellformed import misfit
+from sphere.ingest.header.charset import DEFAULT, Charset, charset_of, decode
+from sphere.ingest.header.dictionary import ITEM, private_vr
 from sphere.ingest.header.element import EXPLICIT_LE, IMPLICIT_LE, read_head
 
 SPECIFIC_CHARACTER_SET = 0x00080005
@@ -37,7 +37,7 @@ class Element(NamedTuple):
 
 def elements(identifier: Dataset) -> list[Element]:
     """Every element but group lengths, in the order of their tags."""
-    return list(_elements(identifier, _encodings(identifier, ["iso8859"])))
+    return list(_elements(identifier, _charset(identifier, DEFAULT)))
 
 
 def plain_elements(data: bytes, *, explicit: bool) -> list[Element] | None:
@@ -50,24 +50,24 @@ def plain_elements(data: bytes, *, explicit: bool) -> list[Element] | None:
         return None  # pydicom takes the length of the first element for a VR
     encoding = EXPLICIT_LE if explicit else IMPLICIT_LE
     found: list[Element] = []
-    encodings, at, last, size = ["iso8859"], 0, 0, len(data)
+    charset, at, last, size = DEFAULT, 0, 0, len(data)
     while at < size:
         head = read_head(data, at, encoding, size - at)
         if head is None:
             return None
         tag, said, width, length = head
-        if tag <= last or tag >> 16 & 1 or said in ("SQ", "UN") or (explicit and not said):
+        if tag <= last or tag >= ITEM or tag >> 16 & 1 or said in ("SQ", "UN") or (explicit and not said):
             return None
         begin, last = at + width, tag
         at = begin + length
         vr = _standard_vr(tag)
-        if at > size or not vr or vr in ("SQ", "UN"):
+        if at > size or not vr or vr in ("SQ", "UN") or (length and misfit(said, vr, length)):
             return None
         if tag & 0xFFFF:
-            text = _raw_text(data[begin:at], vr, encodings, little_endian=True) if length else ""
+            text = _raw_text(data[begin:at], vr, charset, little_endian=True) if length else ""
             found.append(Element(tag, vr, text))
             if tag == SPECIFIC_CHARACTER_SET:
-                encodings = convert_encodings([name.strip(" ") for name in text.split("\\")])
+                charset = charset_of(data[begin:at])
     return found
 
 
@@ -79,35 +79,34 @@ def _standard_vr(tag: int) -> str:
         return ""
 
 
-def _encodings(dataset: Dataset, inherited: list[str]) -> list[str]:
+def _charset(dataset: Dataset, inherited: Charset) -> Charset:
     if SPECIFIC_CHARACTER_SET not in dataset:
         return inherited
-    names = _element(dataset, SPECIFIC_CHARACTER_SET, inherited).text.split("\\")
-    return convert_encodings([name.strip(" ") for name in names])
+    return charset_of(_element(dataset, SPECIFIC_CHARACTER_SET, inherited).text.encode("latin-1", "replace"))
 
 
-def _elements(dataset: Dataset, encodings: list[str]) -> Iterator[Element]:
+def _elements(dataset: Dataset, charset: Charset) -> Iterator[Element]:
     creators: dict[int, str] = {}  # by the private block's first tag
     for tag in sorted(dataset.keys()):
         if tag & 0xFFFF:
-            element = _element(dataset, int(tag), encodings, creators.get(tag & 0xFFFFFF00, ""))
+            element = _element(dataset, int(tag), charset, creators.get(tag & 0xFFFFFF00, ""))
             if tag >> 16 & 1 and 0x10 <= tag & 0xFFFF <= 0xFF:
                 creators[tag >> 16 << 16 | (tag & 0xFF) << 8] = element.text.strip(" \0")
             yield element
 
 
-def _element(dataset: Dataset, tag: int, encodings: list[str], creator: str = "") -> Element:
+def _element(dataset: Dataset, tag: int, charset: Charset, creator: str = "") -> Element:
     raw = dataset.get_item(tag)
     vr = _vr(tag, raw.VR, creator)
     if vr == "SQ":
         items = dataset[tag].value or []
-        return Element(tag, vr, "", [list(_elements(item, _encodings(item, encodings))) for item in items])
-    return Element(tag, vr, _text(raw, vr, encodings))
+        return Element(tag, vr, "", [list(_elements(item, _charset(item, charset))) for item in items])
+    return Element(tag, vr, _text(raw, vr, charset))
 
 
-def _text(element: DataElement | RawDataElement, vr: str, encodings: list[str]) -> str:
+def _text(element: DataElement | RawDataElement, vr: str, charset: Charset) -> str:
     if isinstance(element, RawDataElement):
-        return _raw_text(bytes(element.value or b""), vr, encodings, element.is_little_endian)
+        return _raw_text(bytes(element.value or b""), vr, charset, element.is_little_endian)
     return _value_text(element.value)
 
 
@@ -122,7 +121,7 @@ def _vr(tag: int, said: str | None, creator: str) -> str:
         return said if said and said != "UN" else private_vr(tag, creator) or "UN"
 
 
-def _raw_text(value: bytes, vr: str, encodings: Sequence[str], little_endian: bool) -> str:
+def _raw_text(value: bytes, vr: str, charset: Charset, little_endian: bool) -> str:
     if not value:
         return ""
     vr = _BINARY_ALIASES.get(vr, vr)
@@ -136,9 +135,7 @@ def _raw_text(value: bytes, vr: str, encodings: Sequence[str], little_endian: bo
         return "\\".join(f"{group:04X}{number:04X}" for group, number in zip(words[::2], words[1::2], strict=True))
     if value.isascii() and b"\x1b" not in value:  # alike in every character set of PS3.3 C.12.1.1.2
         return value.decode("ascii")
-    if vr == "PN":  # code extensions end at the delimiters of components and groups too (PS3.5 6.1.2.5.3)
-        return decode_bytes(value, encodings, TEXT_VR_DELIMS | {0x5E, 0x3D})
-    return decode_bytes(value, encodings if vr in _CHARSET_VRS else ["iso8859"], TEXT_VR_DELIMS)
+    return decode(value, charset if vr in _CHARSET_VRS else DEFAULT, vr)[0]
 
 
 def _value_text(value: Any) -> str:

@@ -10,6 +10,7 @@ from pydicom.dataset import Dataset
 from pydicom.uid import UID
 from pynetdicom.dsutils import decode
 
+from sphere.catalog import wellformed
 from sphere.conf.errors import QueryError
 from sphere.ingest.header.dictionary import standard_vr
 from sphere.ingest.header.element import Encoding, read_head
@@ -21,18 +22,22 @@ _ITEM: Final = (b"\xfe\xff\x00\xe0", b"\xff\xfe\xe0\x00")  # the tag of an item,
 
 
 def decode_identifier(data: bytes, syntax: UID, *, max_items: int = 0) -> Dataset:
-    """The data set that the bytes are; raises QueryError where they are none, or would take too much.
+    """The data set that the bytes are; raises QueryError where they are none, are not whole, or would take too much.
 
     pydicom makes more than 1 kB of an empty item of 8 bytes. So what is longer than SMALL may hold at most `max_items`
     items; with 0 it has to be plain elements, at most MAX_ELEMENTS.
     """
     try:
         if syntax.is_deflated:  # at most one byte too many, however much the bytes would give (PS3.5 A.5)
-            data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, MAX_IDENTIFIER + 1)
+            stream = zlib.decompressobj(-zlib.MAX_WBITS)
+            data = stream.decompress(data, MAX_IDENTIFIER + 1)
+            if not stream.eof and len(data) <= MAX_IDENTIFIER:
+                raise QueryError("deflated identifier ends early")
         if len(data) > MAX_IDENTIFIER:
             raise QueryError(f"identifier is longer than {MAX_IDENTIFIER} bytes")
         if len(data) > SMALL:
             _check(data, syntax, max_items)
+        wellformed.check(data, Encoding(explicit=not syntax.is_implicit_VR, little=syntax.is_little_endian))
         return decode(BytesIO(data), syntax.is_implicit_VR, syntax.is_little_endian)
     except QueryError:
         raise

@@ -116,7 +116,7 @@ def _codes(value: bytes, vr: str, little: bool, charset: Charset) -> _Decoded:
 
 def _text(value: bytes, vr: str, little: bool, charset: Charset) -> _Decoded:
     """SH LO UC, and ST LT UT UR without multiplicity: trailing blanks have no meaning."""
-    text, clean = (value.decode("latin-1"), True) if vr == "UR" else decode(value, charset)
+    text, clean = (value.decode("latin-1"), True) if vr == "UR" else decode(value, charset, vr)
     single = vr in _SINGLE_TEXT or vr == "UR"
     parts: list[str | None] = [part.rstrip(" \0") or None for part in ([text] if single else text.split("\\"))]
     if parts == [None]:
@@ -127,7 +127,7 @@ def _text(value: bytes, vr: str, little: bool, charset: Charset) -> _Decoded:
 
 def _names(value: bytes, vr: str, little: bool, charset: Charset) -> _Decoded:
     """PN: up to three component groups (PS3.5 6.2.1)."""
-    text, clean = decode(value.rstrip(b" \0"), charset)
+    text, clean = decode(value.rstrip(b" \0"), charset, vr)
     parts: list[str | None] = [part.rstrip(" \0=") or None for part in text.split("\\")]
     if parts == [None]:
         return _Decoded(b"", ())
