@@ -1,4 +1,4 @@
-"""Logging: one line an event on standard error, with ids and statuses, never a data set or a name."""
+"""Logging: one line an event on standard error, ids and statuses, never a data set, a name or what libraries say."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import logging
 import sys
 import time
+import warnings
 from contextlib import suppress
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
@@ -24,6 +25,22 @@ def configure(level: Level = "info") -> None:
     handler.setFormatter(_Formatter())
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("sphere").setLevel(level.upper())
+    quiet(everything=not sys.warnoptions)
+
+
+def quiet(*, everything: bool = False) -> None:
+    """Let nothing out of this process that pydicom and pynetdicom warn of or log: they quote values.
+
+    With `everything`, nothing that any library warns of: what they do with a value may be told in another's name.
+    """
+    if everything:
+        warnings.simplefilter("ignore")
+    warnings.filterwarnings("ignore", module=r"(pydicom|pynetdicom)(\.|$)")
+    for name in ("pydicom", "pynetdicom"):
+        logger = logging.getLogger(name)
+        if logger.propagate:
+            logger.addHandler(logging.NullHandler())  # else the handler of last resort has them
+            logger.propagate = False
 
 
 def keep(file: Path) -> None:

@@ -12,10 +12,13 @@ import zipimport
 
 from pyspark import daemon
 
+from sphere.conf import logs
+
 
 def main() -> None:
     """Serve forks until Spark closes standard input."""
     zipimport.zipimporter.invalidate_caches = lambda self: None  # type: ignore[method-assign]
+    logs.quiet(everything=True)
     import sphere.jobs.headers  # noqa: F401  what the tasks import is there once, before the forks
 
     gc.freeze()  # workers collect garbage after every task, and need not look at modules

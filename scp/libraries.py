@@ -8,6 +8,8 @@ import pydicom.config
 from pydicom.uid import UID
 from pynetdicom import _config
 
+from sphere.conf import logs
+
 
 def prepare_libraries() -> None:
     """Set the process-wide switches of pynetdicom and pydicom.
@@ -20,6 +22,7 @@ def prepare_libraries() -> None:
     _config.LOG_RESPONSE_IDENTIFIERS = False
     _config.VALIDATORS["UI"] = _any_uid
     logging.getLogger("pynetdicom").setLevel(logging.CRITICAL)
+    logs.quiet()
     pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
 
 

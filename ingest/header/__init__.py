@@ -3,7 +3,7 @@
 from sphere.ingest.header.alike import Identifier
 from sphere.ingest.header.identity import Identity, identify
 from sphere.ingest.header.layout import Rejected
-from sphere.ingest.header.reader import Header, HeaderReader
+from sphere.ingest.header.reader import Header, HeaderReader, dataset_json
 from sphere.ingest.header.rows import RowBuilder
 
-__all__ = ["Header", "HeaderReader", "Identifier", "Identity", "Rejected", "RowBuilder", "identify"]
+__all__ = ["Header", "HeaderReader", "Identifier", "Identity", "Rejected", "RowBuilder", "dataset_json", "identify"]

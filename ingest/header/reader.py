@@ -19,6 +19,7 @@ _MEDIA_STORAGE_DIRECTORY: Final = "1.2.840.10008.1.3.10"
 _DIRECTORY_RECORD_SEQUENCE: Final = 0x00041220
 _IDENTIFYING: Final = ("SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID")
 _LAST_IDENTIFYING: Final = 0x0020000E
+_MAX_BARE: Final = 1 << 24  # bytes, inflated, of a data set that did not come as a member
 _STRICT_UID: Final = re.compile(r"(?:0|[1-9]\d*)(?:\.(?:0|[1-9]\d*))+", re.ASCII)
 
 
@@ -96,6 +97,18 @@ class HeaderReader:
         walker = Walker(layout.window, inflated=layout.inflated)
         hits = walker.walk(layout.start, self._memo.context(layout.encoding, DEFAULT))
         return _header(layout, walker, hits)
+
+
+def dataset_json(data: bytes, transfer_syntax_uid: str) -> str:
+    """A bare data set as DICOM JSON; "" where that would not tell all of it: bytes that are no element, bulk data."""
+    layout = find_layout(
+        data, size=len(data), fetch=lambda offset, count: b"", limit=_MAX_BARE, transfer_syntax_uid=transfer_syntax_uid
+    )
+    if isinstance(layout, Rejected):
+        return ""
+    walker = Walker(layout.window, inflated=layout.inflated)
+    json = b"{%s}" % join(walker.walk(layout.start, Memo().context(layout.encoding, DEFAULT)))
+    return "" if walker.warnings or walker.cut or b'"BulkDataURI"' in json else json.decode("utf-8")
 
 
 def _header(layout: Layout, walker: Walker, hits: list[Hit]) -> Header | Rejected:

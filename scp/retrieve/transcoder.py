@@ -12,11 +12,11 @@ import resource
 import subprocess
 import sys
 import threading
-import warnings
 from typing import IO, Any
 
 import orjson
 
+from sphere.conf import logs
 from sphere.scp.retrieve.transcode import NotConverted, convert
 
 WORKERS = 2  # processes of a receiver
@@ -110,7 +110,7 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a dump would hold a patient's image
     prepare_libraries()
-    warnings.simplefilter("ignore")
+    logs.quiet(everything=True)
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print is no answer
     while True:

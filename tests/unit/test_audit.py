@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+import zlib
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -18,6 +19,7 @@ from sphere.ingest.storage import open_storage
 from sphere.jobs import audit
 from sphere.scp import client
 from tests.interop.test_storage_commitment import asked, information
+from tests.support.headers import DEFLATED, EXPLICIT_LE, element, item, sequence, text
 from tests.support.landing import archive, land, new_member, slices, table_rows
 from tests.support.ports import free_port
 from tests.support.receiver import running_receiver
@@ -171,6 +173,24 @@ def test_an_identifier_is_whole_or_says_what_is_not_there(tmp_path: Path) -> Non
     begin, _, rest = cut.partition("... ")
     assert b"HIDDEN-1600" in bytes.fromhex(begin)
     assert re.fullmatch(r"\[cut: \d{5} bytes with SHA-256 [0-9a-f]{64}\]", rest)
+
+
+def test_a_key_does_not_hide_another(tmp_path: Path) -> None:
+    """What JSON would not tell all of is recorded as it came."""
+    settings, name = archive(tmp_path), text("PatientName", "PN", "HIDDEN")
+    told, hidden = [name, sequence("ReferencedPatientSequence", item(name))], [name + name, name[:-2]]
+    hidden += [name + element(0x00420011, "OB", bytes(2000)), sequence("ReferencedPatientSequence", item(name, name))]
+    journal = AuditJournal(open_storage(settings.storage.root), settings.archive.state_dir / "audit.jsonl")
+    deflated = zlib.compressobj(wbits=-15)
+    for data in (*told, *hidden):
+        journal.add(who="told" if data in told else data.hex(), identifier=data.hex(), transfer_syntax=EXPLICIT_LE)
+    packed = deflated.compress(name) + deflated.flush()
+    journal.add(who="told", identifier=packed.hex(), transfer_syntax=DEFLATED)
+    journal.close()
+    assert audit.run(settings) == 7
+    rows = table_rows(settings, "audit")
+    assert all("HIDDEN" in row["query"] for row in rows if row["who"] == "told")
+    assert all(row["query"] == row["who"] for row in rows if row["who"] != "told")
 
 
 def test_what_is_sent_elsewhere_and_what_is_promised_is_recorded(tmp_path: Path) -> None:
