@@ -29,10 +29,10 @@ ODD = (
     element(0x00111001, "FD", b"Kowa"),
 )
 ASKED = (
-    (b"".join(ODD), "1.2.840.10008.1.2.1"),
+    (b"".join(ODD[:-1]), "1.2.840.10008.1.2.1"),
     (implicit(0x00080005, b"ISO-IR 100") + implicit("PatientName", b"Kowalski"), "1.2.840.10008.1.2"),
-    (b"".join(ODD)[:-3], "1.2.840.10008.1.2.1"),
-    (sequence("ReferencedPatientSequence", item(*ODD)), "1.2.840.10008.1.2.1"),
+    (b"".join(ODD), "1.2.840.10008.1.2.1"),
+    (sequence("ReferencedPatientSequence", item(*ODD[:-1])), "1.2.840.10008.1.2.1"),
 )
 
 
@@ -55,4 +55,4 @@ def test_one_line_and_no_value(tmp_path: Path) -> None:
     assert not [secret for secret in SECRETS if secret in done.stdout]
     recorded = [row["query"] for row in table_rows(settings, "audit")]
     assert len(recorded) == len(ASKED)
-    assert sum("Kowalski^ł" in query or "Kowalski^³" in query for query in recorded) == 2
+    assert sum("Kowalski" in query for query in recorded) == 3  # and one in hexadecimal, its FD being none
