@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
-import zlib
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -20,7 +19,6 @@ import pyarrow as pa
 from deltalake import DeltaTable, QueryBuilder
 from deltalake.exceptions import DeltaError
 
-from sphere.catalog import wellformed
 from sphere.catalog.audit import FOLDER, told
 from sphere.catalog.lock import CatalogLock
 from sphere.catalog.schema import TABLES
@@ -28,7 +26,6 @@ from sphere.conf.errors import JobFailed
 from sphere.conf.private import make_private
 from sphere.conf.settings import Settings
 from sphere.ingest.header import dataset_json
-from sphere.ingest.header.element import Encoding
 from sphere.ingest.storage import Storage, open_storage
 from sphere.jobs.parquet import ROW_GROUP, FileWriter
 from sphere.jobs.tables import Tables
@@ -37,11 +34,6 @@ log = logging.getLogger(__name__)
 
 AT_ONCE: Final = 64 << 20  # bytes of journals of one commit
 JOINED: Final = 64  # files of the table, from which on small ones are joined
-INFLATED: Final = 1 << 22  # bytes of an identifier
-IMPLICIT: Final = "1.2.840.10008.1.2"
-EXPLICIT: Final = "1.2.840.10008.1.2.1"
-DEFLATED: Final = "1.2.840.10008.1.2.1.99"
-BIG_ENDIAN: Final = "1.2.840.10008.1.2.2"
 _TEXTS: Final = ("who", "role", "address", "method", "path", "query", "outcome")
 _NUMBERS: Final = ("status", "entities", "failed", "bytes")
 
@@ -169,11 +161,7 @@ def _row(path: str, position: int, line: bytes) -> dict[str, Any]:
 def _plain(identifier: str, syntax: str) -> str:
     """A DICOM identifier, in hexadecimal, as DICOM JSON; as it is where that would not tell all of it."""
     try:
-        data = bytes.fromhex(identifier)
-        if syntax == DEFLATED:
-            data, syntax = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, INFLATED), EXPLICIT
-        wellformed.check(data, Encoding(explicit=syntax != IMPLICIT, little=syntax != BIG_ENDIAN))
-        return dataset_json(data, syntax) or identifier
+        return dataset_json(bytes.fromhex(identifier), syntax) or identifier
     except Exception:  # noqa: BLE001  whatever a peer sent, its request is recorded
         return identifier
 

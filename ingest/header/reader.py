@@ -12,7 +12,7 @@ from sphere.ingest.header.charset import DEFAULT
 from sphere.ingest.header.layout import Layout, Rejected, find_layout
 from sphere.ingest.header.memo import Memo
 from sphere.ingest.header.values import Hit
-from sphere.ingest.header.walker import MAX_WARNINGS, Walker, join
+from sphere.ingest.header.walker import MAX_WARNINGS, UNORDERED, Walker, join
 from sphere.ingest.header.window import Fetch, HeaderTooLarge, InflatesTooLarge
 
 _MEDIA_STORAGE_DIRECTORY: Final = "1.2.840.10008.1.3.10"
@@ -108,7 +108,8 @@ def dataset_json(data: bytes, transfer_syntax_uid: str) -> str:
         return ""
     walker = Walker(layout.window, inflated=layout.inflated)
     json = b"{%s}" % join(walker.walk(layout.start, Memo().context(layout.encoding, DEFAULT)))
-    return "" if walker.warnings or walker.cut or b'"BulkDataURI"' in json else json.decode("utf-8")
+    lost = walker.cut or set(walker.warnings) - {UNORDERED}
+    return "" if lost or b'"BulkDataURI"' in json else json.decode("utf-8")
 
 
 def _header(layout: Layout, walker: Walker, hits: list[Hit]) -> Header | Rejected:

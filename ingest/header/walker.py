@@ -26,6 +26,7 @@ from sphere.ingest.header.window import HeaderTooLarge, Window
 
 MAX_DEPTH: Final = 32  # sequences within sequences that are followed
 MAX_WARNINGS: Final = 100  # kept for one instance
+UNORDERED: Final = "elements are not in the order of their tags"
 _MAX_ELEMENTS: Final = 100_000  # of one data set, items not counted; real ones have less than 5,000
 _SHARED_GROUPS: Final = 0x52009229  # SharedFunctionalGroupsSequence (PS3.3 C.7.6.16)
 _MACROS: Final = {tag_for_keyword(group.name): frozenset(group.keywords) for group in FUNCTIONAL_GROUPS}
@@ -266,7 +267,7 @@ class Walker:
         if len(unique) < len(hits):
             self._note(f"{len(hits) - len(unique)} elements stand more than once, the last one counts")
         if tags != sorted(tags):
-            self._note("elements are not in the order of their tags")
+            self._note(UNORDERED)
         return [unique[tag] for tag in sorted(unique)]
 
     def _pixels(self, head: Head, pos: int, hits: list[Hit]) -> int:

@@ -121,6 +121,8 @@ def receiver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Receiver]:
         path = make_instance(base / "one.dcm", PatientID="999999", Rows=1)
         assert all(one.stored for one in client.store(running.peer, [path], settings=running.settings))
         yield running
+        assert "query failed status=0xA900" in running.log
+        assert not [word for word in ("pydicom", "Warning", "9999991234", "999999 ") if word in running.log]
 
 
 @pytest.mark.parametrize("syntax", SYNTAXES, ids=lambda uid: UID(uid).name)

@@ -52,6 +52,8 @@ def receiver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Receiver]:
     with running_receiver(base / "archive") as running:
         assert all(one.stored for one in client.store(running.peer, files, settings=running.settings))
         yield running
+        assert "find id=" in running.log
+        assert not [word for word in ("pydicom", "Warning", "uvre", "Zhang", "ISO") if word in running.log]
 
 
 def padded(raw: bytes) -> bytes:

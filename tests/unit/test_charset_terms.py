@@ -166,6 +166,7 @@ def test_bytes_of_characters_are_no_delimiters(charset: str, raw: bytes, text: s
     [
         ("\\ISO 2022 IR 87", b"\x1b$B;3E", "山\ufffd"),
         ("\\ISO 2022 IR 87", b"\x1b$B;3=\x1b$BED", "山=田"),  # not switched back before the delimiter
+        ("\\ISO 2022 IR 87", b"\x1b$B;3\\\x1b$BED", "山\\田"),
         ("\\ISO 2022 IR 58", b"\x1b$)A\xd5", "\ufffd"),
         ("\\ISO 2022 IR 58", b"\x1b$)C\xd5\xc5", "\x1b$)CÕÅ"),  # not named
         ("ISO_IR 100", b"\x1b", "\x1b"),

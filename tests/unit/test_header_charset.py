@@ -74,7 +74,6 @@ def test_single_character_sets(charset: str):
         (b"\\ISO 2022 IR 159", b"A=\x1b$(D\x2b\x2e\x1b(B"),
         (b"ISO 2022 IR 100\\ISO 2022 IR 126", b"J\xe9r\xf4me^\x1b-F\xc4\xe9\xef\x1b-A"),
         (b"ISO 2022 IR 6\\ISO 2022 IR 87", b"plain"),
-        (b"\\ISO 2022 IR 87", b"\x1b$B;3ED"),  # not switched back
         (b"ISO_IR 100", b"\x1b-F\xc4\xe9\xef"),  # an escape to a set that is not named
         (b"\\ISO 2022 IR 149", b"\x1b$)C\xfb\xf3\\\x1b$)C\xfb\xf3^abc"),
     ],

@@ -64,5 +64,7 @@ def test_a_recorded_identifier_is_told_whole_or_not_as_json() -> None:
     assert orjson.loads(dataset_json(implicit("InstanceNumber", b"1*"), IMPLICIT_LE))["00200013"]["Value"] == ["1*"]
     assert dataset_json(b"", EXPLICIT_LE) == ""
     assert dataset_json(name[:-2], EXPLICIT_LE) == ""  # cut
+    assert dataset_json(name + name, EXPLICIT_LE) == ""  # one hides the other
+    assert "00080020" in dataset_json(name + text("StudyDate", "DA", "2026*"), EXPLICIT_LE)  # out of order
     assert dataset_json(name + b"\x10\0", EXPLICIT_LE) == ""
     assert dataset_json(name + element(0x00420011, "OB", bytes(2000)), EXPLICIT_LE) == ""
