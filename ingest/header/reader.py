@@ -107,9 +107,10 @@ def dataset_json(data: bytes, transfer_syntax_uid: str) -> str:
     if isinstance(layout, Rejected):
         return ""
     walker = Walker(layout.window, inflated=layout.inflated)
-    json = b"{%s}" % join(walker.walk(layout.start, Memo().context(layout.encoding, DEFAULT)))
-    lost = walker.cut or set(walker.warnings) - {UNORDERED}
-    return "" if lost or b'"BulkDataURI"' in json else json.decode("utf-8")
+    hits = walker.walk(layout.start, Memo().context(layout.encoding, DEFAULT))
+    json = b"{%s}" % join(hits)
+    told = {text for hit in hits if b'{"vr":"SQ"' in hit.json[:24] for text in hit.warnings} | {*walker.warnings}
+    return "" if walker.cut or told - {UNORDERED} or b'"BulkDataURI"' in json else json.decode("utf-8")
 
 
 def _header(layout: Layout, walker: Walker, hits: list[Hit]) -> Header | Rejected:
