@@ -48,6 +48,7 @@ class SpoolState:
     shipped_bundles: int = 0  # since this shipper was started
     shipped_bytes: int = 0
     damaged: int = 0  # bundles that are not what their journals say: kept in the spool
+    set_aside: int = 0  # members that have other bytes than arrived: kept in its folder `damaged`
     failing_since: str = ""
     error: str = ""  # of the last attempt
 
@@ -59,6 +60,8 @@ class SpoolState:
             parts.append(f"the oldest begun {age.total_seconds():.0f} s ago")
         if self.damaged:
             parts.append(f"{self.damaged} DAMAGED and kept")
+        if self.set_aside:
+            parts.append(f"{self.set_aside} DAMAGED instances in its folder damaged")
         if self.failing_since:
             parts.append(f"failing since {self.failing_since}: {self.error}")
         return ", ".join(parts)

@@ -150,12 +150,14 @@ def rebuild_journal(storage: Storage, bundle: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """A bundle read whole: its members, its size in bytes, and everything that is not as promised."""
+    """A bundle read whole: its members, its size in bytes, and everything that is not as promised; `damaged`: where the
+    members begin that have other bytes, each of which is one of the problems."""
 
     bundle: str
     members: int
     size: int
     problems: tuple[str, ...]
+    damaged: tuple[int, ...] = ()
 
 
 def verify(storage: Readable, bundle: str) -> Verification:
@@ -164,9 +166,11 @@ def verify(storage: Readable, bundle: str) -> Verification:
     window = Window(storage, bundle)
     found = tar.scan(window, size)
     problems = [found.damage] if found.damage else [] if found.sealed else ["no end-of-archive"]
+    damaged = []
     for member in found.members:
         if not member.erased and tar.digest(window, member) != member.fields.get("sha256"):
             problems.append(f"member at byte {member.offset}: sha256 differs")
+            damaged.append(member.offset)
     try:
         records = _records(bundle, found.members)
         lines = parse(storage.read(journal_path(bundle)), bundle)
@@ -176,7 +180,7 @@ def verify(storage: Readable, bundle: str) -> Verification:
             problems.append(f"journal ends with {lines.sealed}")
     except StorageError as error:
         problems.append(str(error))
-    return Verification(bundle, len(found.members), size, tuple(problems))
+    return Verification(bundle, len(found.members), size, tuple(problems), tuple(damaged))
 
 
 class Window:

@@ -15,16 +15,18 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from sphere.conf import serving
 from sphere.conf.errors import BundleDamaged, SphereError, StorageError
 from sphere.conf.private import make_private
 from sphere.conf.settings import Settings
+from sphere.ingest.erasing import erase
 from sphere.ingest.folders import BUNDLES
 from sphere.ingest.journal import Landed, journal_path
 from sphere.ingest.recovery import recover, verify
+from sphere.ingest.set_aside import kept_aside, set_aside
 from sphere.ingest.spool import backlog, remove_empty_folders, spool_settings, spool_storage
 from sphere.ingest.storage import Readable, open_storage
 from sphere.ingest.storage.paths import TEMPORARY
@@ -34,6 +36,7 @@ LOOK_S = 1.0  # seconds between looks at a spool with nothing to ship
 RETRY_S = 1.0, 30.0  # seconds before the next attempt after a failure: first, longest
 RECOVER_S = 10.0  # seconds between looks for bundles of dead receivers
 STUCK_S = 120.0  # seconds without progress: a NameNode that is away is tried for 15 s, a pipeline for 10 s
+DAMAGED_S = 3600.0  # seconds before a damaged bundle is read again, unless it changed: somebody put it in order
 CHUNK = 4 << 20  # bytes copied or read back at a time
 STEPS = ("verify", "copy", "copying", "read back", "rename", "journal", "remove", "remove journal", "done")
 """Names that `on_step` is called with, in the order of a bundle."""
@@ -44,6 +47,13 @@ log = logging.getLogger(__name__)
 
 class Stopped(Exception):
     """The process is to end; what is under way is done again by the next one."""
+
+
+class _Away(Exception):
+    """The storage failed where an error of the spool's own disk is expected."""
+
+    def __init__(self, error: StorageError) -> None:
+        self.error = error
 
 
 @dataclass(slots=True)
@@ -72,6 +82,7 @@ class Shipper:
         self._tell = on_step
         self._stopped = stopped
         self._recover_at = 0.0
+        self._held: dict[str, tuple[tuple[int, int], float]] = {}  # damaged bundles: stamp, when they are read again
         self.alive_at = time.monotonic()
 
     def round(self) -> Shipped:
@@ -80,11 +91,15 @@ class Shipper:
         try:
             self._step("look")
             for bundle in self._sealed():
+                if self._is_held(bundle):
+                    done.damaged += 1
+                    continue
                 try:
                     done.bytes += self._ship(bundle)
                     done.bundles += 1
                 except BundleDamaged as error:
                     log.error("not shipped: %s", error)
+                    self._hold(bundle)
                     done.damaged += 1
             remove_empty_folders(self._settings)
         except StorageError as error:
@@ -92,6 +107,21 @@ class Shipper:
         except Stopped:
             log.info("shipping interrupted; it goes on with the next start")
         return done
+
+    def _is_held(self, bundle: str) -> bool:
+        """Whether it was found damaged, and neither changed since nor is it long ago."""
+        stamp, until = self._held.get(bundle, ((0, 0), 0.0))
+        return time.monotonic() < until and stamp == self._stamp(bundle)
+
+    def _hold(self, bundle: str) -> None:
+        self._held[bundle] = self._stamp(bundle), time.monotonic() + DAMAGED_S
+
+    def _stamp(self, bundle: str) -> tuple[int, int]:
+        """Times (nanoseconds) of the tar and of its journal."""
+        with suppress(OSError):
+            tar, journal = (self._spool.root / path for path in (bundle, journal_path(bundle)))
+            return tar.stat().st_mtime_ns, journal.stat().st_mtime_ns
+        return 0, 0
 
     def _sealed(self) -> list[str]:
         """The bundles that can be shipped, the oldest first; those of dead receivers are sealed before."""
@@ -115,6 +145,8 @@ class Shipper:
         """All steps of a bundle that are not done yet; its size in bytes."""
         self._step("verify")
         wanted = self._verified(bundle)
+        if wanted is None:
+            return 0
         if not self._storage.exists(bundle):
             self._copy(bundle, wanted)
         elif self._fingerprint(self._storage, bundle) != wanted:
@@ -129,18 +161,40 @@ class Shipper:
         log.info("bundle shipped bytes=%d", wanted[0])
         return wanted[0]
 
-    def _verified(self, bundle: str) -> tuple[int, str]:
-        """The fingerprint of a bundle of the spool, once its members have their digests and its journal says the same.
+    def _verified(self, bundle: str) -> tuple[int, str] | None:
+        """The fingerprint of a bundle of the spool, once its members have their digests and its journal says the same;
+        None where it is no more. Members with other bytes are set aside.
 
         Raises BundleDamaged.
         """
         try:
-            problems = verify(self._spool, bundle).problems
+            found = verify(self._spool, bundle)
+            alone = len(found.problems) == len(found.damaged)  # nothing else is wrong
+            if found.damaged and alone and not self._on_storage(bundle):
+                self._step("set aside")
+                set_aside(self._spool, bundle, found.damaged)
+                if not self._spool.exists(bundle):  # it had no others
+                    return None
+                found = verify(self._spool, bundle)
+            elif (
+                found.problems and not found.damaged
+            ):  # who set members aside was killed before the journal was written
+                erase(self._spool, bundle, ())
+                found = verify(self._spool, bundle)
+            problems = found.problems
             if not problems:
                 return self._fingerprint(self._spool, bundle)
+        except _Away as away:
+            raise away.error from None
         except StorageError as error:  # this disk, not the storage
             problems = (str(error),)
         raise BundleDamaged(f"bundle {bundle} of the spool: {'; '.join(problems[:3])}")
+
+    def _on_storage(self, bundle: str) -> bool:
+        try:
+            return self._storage.exists(bundle)
+        except StorageError as error:
+            raise _Away(error) from None
 
     def _copy(self, bundle: str, wanted: tuple[int, str]) -> None:
         """Bring the tar's bytes to the storage, look at them there, and give them their name."""
@@ -236,6 +290,7 @@ def _after(before: serving.SpoolState, done: Shipped, settings: Settings) -> ser
         shipped_bundles=before.shipped_bundles + done.bundles,
         shipped_bytes=before.shipped_bytes + done.bytes,
         damaged=done.damaged,
+        set_aside=kept_aside(settings),
         failing_since=(before.failing_since or serving.now()) if done.error else "",
         error=done.error,
     )

@@ -33,6 +33,8 @@ class Metrics:
         self._up = Gauge("sphere_child_ready", "1 while a child serves", ("child",), registry=self.registry)
         self._bundles = Gauge("sphere_sealed_bundles", "Sealed bundles by what reading them back found", ("found",),
                               registry=self.registry)  # fmt: skip
+        self._spool = Gauge("sphere_spool", "What waits in the spool, and what is damaged there", ("what",),
+                            registry=self.registry)  # fmt: skip
 
     def answered(self, method: str, route: str, status: int, seconds: float, sent: int) -> None:
         """One request is over."""
@@ -47,6 +49,9 @@ class Metrics:
             self._bundles.labels("good").set(verified.bundles)
             self._bundles.labels("damaged").set(verified.damaged)
             self._bundles.labels("waiting").set(verified.waiting)
+        if state is not None and state.spool is not None:
+            for what in ("bundles", "bytes", "damaged", "set_aside"):
+                self._spool.labels(what).set(getattr(state.spool, what))
         for child in state.children if state else ():
             self._restarts.labels(child.name).set(child.restarts)
             self._up.labels(child.name).set(child.state == "ready")
@@ -96,6 +101,8 @@ def offered(settings: Settings, metrics: Metrics) -> list[Operation]:
             body["away"] = away
         if (verified := serving.read_verify(state_dir)) and verified.damaged:
             body["damaged_bundles"] = verified.damaged
+        if state is not None and state.spool is not None and (damaged := state.spool.damaged + state.spool.set_aside):
+            body["damaged_in_spool"] = damaged
         return JSONResponse(body, 503 if missing else 200)
 
     def expose(request: Request) -> Response:

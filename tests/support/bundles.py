@@ -60,11 +60,14 @@ def assert_sound(storage: Storage) -> None:
     for state in landed.bundles():
         assert state.sealed, state
         assert verify(storage, state.bundle).problems == ()
-        records, end, sealed = landed.records(state.bundle)
-        assert (len(records), end, sealed) == (state.records, state.journal_size, True)
+        lines = landed.lines(state.bundle)
+        assert (len(lines.members), lines.next_byte) == (state.records, state.journal_size)
+        assert lines.sealed is not None
         with tarfile.open(fileobj=io.BytesIO(storage.read(state.bundle))) as archive:
             members = archive.getmembers()
-            assert [(item.offset_data, item.size) for item in members] == [(one.offset, one.length) for one in records]
+            assert [(item.offset_data, item.size) for item in members] == [
+                (one.offset, one.length) for one in lines.members
+            ]
 
 
 def gnu_tar(storage: Storage, bundle: str, folder: Path) -> dict[str, bytes]:

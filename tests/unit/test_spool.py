@@ -19,6 +19,7 @@ from sphere.ingest import shipping, spool
 from sphere.ingest.bundle import BundleWriter
 from sphere.ingest.journal import Landed, journal_path
 from sphere.ingest.records import MemberRecord
+from sphere.ingest.set_aside import kept_aside, set_aside
 from sphere.ingest.shipping import STEPS, Shipper
 from sphere.ingest.spool import SpoolWriter, backlog, open_readable, open_writer, spool_settings, spool_storage
 from sphere.ingest.storage import Entry, Storage, open_storage
@@ -263,17 +264,83 @@ def test_a_full_spool_refuses_until_some_is_shipped(tmp_path: Path, monkeypatch:
     assert_all_shipped(settings, stored)
 
 
-def test_a_damaged_bundle_stays_and_the_others_are_shipped(tmp_path: Path) -> None:
+def flip(settings: Settings, bundle: str, *offsets: int) -> None:
+    """Change bits of a bundle of the spool."""
+    path = settings.ingest.spool_dir / bundle
+    data = bytearray(path.read_bytes())
+    for offset in offsets:
+        data[offset] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_bundle_whose_headers_are_damaged_stays_and_is_read_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     settings = archive(tmp_path)
     bad, good = land(settings, range(3)), land(settings, range(3, 6))
+    flip(settings, bad[0].bundle, 3)
     path = settings.ingest.spool_dir / bad[1].bundle
-    data = bytearray(path.read_bytes())
-    data[bad[1].offset + bad[1].dataset_offset + 5] ^= 1
-    path.write_bytes(data)
-    done = Shipper(settings).round()
-    assert (done.bundles, done.damaged, done.error) == (1, 1, "")
+    reads: list[str] = []
+    shipper = Shipper(settings, on_step=lambda step: reads.append(step) if step == "verify" else None)
+    for shipped in (1, 0, 0, 0):
+        done = shipper.round()
+        assert (done.bundles, done.damaged, done.error) == (shipped, 1, "")
+    assert len(reads) == 2
+    assert sum("not shipped" in record.message for record in caplog.records) == 1
     assert all_records(storage_of(settings)) == good
-    assert path.exists()
+    flip(settings, bad[0].bundle, 3)  # somebody put it in order
+    done = shipper.round()
+    assert (done.bundles, done.damaged, done.error) == (1, 0, "")
+    assert not path.exists()
+    assert_all_shipped(settings, bad + good)
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_the_others_of_a_damaged_instance_are_shipped(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, killed: bool
+) -> None:
+    """It is kept as it was read, and named once."""
+    settings = archive(tmp_path)
+    records = land(settings, range(200))
+    bad = records[77]
+    flip(settings, bad.bundle, bad.offset + bad.dataset_offset + 5)
+    wrong = member_bytes(spool_storage(settings), bad)
+    if killed:
+        run = [sys.executable, "-m", "tests.support.shipper", settings.model_dump_json(), "set aside", "1"]
+        assert subprocess.run(run, cwd=ROOT, check=False).returncode == -9
+    shipper = Shipper(settings)
+    for shipped in (1, 0, 0):
+        done = shipper.round()
+        assert (done.bundles, done.damaged, done.error) == (shipped, 0, "")
+    assert sum("damaged and set aside" in record.message for record in caplog.records) == 1
+    assert_all_shipped(settings, records[:77] + records[78:])
+    [kept, said] = sorted((settings.ingest.spool_dir / "damaged").iterdir())
+    assert kept.read_bytes() == wrong
+    assert MemberRecord.from_json(said.read_bytes()) == bad
+    assert kept_aside(settings) == 1
+
+
+def test_members_set_aside_by_who_was_killed_before_the_journal(tmp_path: Path) -> None:
+    settings = archive(tmp_path)
+    records = land(settings, range(5))
+    flip(settings, records[2].bundle, records[2].offset + records[2].dataset_offset + 5)
+    journal = settings.ingest.spool_dir / journal_path(records[2].bundle)
+    before = journal.read_bytes()
+    set_aside(spool_storage(settings), records[2].bundle, [records[2].offset])
+    journal.write_bytes(before)
+    done = Shipper(settings).round()
+    assert (done.bundles, done.damaged, done.error) == (1, 0, "")
+    assert_all_shipped(settings, records[:2] + records[3:])
+
+
+def test_nothing_but_damaged_instances(tmp_path: Path) -> None:
+    settings = archive(tmp_path)
+    records = land(settings, range(1, 4))
+    flip(settings, records[0].bundle, *(one.offset + one.dataset_offset + 5 for one in records))
+    done = Shipper(settings).round()
+    assert (done.damaged, done.error) == (0, "")
+    assert_all_shipped(settings, [])
+    assert kept_aside(settings) == 3
 
 
 def test_another_bundle_of_the_same_name_is_not_overwritten(tmp_path: Path) -> None:
