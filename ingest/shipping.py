@@ -49,6 +49,10 @@ class Stopped(Exception):
     """The process is to end; what is under way is done again by the next one."""
 
 
+class ShippedByOther(SphereError):
+    """Another process of this host ships: one that is about to end, or that somebody started."""
+
+
 class _Away(Exception):
     """The storage failed where an error of the spool's own disk is expected."""
 
@@ -246,14 +250,14 @@ def _temporary(bundle: str) -> str:
 
 @contextmanager
 def exclusive(settings: Settings) -> Iterator[None]:
-    """No other process of this host ships; raises SphereError where one does."""
+    """No other process of this host ships; raises ShippedByOther where one does."""
     make_private(settings.ingest.spool_dir)
     fd = os.open(settings.ingest.spool_dir / "ship.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
     try:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise SphereError(f"another process ships from {settings.ingest.spool_dir}") from None
+            raise ShippedByOther(f"another process ships from {settings.ingest.spool_dir}") from None
         yield
     finally:
         os.close(fd)
@@ -262,13 +266,27 @@ def exclusive(settings: Settings) -> Iterator[None]:
 def run_shipper(settings: Settings, stop: threading.Event, *, on_step: OnStep = lambda _: None) -> None:
     """Ship until `stop`; failures are tried again after 1 s, then twice as long each time, 30 s at most.
 
-    Ends the process where the storage does not answer for STUCK_S: `sphere serve` starts it again. Raises SphereError
-    where another process ships.
+    Waits while another process ships. Ends the process where the storage does not answer for STUCK_S: `sphere serve`
+    starts it again.
     """
+    waits = False
+    while not stop.is_set():
+        try:
+            with exclusive(settings):
+                _ship_until(settings, stop, on_step)
+        except ShippedByOther as error:
+            if not waits:
+                log.warning("%s; this one waits until it ends", error)
+                serving.write_spool(settings.archive.state_dir, _waiting(settings, str(error)))
+            waits = True
+            stop.wait(LOOK_S)
+
+
+def _ship_until(settings: Settings, stop: threading.Event, on_step: OnStep) -> None:
     shipper = Shipper(settings, on_step=on_step, stopped=stop.is_set)
     state = serving.SpoolState()
     pause = RETRY_S[0]
-    with watched(lambda: shipper.alive_at, stuck_s=STUCK_S, work="shipping"), exclusive(settings):
+    with watched(lambda: shipper.alive_at, stuck_s=STUCK_S, work="shipping"):
         while not stop.is_set():
             done = shipper.round()
             if done.error:
@@ -277,6 +295,11 @@ def run_shipper(settings: Settings, stop: threading.Event, *, on_step: OnStep = 
             serving.write_spool(settings.archive.state_dir, state)
             stop.wait(pause if done.error else LOOK_S)
             pause = min(2 * pause, RETRY_S[1]) if done.error else RETRY_S[0]
+
+
+def _waiting(settings: Settings, error: str) -> serving.SpoolState:
+    """The state of a shipper that is not the one which ships."""
+    return _after(serving.SpoolState(), Shipped(error=error), settings)
 
 
 def _after(before: serving.SpoolState, done: Shipped, settings: Settings) -> serving.SpoolState:

@@ -167,8 +167,9 @@ def serve(ctx: click.Context) -> None:
     Example:
       sphere --config archive/sphere.toml serve
     """
-    from sphere.serve import Supervisor
+    from sphere.serve import Supervisor, leave_at_sigterm
 
+    leave_at_sigterm()
     sys.exit(Supervisor(settings_of(ctx), announce=click.echo).run())
 
 

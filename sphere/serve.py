@@ -7,14 +7,17 @@ death of this process by the end of a pipe, and stop as if told to, so that the 
 from __future__ import annotations
 
 import atexit
+import ctypes
 import logging
 import os
 import resource
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing import current_process, get_context
 from multiprocessing.connection import Connection, wait
@@ -69,6 +72,12 @@ class Child:
     unanswered: int = 0
     last_heartbeat: str = ""
     last_end: str = ""
+
+    @property
+    def ended_well(self) -> bool:
+        """Whether it ended as SIGTERM has it: with status 0, or by the signal before its work had begun."""
+        status = self.process.exitcode if self.process else 0
+        return status == 0 or (status == -signal.SIGTERM and self.state == "starting")
 
     def told(self) -> serving.ChildState:
         """What the state file says of it."""
@@ -233,7 +242,19 @@ class Supervisor:
                 process.kill()
                 process.join()
         serving.remove(self.settings.archive.state_dir)
-        return 0 if all(process.exitcode == 0 for process in alive) else 1
+        return 0 if all(child.ended_well for child in self.children if child.process in alive) else 1
+
+
+def leave_at_sigterm() -> None:
+    """End this process with status 0 at SIGTERM, until what it does has a better way: it has done nothing yet."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+
+
+def _wake_at_the_end_of_parent() -> None:
+    """Have the kernel continue this process, should it be stopped, when the supervisor dies: it is to notice that by
+    its lifeline, let go of port and locks, and end (prctl(2), PR_SET_PDEATHSIG)."""
+    with suppress(AttributeError, OSError):  # Linux only
+        ctypes.CDLL(None).prctl(1, signal.SIGCONT, 0, 0, 0)
 
 
 def _changes(children: list[serving.ChildState]) -> list[tuple[str, int, int]]:
@@ -242,6 +263,8 @@ def _changes(children: list[serving.ChildState]) -> list[tuple[str, int, int]]:
 
 def _run_child(target: Target, settings: Settings, lifeline: Connection, messages: Connection, level: int) -> None:
     """The body of every child process."""
+    leave_at_sigterm()
+    _wake_at_the_end_of_parent()
     done = threading.Event()
     atexit.register(_leave, done)  # the first: called last
     logs.configure("info")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -16,10 +18,12 @@ from pydicom.data import get_testdata_file
 from sphere.archive import Archive
 from sphere.conf import serving as told
 from sphere.ingest.journal import Landed
+from sphere.ingest.spool import backlog
 from sphere.ingest.storage import open_storage
 from tests.support.ledger import RESUME_S, Ledger, Senders, audit, begin, store
+from tests.support.ports import free_port
 from tests.support.raw_peer import RawPeer
-from tests.support.receiver import STOP_S
+from tests.support.receiver import ROOT, STOP_S
 from tests.support.serving import Serving, ready, running_supervisor, send_signal
 
 pytestmark = pytest.mark.faults
@@ -158,6 +162,45 @@ def test_other_children_are_replaced_while_receivers_go_on(tmp_path: Path, numbe
 
 
 @pytest.mark.spark
+def test_children_that_are_stopped_when_the_supervisor_dies(tmp_path: Path) -> None:
+    """None is left: neither who has the port nor who ships, whose lock the next one needs."""
+    ledger = Ledger()
+    spooled = {"durability": "spool", "spool_seal_s": 1}
+    with running_supervisor(tmp_path, workers=1, ingest=spooled, forever=True) as serving:
+        before = serving.state()
+        children = [psutil.Process(child.pid) for child in before.children]
+        with Senders(ledger, serving.port, count=2):
+            ledger.wait_for_count(20)
+            for child in before.children:
+                send_signal(child, signal.SIGSTOP)
+            os.kill(before.pid, signal.SIGKILL)
+            gone, left = psutil.wait_procs(children, timeout=40)
+            assert (len(gone), left) == (2, [])
+            serving.wait(lambda state: state.pid != before.pid and ready(state))
+            ledger.wait_for_success(time.monotonic())
+        state = serving.wait(lambda state: ready(state) and not backlog(serving.settings).bundles)
+        assert [child.restarts for child in state.children] == [0, 0]
+        serving.stop()
+    audit(ledger, serving.settings)
+
+
+@pytest.mark.parametrize("after_s", [0.7, 1.0, 1.5, 2.5])
+def test_sigterm_while_it_starts(tmp_path: Path, after_s: float) -> None:
+    """Status 0 and nobody left, wherever the start is."""
+    config = tmp_path / "sphere.toml"
+    config.write_text(f"[dimse]\nport = {free_port()}\n[web]\nport = 0\n")
+    command = [sys.executable, "-m", "sphere.cli", "--config", str(config), "serve"]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+    time.sleep(after_s)
+    children = psutil.Process(process.pid).children(recursive=True)
+    print(f"\n{len(children)} children")
+    process.terminate()
+    assert process.wait(STOP_S) == 0, (tmp_path / "log").read_text()
+    assert psutil.wait_procs(children, timeout=5)[1] == []
+    assert "Traceback" not in (tmp_path / "log").read_text()
+
+
 def test_an_extraction_is_killed_and_a_later_one_stopped(tmp_path: Path) -> None:
     """kill -9 in a step: the next child does it all. SIGTERM in one: it ends there, and is clean."""
     with running_supervisor(tmp_path, workers=1, extract_every_s=0.1) as serving:

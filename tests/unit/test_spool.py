@@ -382,6 +382,30 @@ def test_one_shipper_at_a_time(tmp_path: Path) -> None:
         pass
 
 
+def test_a_shipper_waits_for_another_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    settings = archive(tmp_path)
+    records = land(settings, range(3))
+    stop = threading.Event()
+    thread = threading.Thread(target=shipping.run_shipper, args=(settings, stop))
+    with shipping.exclusive(settings):
+        thread.start()
+        deadline = time.monotonic() + 30
+        while (state := take(settings)).spool is None or "another process ships" not in state.spool.error:
+            assert time.monotonic() < deadline, state
+            time.sleep(0.02)
+        time.sleep(2.5)  # several tries
+        assert thread.is_alive()
+        assert sum("another process ships" in record.message for record in caplog.records) == 1
+        assert backlog(settings).bundles == 1
+    while take(settings).landed != 3:
+        assert time.monotonic() < deadline + 30
+        time.sleep(0.02)
+    stop.set()
+    thread.join(30)
+    assert not thread.is_alive()
+    assert_all_shipped(settings, records)
+
+
 def test_the_status_tells_of_the_backlog_also_while_the_storage_is_away(tmp_path: Path) -> None:
     settings = archive(tmp_path)
     land(settings, range(3))
