@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -24,6 +24,23 @@ VERIFY_FILE = "verified.json"
 STALE_S = 10.0  # seconds without a new state after which its writer is taken for dead or stopped
 
 
+REFUSES, STORES = "refuses", "stores"
+
+
+class Tell:
+    """What a child tells its supervisor: that it is ready (with its port), and whether its storage refuses what comes."""
+
+    def __init__(self, send: Callable[[bool | str], None]) -> None:
+        self._send = send
+
+    def __call__(self, port: int) -> None:
+        self._send(True)
+
+    def refuses(self, refuses: bool) -> None:
+        with suppress(OSError):  # the supervisor is gone: a C-STORE is not to fail for that
+            self._send(REFUSES if refuses else STORES)
+
+
 @dataclass(frozen=True, slots=True)
 class ChildState:
     """One supervised process. Times are ISO 8601, UTC; "" for never."""
@@ -35,6 +52,7 @@ class ChildState:
     unanswered: int  # restarts because it did not answer its heartbeat
     last_heartbeat: str
     last_end: str  # how it ended the last time: "status N" or "signal N"
+    refuses: bool = False  # a receiver whose storage takes nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +136,11 @@ class ServeState:
             return ["supervisor"]
         return [child.name for child in self.children if child.state != "ready"]
 
+    @property
+    def refuses(self) -> bool:
+        """Whether a receiver refuses what comes, as its storage (or spool) takes nothing."""
+        return any(child.refuses for child in self.children)
+
     def alive(self) -> bool:
         """Whether the supervisor that wrote this still works."""
         age = datetime.now(timezone.utc) - datetime.fromisoformat(self.written_at)
@@ -138,7 +161,8 @@ class ServeState:
         lines = [f"pid {self.pid}, DIMSE port {self.port}{web}, {restarts} restarts"]
         for child in self.children:
             ended = f", last end: {child.last_end}" if child.last_end else ""
-            lines.append(f"{child.name} {child.state} pid {child.pid}, {child.restarts} restarts{ended}")
+            refuses = ", REFUSES: its storage takes nothing" if child.refuses else ""
+            lines.append(f"{child.name} {child.state} pid {child.pid}, {child.restarts} restarts{ended}{refuses}")
         return "\n            ".join(lines)
 
 

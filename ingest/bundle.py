@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import secrets
 import threading
 import time
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from sphere.ingest.members import FileRange, NewMember, Prepared, prepare
 from sphere.ingest.open_bundle import OpenBundle
 from sphere.ingest.records import MemberRecord
 from sphere.ingest.storage.base import Storage
+from sphere.ingest.storage.paths import TEMPORARY
 
 __all__ = ["BundleWriter", "FileRange", "NewMember"]
 
@@ -71,6 +73,7 @@ class BundleWriter:
         self._seal_age_s = settings.storage.seal_age_s
         self._quiet_age_s = quiet_age_s
         self._clock = clock
+        self._trial = f".ready-{secrets.token_hex(8)}{TEMPORARY}"
         self._bundle: OpenBundle | None = None
         self._resting: OpenBundle | None = None  # published whole; the next one to be written to
         self._leaving: list[OpenBundle] = []  # full, old or failed: to be sealed or repaired, written to by nobody
@@ -92,6 +95,11 @@ class BundleWriter:
         if job.record is None:
             raise job.error or StorageError("the bundle writer ended without storing the instance")
         return job.record
+
+    def check(self) -> None:
+        """Write a small file, as durably as a member, and remove it; raises StorageError where that cannot be."""
+        self._storage.write(self._trial, b"ready\n")
+        self._storage.delete(self._trial)
 
     def close(self) -> None:
         """Seal the bundle; `store` raises StorageError from now on. What cannot be sealed now is left to recovery."""

@@ -115,6 +115,11 @@ class SpoolWriter:
         self._claim(member.size)
         return self._writer.store(member)
 
+    def check(self) -> None:
+        """Raise StorageFull where the spool is at its limit, and StorageError where its disk takes nothing."""
+        self._claim(1)
+        self._writer.check()
+
     def close(self) -> None:
         """Seal the bundle, so that it can be shipped."""
         self._writer.close()

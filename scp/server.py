@@ -24,6 +24,7 @@ from sphere.scp.handlers import Handlers
 from sphere.scp.libraries import prepare_libraries
 from sphere.scp.peers import CallingPolicy
 from sphere.scp.policy import Policy
+from sphere.scp.refusing import ToldWriter
 from sphere.scp.retrieve.handlers import RetrieveHandlers
 from sphere.scp.retrieve.locate import Locator
 from sphere.scp.retrieve.service import RetrieveService
@@ -38,8 +39,11 @@ GIVE_BACK_S = 10.0  # seconds after which what was freed goes back to the system
 DRAIN_S = 20.0  # seconds that running associations have after SIGTERM
 
 
-def run_receiver(settings: Settings, *, ready: Callable[[int], None]) -> None:
-    """Receive on settings.dimse until SIGTERM or SIGINT; `ready` is called with the port when it listens.
+def run_receiver(
+    settings: Settings, *, ready: Callable[[int], None], refuses: Callable[[bool], None] = lambda _: None
+) -> None:
+    """Receive on settings.dimse until SIGTERM or SIGINT; `ready` is called with the port when it listens, `refuses`
+    when the storage begins to take nothing, and when it takes something again.
 
     Then: no new associations, the running ones finish within DRAIN_S seconds or are aborted, the bundle is sealed.
     Raises SettingsError when the port cannot be had, StorageError when the storage cannot.
@@ -60,7 +64,7 @@ def run_receiver(settings: Settings, *, ready: Callable[[int], None]) -> None:
             retrieve = RetrieveHandlers(RetrieveService(settings, readable, locator, transcoder)).services()
             calling = CallingPolicy(settings.peers)
             known, on_conflict = KnownInstances(settings, finder), settings.ingest.on_conflict
-            store = StoreService(writer, Policy(settings, calling), known, on_conflict=on_conflict)
+            store = StoreService(ToldWriter(writer, refuses), Policy(settings, calling), known, on_conflict=on_conflict)
             find = FindService(finder, settings.snapshots)
             commitment = Commitment(settings, finder, readable)
             callers = Callers(settings, calling)

@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def receive(settings: Settings, ready: Callable[[int], None]) -> None:
+def receive(settings: Settings, ready: serving.Tell) -> None:
     """One receiver process."""
     keep_small(settings)
     from sphere.scp.server import run_receiver
 
-    run_receiver(settings, ready=ready)
+    run_receiver(settings, ready=ready, refuses=ready.refuses)
 
 
 def serve_http(settings: Settings, ready: Callable[[int], None]) -> None:

@@ -51,7 +51,7 @@ JOB_PATIENCE_S = 60.0  # the same for jobs, which may wait long for memory or di
 START_S = 60.0  # seconds until the first heartbeat of a child, on a busy machine
 STATE_S = 1.0  # seconds between writes of the state file while nothing changes
 TICK_S = 0.2  # seconds between looks at the clock
-Target = Callable[[Settings, Callable[[int], None]], None]
+Target = Callable[[Settings, serving.Tell], None]
 
 
 @dataclass
@@ -63,7 +63,7 @@ class Child:
     patience_s: float = PATIENCE_S
     process: SpawnProcess | None = None
     lifeline: Connection | None = None  # closed by the death of the supervisor
-    messages: Connection | None = None  # True: it is ready; False: a heartbeat
+    messages: Connection | None = None  # True: it is ready; False: a heartbeat; and what serving.Tell says
     state: Literal["starting", "ready", "waiting"] = "waiting"
     due: float = 0.0  # monotonic time of its next start, where it waits for that
     deadline: float = 0.0  # monotonic time at which its next heartbeat must have come
@@ -72,6 +72,7 @@ class Child:
     unanswered: int = 0
     last_heartbeat: str = ""
     last_end: str = ""
+    refuses: bool = False
 
     @property
     def ended_well(self) -> bool:
@@ -84,7 +85,7 @@ class Child:
         pid = self.process.pid or 0 if self.process and self.state != "waiting" else 0
         return serving.ChildState(
             name=self.name, state=self.state, pid=pid, restarts=self.restarts, unanswered=self.unanswered,
-            last_heartbeat=self.last_heartbeat, last_end=self.last_end,
+            last_heartbeat=self.last_heartbeat, last_end=self.last_end, refuses=self.refuses,
         )  # fmt: skip
 
 
@@ -172,6 +173,7 @@ class Supervisor:
         child.process.start()
         theirs.close()
         send.close()
+        child.refuses = False
         child.state, child.deadline = "starting", time.monotonic() + START_S
         log.info("child started name=%s pid=%s", child.name, child.process.pid)
 
@@ -180,7 +182,10 @@ class Supervisor:
         assert child.messages is not None
         try:
             while child.messages.poll():
-                if child.messages.recv():
+                said = child.messages.recv()
+                if said in (serving.REFUSES, serving.STORES):
+                    child.refuses = said == serving.REFUSES
+                elif said:
                     child.state, child.pause = "ready", RESTART_PAUSE_S[0]
                 child.deadline = time.monotonic() + child.patience_s
                 child.last_heartbeat = serving.now()
@@ -257,8 +262,8 @@ def _wake_at_the_end_of_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGCONT, 0, 0, 0)
 
 
-def _changes(children: list[serving.ChildState]) -> list[tuple[str, int, int]]:
-    return [(child.state, child.pid, child.restarts) for child in children]
+def _changes(children: list[serving.ChildState]) -> list[tuple[str, int, int, bool]]:
+    return [(child.state, child.pid, child.restarts, child.refuses) for child in children]
 
 
 def _run_child(target: Target, settings: Settings, lifeline: Connection, messages: Connection, level: int) -> None:
@@ -275,13 +280,13 @@ def _run_child(target: Target, settings: Settings, lifeline: Connection, message
     threading.Thread(target=_end_with, args=(lifeline,), daemon=True, name="lifeline").start()
     sending = threading.Lock()
 
-    def say(ready: bool) -> None:
+    def say(what: bool | str) -> None:
         with sending:
-            messages.send(ready)
+            messages.send(what)
 
     threading.Thread(target=_beat, args=(say,), daemon=True, name="heartbeat").start()
     try:
-        target(settings, lambda _: say(True))
+        target(settings, serving.Tell(say))
     except SphereError as error:
         log.error("%s", error)
         raise SystemExit(1) from None

@@ -95,7 +95,8 @@ def offered(settings: Settings, metrics: Metrics) -> list[Operation]:
     def readyz(request: Request) -> Response:
         state = serving.read(state_dir)
         missing = ["supervisor"] if state is None else state.not_ready
-        missing = missing + [probe.name for probe in needed if probe.away()]
+        away_now = [probe.name for probe in needed if probe.away()]
+        missing = missing + (away_now or [needed[0].name] * (state is not None and state.refuses))
         body: dict[str, object] = {"status": "not ready" if missing else "ready", "not_ready": missing}
         if away := [probe.name for probe in spared if probe.away(wait=False)]:
             body["away"] = away

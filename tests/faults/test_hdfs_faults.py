@@ -81,7 +81,7 @@ def test_hdfs_hangs(forgetful_hdfs_cluster: HdfsCluster, tmp_path: Path, kind: L
     the same receiver goes on when HDFS does."""
     ledger = Ledger()
     root = f"{forgetful_hdfs_cluster.hdfs_url}/faults/hangs"
-    with running_supervisor(tmp_path, root=root, workers=1) as serving:
+    with running_supervisor(tmp_path, root=root, workers=1, web=True) as serving:
         with Senders(ledger, serving.port, count=3, pause_s=0.01):  # they wait 20 s for an answer, and for no more
             ledger.wait_for_count(50)
             with forgetful_hdfs_cluster.stopped(kind):
@@ -89,13 +89,15 @@ def test_hdfs_hangs(forgetful_hdfs_cluster: HdfsCluster, tmp_path: Path, kind: L
                 with Senders(ledger, serving.port, count=3, pause_s=0.1):
                     refused = ledger.refused[OUT_OF_RESOURCES]
                     time.sleep(HANG_S)
+                assert _readyz(serving) == (503, {"status": "not ready", "not_ready": ["storage"]})
                 assert ledger.refused[OUT_OF_RESOURCES] > refused > 0
             back = time.monotonic()
             ledger.wait_for_success(back)
             took = f"answers took {ledger.slowest:.1f} s at most"
             print(f"\nresumed {time.monotonic() - back:.1f} s after it went on; {took}")
             ledger.wait_for_count(50)
-        assert [child.restarts for child in serving.state().children] == [0]
+            _wait_for_readyz(serving, (200, {"status": "ready", "not_ready": []}))
+        assert [child.restarts for child in serving.state().children] == [0, 0]
         assert serving.stop() == 0
     assert set(ledger.refused) == {OUT_OF_RESOURCES}
     assert ledger.broken == 0
