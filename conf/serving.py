@@ -28,7 +28,7 @@ REFUSES, STORES = "refuses", "stores"
 
 
 class Tell:
-    """What a child tells its supervisor: that it is ready (with its port), and whether its storage refuses what comes."""
+    """What a child tells its supervisor: that it is ready (with its port), and whether its storage refuses."""
 
     def __init__(self, send: Callable[[bool | str], None]) -> None:
         self._send = send

@@ -1,8 +1,8 @@
 """Whether a receiver refuses what it is sent because its storage takes no bytes, told to who watches it.
 
-A look at the storage from outside may miss it: landing needs DataNodes, disks and room as well. So what the last C-STORE
-met counts, and while that is a refusal the receiver tries to write by itself: who is told that it is not ready sends
-nothing that could succeed.
+A look at the storage from outside may miss it: landing needs DataNodes, disks and room as well. So what the last
+C-STORE met counts, and while that is a refusal the receiver tries to write by itself: who is told that it is not ready
+sends nothing that could succeed.
 """
 
 from __future__ import annotations
