@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+from base64 import b64decode
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date
@@ -12,6 +14,7 @@ from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
 from pydicom.valuerep import format_number_as_ds
 
+from sphere.catalog.as_stored import NUMBERS
 from sphere.catalog.match_header import Header, tag_in
 from sphere.catalog.query import ANSWERED, QUERY_RETRIEVE_LEVEL, SPECIFIC_CHARACTER_SET, Key, Query
 from sphere.catalog.schema import Level
@@ -80,6 +83,8 @@ def _element_or_empty(key: Key, element: Mapping[str, Any]) -> DataElement:
 def _element(key: Key, element: Mapping[str, Any]) -> DataElement:
     """A DICOM JSON element; of a sequence only the attributes that the key's item names, if it names any."""
     vr = element.get("vr", key.vr)
+    if "InlineBinary" in element:  # as it is stored; pydicom would read a UN by its dictionary
+        return DataElement(key.tag, vr, b64decode(element["InlineBinary"]), validation_mode=IGNORE)
     if vr != "SQ":
         return DataElement.from_json(Dataset, f"{key.tag:08X}", vr, *_json_value(element))
     items = [_item(key, item) for item in element.get("Value") or [] if item is not None]
@@ -94,28 +99,42 @@ def _json_value(element: Mapping[str, Any]) -> tuple[Any, str | None]:
 
 
 def _item(key: Key, header: Header) -> Dataset:
-    if not key.items:
-        return Dataset.from_json(dict(header))
     item = Dataset()
+    for name, element in header.items() if not key.items else ():
+        item.add(_element_or_empty(Key(int(name, 16), "", "UN"), element))
     for inner in key.items:
         element = header.get(f"{tag_in(header, inner.tag, inner.creator):08X}")
         if inner.is_creator:
             _add(item, inner.tag, "LO", inner.creator)
         elif element:
-            item.add(_element(inner, element))
+            item.add(_element_or_empty(inner, element))
         else:
             _add(item, inner.tag, inner.vr, None)
     return item
 
 
 def _add(dataset: Dataset, tag: int, vr: str, value: Any) -> None:
-    texts = [_wire(one, vr) for one in value] if isinstance(value, list) else _wire(value, vr)
-    if value is None:
-        texts = [] if vr == "SQ" else None
-    elif vr == "US or SS":
+    if vr.startswith("US or "):
         low = min(value, default=0) if isinstance(value, list) else value or 0
         vr = "SS" if low < 0 else "US"
+    if value is None or not _fits(value, vr):
+        texts: Any = [] if vr == "SQ" else None
+    else:
+        texts = [_wire(one, vr) for one in value] if isinstance(value, list) else _wire(value, vr)
     dataset.add(DataElement(tag, "OB" if vr == "OB or OW" else vr, texts, validation_mode=IGNORE))
+
+
+def _fits(value: Any, vr: str) -> bool:
+    """Whether a value in column form can be written with a VR: its attribute may have been stored with another."""
+    values = value if isinstance(value, list) else [value]
+    try:
+        if vr in NUMBERS:
+            struct.pack(f"<{len(values)}{NUMBERS[vr]}", *values)
+        elif vr == "AT":
+            return all(0 <= int(one, 16) < 1 << 32 for one in values)
+    except (ValueError, TypeError, OverflowError, struct.error):
+        return False
+    return True
 
 
 def _wire(value: Any, vr: str) -> Any:

@@ -15,6 +15,7 @@ from pydicom.datadict import dictionary_VR
 from pydicom.dataelem import DataElement, RawDataElement
 from pydicom.dataset import Dataset
 
+from sphere.catalog.as_stored import NUMBERS
 from sphere.catalog.wellformed import misfit
 from sphere.ingest.header.charset import DEFAULT, Charset, charset_of, decode
 from sphere.ingest.header.dictionary import ITEM, private_vr
@@ -22,17 +23,24 @@ from sphere.ingest.header.element import EXPLICIT_LE, IMPLICIT_LE, read_head
 
 SPECIFIC_CHARACTER_SET = 0x00080005
 _CHARSET_VRS: Final = frozenset(("LO", "LT", "PN", "SH", "ST", "UC", "UT"))
-_BINARY: Final = {"US": "H", "SS": "h", "UL": "L", "SL": "l", "UV": "Q", "SV": "q", "FL": "f", "FD": "d"}
-_BINARY_ALIASES: Final = {"US or SS": "US"}
+_BINARY_ALIASES: Final = dict.fromkeys(("US or SS", "US or OW", "US or SS or OW"), "US")
+_ITEM: Final = b"\xfe\xff\x00\xe0"
+_CONTROLS: Final = frozenset(range(32)) - frozenset(b"\t\n\f\r\x1b")  # that no text has (PS3.5 6.1.3)
 
 
 class Element(NamedTuple):
-    """One element of an identifier: its text, with backslashes between values, or its items where it is a sequence."""
+    """One element of an identifier: its text, with backslashes between values, or its items where it is a sequence.
+
+    Where PS3.6 does not say its VR, or says several: `said` is the VR that it bears, "" for none and for UN, and `raw`
+    has the bytes of its value, if it came as bytes.
+    """
 
     tag: int
     vr: str
     text: str
     items: list[list[Element]] | None = None
+    said: str = ""
+    raw: bytes | None = None
 
 
 def elements(identifier: Dataset) -> list[Element]:
@@ -64,8 +72,10 @@ def plain_elements(data: bytes, *, explicit: bool) -> list[Element] | None:
         if at > size or not vr or vr in ("SQ", "UN") or (length and misfit(said, vr, length)):
             return None
         if tag & 0xFFFF:
-            text = _raw_text(data[begin:at], vr, charset, little_endian=True) if length else ""
-            found.append(Element(tag, vr, text))
+            chosen = _chosen(vr, said) if " or " in vr else vr
+            text = _raw_text(data[begin:at], chosen, charset, little_endian=True) if length else ""
+            more = (None, said, data[begin:at]) if " or " in vr else ()
+            found.append(Element(tag, chosen, text, *more))
             if tag == SPECIFIC_CHARACTER_SET:
                 charset = charset_of(data[begin:at])
     return found
@@ -96,12 +106,25 @@ def _elements(dataset: Dataset, charset: Charset) -> Iterator[Element]:
 
 
 def _element(dataset: Dataset, tag: int, charset: Charset, creator: str = "") -> Element:
-    raw = dataset.get_item(tag)
-    vr = _vr(tag, raw.VR, creator)
-    if vr == "SQ":
+    raw: Any = dataset.get_item(tag)  # pydicom's types leave out the RawDataElement
+    known = _standard_vr(tag)
+    if known != "SQ" and known and " or " not in known:
+        return Element(tag, known, _text(raw, known, charset))
+    said = raw.VR if raw.VR and raw.VR != "UN" else ""
+    vr = _chosen(known, said) if known else said or private_vr(tag, creator) or "UN"
+    value = bytes(raw.value or b"") if isinstance(raw, RawDataElement) else None
+    if vr == "SQ" and (known or said or value is None or value.startswith(_ITEM)):
         items = dataset[tag].value or []
         return Element(tag, vr, "", [list(_elements(item, _charset(item, charset))) for item in items])
-    return Element(tag, vr, _text(raw, vr, charset))
+    if known or said or value is None:
+        return Element(tag, vr, _text(raw, vr, charset), None, said, value)
+    return Element(tag, vr, _likely_text(value, charset), None, said, value)
+
+
+def _likely_text(value: bytes, charset: Charset) -> str:
+    """A value of any VR, as far as it is text."""
+    binary = set(value.rstrip(b"\0")) & _CONTROLS
+    return value.decode("latin-1") if binary else _raw_text(value, "LO", charset, little_endian=True)
 
 
 def _text(element: DataElement | RawDataElement, vr: str, charset: Charset) -> str:
@@ -110,15 +133,9 @@ def _text(element: DataElement | RawDataElement, vr: str, charset: Charset) -> s
     return _value_text(element.value)
 
 
-def _vr(tag: int, said: str | None, creator: str) -> str:
-    """The VR of PS3.6, else the one that the element bears: an identifier may say UN for what it does not know.
-
-    Of a private element that says nothing, what the private dictionaries know of its creator.
-    """
-    try:
-        return dictionary_VR(tag)
-    except KeyError:
-        return said if said and said != "UN" else private_vr(tag, creator) or "UN"
+def _chosen(known: str, said: str) -> str:
+    """The VR of PS3.6; where that is one of several, the one that the element bears."""
+    return said if said and said in known.split(" or ") else known
 
 
 def _raw_text(value: bytes, vr: str, charset: Charset, little_endian: bool) -> str:
@@ -126,10 +143,10 @@ def _raw_text(value: bytes, vr: str, charset: Charset, little_endian: bool) -> s
         return ""
     vr = _BINARY_ALIASES.get(vr, vr)
     order = "<" if little_endian else ">"
-    if vr in _BINARY:
-        size = struct.calcsize(order + _BINARY[vr])
+    if vr in NUMBERS:
+        size = struct.calcsize(order + NUMBERS[vr])
         count = len(value) // size
-        return "\\".join(map(str, struct.unpack(f"{order}{count}{_BINARY[vr]}", value[: count * size])))
+        return "\\".join(map(str, struct.unpack(f"{order}{count}{NUMBERS[vr]}", value[: count * size])))
     if vr == "AT":
         words = struct.unpack(f"{order}{len(value) // 4 * 2}H", value[: len(value) // 4 * 4])
         return "\\".join(f"{group:04X}{number:04X}" for group, number in zip(words[::2], words[1::2], strict=True))

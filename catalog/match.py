@@ -82,15 +82,19 @@ class Empty(Test):
 
 @dataclass(frozen=True)
 class Number(Test):
-    """Single value matching of a numeric attribute: equal as a number, however it is written."""
+    """Single value matching of a numeric attribute: equal as a number, however it is written.
+
+    `signed` is the number that the same bytes are if they are signed, where the key does not say.
+    """
 
     number: int | float
+    signed: int | None = None
 
     def sql(self, x: str) -> Sql:
-        return f"{x} = ?", [self.number]
+        return (f"{x} = ?", [self.number]) if self.signed is None else (f"{x} IN (?, ?)", [self.number, self.signed])
 
     def matches(self, value: Value) -> bool:
-        return value == self.number
+        return value == self.number or (self.signed is not None and value == self.signed)
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from typing import Any, Final
 
 from pydicom.datadict import tag_for_keyword
 
-from sphere.catalog.match import TRAILING_ONLY_VRS, Empty, Value, time_text
-from sphere.catalog.match_parse import DECIMAL_VRS, INTEGER_VRS
+from sphere.catalog.as_stored import AsStored
+from sphere.catalog.match import TRAILING_ONLY_VRS, Empty, Test, Value, time_text
+from sphere.catalog.match_parse import DECIMAL, DECIMAL_VRS, INTEGER_VRS
 from sphere.catalog.predicate import AnyItem, Compare, Moment, Node, Predicate
 from sphere.catalog.schema import BY_KEYWORD
 from sphere.ingest.header.columns import FUNCTIONAL_GROUPS
@@ -45,13 +46,22 @@ def holds(predicate: Predicate, header: Header) -> bool:
 
 def _node_holds(node: Node, header: Header) -> bool:
     if isinstance(node, Compare):
-        values = column_values(header, tag_in(header, node.tag, node.creator), node.vr)
-        if isinstance(node.test, Empty):
-            return next(values, None) is None
-        return any(node.test.matches(value) for value in values)
+        tag = tag_in(header, node.tag, node.creator)
+        if not isinstance(node.test, AsStored):
+            return _test_holds(node.test, header, tag, node.vr)
+        vr = header.get(f"{tag:08X}", {}).get("vr", "")
+        tests = node.test.tests(vr)
+        return tests is not None and all(_test_holds(test, header, tag, vr) for test in tests)
     if isinstance(node, AnyItem):
         return any(holds(node.nodes, item) for item in items(header, tag_in(header, node.tag, node.creator)))
     return any(moment_holds(node, day, time) for day, time in _moments(node, header))
+
+
+def _test_holds(test: Test, header: Header, tag: int, vr: str) -> bool:
+    values = column_values(header, tag, vr)
+    if isinstance(test, Empty):
+        return next(values, None) is None
+    return any(test.matches(value) for value in values)
 
 
 def _moments(node: Moment, header: Header) -> Iterator[tuple[Value, Value]]:
@@ -85,16 +95,18 @@ def tag_in(header: Header, tag: int, creator: str) -> int:
 
 def items(header: Header, tag: int) -> list[Header]:
     """The items of a sequence; none where it is absent or empty."""
-    return [item for item in _values(header, tag) if isinstance(item, Mapping)]
+    element = header.get(f"{tag:08X}", {})
+    if element.get("vr") != "SQ":
+        return []
+    return [item for item in element.get("Value") or () if isinstance(item, Mapping)]
 
 
 def column_values(header: Header, tag: int, vr: str) -> Iterator[Value]:
-    """The values of an attribute in column form, without empty and invalid ones; its own VR stands in for "UN".
+    """The values of an attribute of `vr` in column form, without empty ones and those that are none of it.
 
-    An attribute that only the shared functional groups hold (PS3.3 C.7.6.16) counts as the instance's, as in columns.
+    They may be stored with another VR: that costs what `vr` cannot hold of them, as with columns. An attribute that
+    only the shared functional groups hold (PS3.3 C.7.6.16) counts as the instance's, as in columns.
     """
-    if vr == "UN":
-        vr = header.get(f"{tag:08X}", {}).get("vr", vr)
     for value in _values(header, tag) or _shared_values(header, tag):
         formed = column_value(value, vr)
         if formed is not None:
@@ -103,7 +115,7 @@ def column_values(header: Header, tag: int, vr: str) -> Iterator[Value]:
 
 def _values(header: Header, tag: int) -> list[Any]:
     element = header.get(f"{tag:08X}")
-    if not element:
+    if not element or element.get("vr") == "SQ":
         return []
     if element.get("vr") == "UN" and tag >> 16 & 1 and "InlineBinary" in element:
         return b64decode(element["InlineBinary"]).decode("latin-1").rstrip("\0").split("\\")  # text, most likely
@@ -125,9 +137,9 @@ def column_value(value: Any, vr: str) -> Value | None:
     """One JSON value in column form: PN as "Alphabetic=Ideographic=Phonetic", DA as a date, numbers as numbers."""
     if value is None:
         return None
-    if vr == "PN":
+    if isinstance(value, Mapping):  # a PN, whatever the attribute should be
         groups = [value.get(name) or "" for name in ("Alphabetic", "Ideographic", "Phonetic")]
-        return "=".join(groups).rstrip("=").strip(" ") or None
+        value = "=".join(groups).rstrip("=")
     if vr == "DA":
         return _date(str(value))
     if vr in INTEGER_VRS or vr in DECIMAL_VRS:
@@ -147,7 +159,7 @@ def _date(text: str) -> date | None:
 
 
 def _number(value: Any) -> int | float | None:
-    try:
-        return value if isinstance(value, (int, float)) else float(value)
-    except (TypeError, ValueError):
-        return None
+    if isinstance(value, (int, float)):
+        return value
+    text = str(value)
+    return float(text) if DECIMAL.fullmatch(text) else None

@@ -29,7 +29,7 @@ from sphere.catalog.match import (
 )
 from sphere.conf.uids import UID
 
-INTEGER_VRS: Final = frozenset(("IS", "US", "SS", "UL", "SL", "SV", "UV", "US or SS"))
+INTEGER_VRS: Final = frozenset(("IS", "US", "SS", "UL", "SL", "SV", "UV", "US or SS", "US or OW", "US or SS or OW"))
 DECIMAL_VRS: Final = frozenset(("DS", "FD", "FL"))
 NOT_MATCHED_VRS: Final = frozenset(("OB", "OD", "OF", "OL", "OV", "OW", "OB or OW"))
 LISTS: Final = frozenset(("ModalitiesInStudy",))
@@ -43,7 +43,7 @@ MAX_PATTERN: Final = 1024
 """Characters of a key with wild cards, and of a person name (PS3.5: 194): what the index evaluates has its limits."""
 
 _INTEGER = re.compile(r"[+-]?[0-9]{1,20}")
-_DECIMAL = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?")
+DECIMAL: Final = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +141,7 @@ def _integer(text: str) -> Test:
 
 
 def _decimal(text: str) -> Test:
-    if not _DECIMAL.fullmatch(text):
+    if not DECIMAL.fullmatch(text):
         raise ValueError("is not a number")
     return Number(float(text))
 

@@ -11,14 +11,15 @@ from typing import Any, Literal
 from pydicom.datadict import dictionary_VM, dictionary_VR, keyword_for_tag, tag_for_keyword
 from pydicom.dataset import Dataset
 
+from sphere.catalog.as_stored import parse_as_stored
 from sphere.catalog.identifier import Element, elements
-from sphere.catalog.match import DateRange, Exact, Test, TimeRange
+from sphere.catalog.match import DateRange, Exact, Number, Test, TimeRange
 from sphere.catalog.match_parse import Rules, parse_values
 from sphere.catalog.predicate import AnyItem, Compare, Moment, Node, Predicate
 from sphere.catalog.schema import LEVELS, UNIQUE_KEY, Level, level_of
 from sphere.catalog.zones import PAIRS, TIMEZONE, minutes_of
 from sphere.conf.errors import QueryError
-from sphere.ingest.header.dictionary import private_vr
+from sphere.ingest.header.dictionary import private_vr, standard_vr
 
 Model = Literal["PATIENT_ROOT", "STUDY_ROOT", "PATIENT_STUDY_ONLY"]
 
@@ -60,7 +61,8 @@ NO_FEATURES = Features()
 class Key:
     """One attribute that a query names: to match, where `test` or an item's key asks something, and to return.
 
-    `vr` is that of PS3.6, or of the identifier where PS3.6 does not know the tag; `keyword` is "" then. Every one of
+    `vr` is that of PS3.6, or of the identifier where PS3.6 does not know the tag; `keyword` is "" then, and `test` goes
+    by what is stored. Every one of
     `further` must hold too (multiple value matching). A sequence has the keys of its one item as `items`; without any,
     the whole sequence is returned. A private attribute has the `creator` that the identifier names for its block; the
     creator's own element asks nothing.
@@ -242,7 +244,8 @@ def _key(element: Element, creator: str, rules: Rules) -> Key:
         return _universal(element.tag, element.vr, creator)
     keyword = keyword_for_tag(element.tag)
     if element.items is None:
-        return _tested(Key(element.tag, keyword, element.vr, creator=creator), element.text, rules)
+        key = Key(element.tag, keyword, element.vr, creator=creator)
+        return _tested(key, element.text, rules, said=element.said, raw=element.raw)
     if len(element.items) > 1:
         raise QueryError(f"{keyword or 'sequence'}: a sequence key has one item", offending=(element.tag,))
     items = tuple(key for item in element.items for key in _keys(item, rules))
@@ -255,13 +258,25 @@ def _universal(tag: int, vr: str, creator: str) -> Key:
     return Key(tag, keyword_for_tag(tag), vr, creator=creator)
 
 
-def _tested(key: Key, text: str, rules: Rules) -> Key:
+def _tested(key: Key, text: str, rules: Rules, *, said: str = "", raw: bytes | None = None) -> Key:
     vm = dictionary_VM(key.tag) if key.keyword else "1"
     try:
-        tests = parse_values(text, key.vr, keyword=key.keyword, vm=vm, rules=rules)
+        if standard_vr(key.tag):
+            tests = parse_values(text, key.vr, keyword=key.keyword, vm=vm, rules=rules)
+        else:
+            tests = parse_as_stored(text, said=said, raw=raw, rules=rules)
     except ValueError as error:
         raise QueryError(f"{key.name}: {error}", offending=(key.tag,)) from None
+    if tests and raw and key.vr.startswith("US or SS"):
+        tests = tuple(map(_of_either_sign, tests))
     return Key(key.tag, key.keyword, key.vr, tests[0] if tests else None, (), tests[1:], key.creator)
+
+
+def _of_either_sign(test: Test) -> Test:
+    """Two bytes that do not say whether they are a US or an SS, as in implicit VR: what is stored says it."""
+    if isinstance(test, Number) and test.number >= 1 << 15:
+        return Number(test.number, int(test.number) - (1 << 16))
+    return test
 
 
 def _built(name: str, value: Any, rules: Rules) -> Key:

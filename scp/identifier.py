@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import struct
 from collections.abc import Mapping
 
 from pydicom.config import IGNORE
@@ -12,6 +13,7 @@ from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 
+from sphere.catalog.as_stored import NUMBERS
 from sphere.catalog.match_parse import TWO_QUOTES
 from sphere.catalog.schema import Level
 from sphere.conf.errors import QueryError
@@ -30,8 +32,8 @@ DEFAULT_KEYS: dict[Level, tuple[str, ...]] = {  # what is asked for where nothin
 }  # fmt: skip
 
 _TAG = re.compile(r"\(?([0-9A-Fa-f]{4}),?([0-9A-Fa-f]{4})\)?")
-_BINARY_INTEGERS = ("US", "SS", "UL", "SL", "UV", "SV")
 _BINARY_FLOATS = ("FL", "FD")
+_BINARY_INTEGERS = tuple(vr for vr in NUMBERS if vr not in _BINARY_FLOATS)
 
 
 def build_identifier(keys: Mapping[str, str], level: Level) -> Dataset:
@@ -50,7 +52,7 @@ def build_identifier(keys: Mapping[str, str], level: Level) -> Dataset:
 
 def _add(dataset: Dataset, path: list[str], value: str) -> None:
     tag = tag_of(path[0])
-    vr = _vr_of(tag)
+    vr = _vr_of(tag, value)
     if len(path) > 1:
         if vr != "SQ":
             raise QueryError(f"{path[0]} is not a sequence: it has no {path[1]}", offending=(tag,))
@@ -74,9 +76,13 @@ def _element(name: str, tag: int, vr: str, value: str) -> DataElement:
             converted: object = int(value) if value else None
         else:
             converted = float(value) if value and vr in _BINARY_FLOATS else value or None
+        if value and vr in NUMBERS:
+            struct.pack(f"<{NUMBERS[vr]}", converted)
         return DataElement(tag, vr, converted, validation_mode=IGNORE)
     except ValueError:
         raise QueryError(f"{name}: {value!r} is not a number", offending=(tag,)) from None
+    except (struct.error, OverflowError):
+        raise QueryError(f"{name}: {value} is too large for {vr}", offending=(tag,)) from None
 
 
 def tag_of(name: str) -> int:
@@ -90,8 +96,10 @@ def tag_of(name: str) -> int:
     raise QueryError(f"{name!r} is neither a DICOM keyword nor a tag{hint}")
 
 
-def _vr_of(tag: int) -> str:
+def _vr_of(tag: int, value: str) -> str:
+    """The VR of a key; of "US or SS" the one that holds the number."""
     try:
-        return dictionary_VR(tag).split(" or ")[0]
+        first, *others = dictionary_VR(tag).split(" or ")
     except KeyError:
         return "LO"  # private: the peer looks it up by tag, and text is what keys mostly are
+    return "SS" if "SS" in others and value.startswith("-") else first

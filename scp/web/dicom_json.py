@@ -32,7 +32,7 @@ def as_object(match: Match, retrieve_url: str = "") -> dict[str, Element]:
 
 def _of_column(vr: str, value: Any) -> Element:
     values: Sequence[Any] = value if isinstance(value, list) else [] if value is None else [value]
-    if vr == "US or SS":
+    if vr.startswith("US or "):
         vr = "SS" if any(one is not None and one < 0 for one in values) else "US"
     shown = [_json_value(vr, one) for one in values]
     return {"vr": vr, "Value": shown} if shown else {"vr": vr}
