@@ -11,7 +11,7 @@ from urllib.parse import urlencode
 
 import pydicom
 import pytest
-from pydicom.uid import ExplicitVRLittleEndian
+from pydicom.uid import UID, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 from pynetdicom import AE
 from pynetdicom.association import Association
 from pynetdicom.pdu_primitives import SOPClassExtendedNegotiation
@@ -133,10 +133,13 @@ def test_three_doors_give_the_same_answers(web: Web, receiver: Receiver, spark: 
     expected = by_sql(spark, [one for _, one in everything])
     negotiated = sorted(everything, key=lambda pair: (pair[1].fuzzy, pair[1].combined))
     for (fuzzy, combined), group in groupby(negotiated, key=lambda pair: (pair[1].fuzzy, pair[1].combined)):
-        with associated(receiver, fuzzy=fuzzy, combined=combined) as association:
+        with (
+            associated(receiver, ExplicitVRLittleEndian, fuzzy=fuzzy, combined=combined) as explicit,
+            associated(receiver, ImplicitVRLittleEndian, fuzzy=fuzzy, combined=combined) as implicit,
+        ):
             for name, one in group:
                 found[name] += len(expected[one])
-                doors = {"C-FIND": by_find(association, one)}
+                doors = {"C-FIND": by_find(explicit, one), "C-FIND in implicit VR": by_find(implicit, one)}
                 if not combined:  # QIDO-RS has no such matching
                     doors["QIDO-RS"] = by_qido(web, one)
                 wrong += [(door, one, sorted(answer ^ expected[one])) for door, answer in doors.items()
@@ -195,13 +198,13 @@ def by_qido(web: Web, one: Asked) -> set[str]:
 
 
 @contextmanager
-def associated(receiver: Receiver, *, fuzzy: bool, combined: bool) -> Iterator[Association]:
+def associated(receiver: Receiver, syntax: UID, *, fuzzy: bool, combined: bool) -> Iterator[Association]:
     """With relational queries, and what else is wished, negotiated (PS3.4 C.5.1.1)."""
     wanted = SOPClassExtendedNegotiation()
     wanted.sop_class_uid = STUDY_ROOT
     wanted.service_class_application_information = bytes((1, combined, fuzzy))
     entity = AE()
-    entity.add_requested_context(STUDY_ROOT, ExplicitVRLittleEndian)
+    entity.add_requested_context(STUDY_ROOT, syntax)
     association = entity.associate("127.0.0.1", receiver.port, ae_title=AE_TITLE, ext_neg=[wanted])
     assert association.is_established
     yield association

@@ -21,7 +21,7 @@ LEVEL = {  # of the PS3.3 module that defines the attribute
     "PhysiciansOfRecord": 1, "ReferringPhysicianName": 1,
     "SeriesInstanceUID": 2, "Modality": 2, "SeriesDate": 2, "SeriesTime": 2, "SeriesNumber": 2,
     "SOPInstanceUID": 3, "InstanceNumber": 3, "ImageType": 3, "ContentDate": 3, "ContentTime": 3,
-    "AcquisitionDateTime": 3, "SliceThickness": 3, "ImageComments": 3,
+    "AcquisitionDateTime": 3, "SliceThickness": 3, "ImageComments": 3, "PixelPaddingValue": 3,
 }  # fmt: skip
 VR = {
     "PatientName": "PN", "PhysiciansOfRecord": "PN", "ReferringPhysicianName": "PN",
@@ -29,7 +29,11 @@ VR = {
     "StudyTime": "TM", "SeriesTime": "TM", "ContentTime": "TM", "AcquisitionDateTime": "DT",
     "SeriesNumber": "IS", "InstanceNumber": "IS", "SliceThickness": "DS",
     "StudyInstanceUID": "UI", "SeriesInstanceUID": "UI", "SOPInstanceUID": "UI", "ImageComments": "LT",
+    "PixelPaddingValue": "US or SS",
 }  # fmt: skip
+PRIVATE_VR = {0x01: "LO", 0x02: "US", 0x03: "PN", 0x04: "FD"}
+"""Of private attributes, by the last byte of their tags."""
+NUMBERS = ("IS", "DS", "US or SS", "US", "FD")
 MULTIPLE = {"PhysiciansOfRecord", "ImageType"}
 PAIRS = {"StudyDate": "StudyTime", "SeriesDate": "SeriesTime", "ContentDate": "ContentTime"}
 LEVELS = ("PATIENT", "STUDY", "SERIES", "IMAGE")
@@ -144,7 +148,7 @@ def _key(entity: Entity, name: Any, text: Any, asked: Asked) -> bool:
         ) or not any(one.strip("*") for one in text.values())
     if not text.strip("*"):
         return True
-    vr = VR.get(name, "LO") if isinstance(name, str) else "LO"
+    vr = VR.get(name, "LO") if isinstance(name, str) else PRIVATE_VR[name[1]]
     values = _adjusted(entity, name, asked)
     if asked.empty_values and text == '""':
         return not any(value.strip(" ") for value in values)
@@ -203,7 +207,7 @@ def _value(value: str, text: str, vr: str, asked: Asked) -> bool:
         at = _micros(value, first=True)
         ends = _micros(low, first=True) if low else 0, _micros(high, first=False) if high else None
         return at is not None and ends[0] is not None and ends[0] <= at and (ends[1] is None or at <= ends[1])
-    if vr in ("IS", "DS"):
+    if vr in NUMBERS:
         return float(value) == float(text)
     if vr == "LT":
         return _wild(value.rstrip(" "), text.rstrip(" "))

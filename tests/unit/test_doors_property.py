@@ -20,7 +20,7 @@ from pydicom.datadict import tag_for_keyword
 from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
-from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
+from pydicom.uid import UID, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 from pynetdicom.dsutils import encode
 
 from sphere.catalog.queries import Queries, open_queries
@@ -34,7 +34,7 @@ from sphere.scp.web.search_request import parse_search
 from tests.support.extracted import extract
 from tests.support.landing import archive, land, new_member, slices
 from tests.support.receiver import running_receiver
-from tests.support.reference import LEVEL, LEVELS, MULTIPLE, PAIRS, VR, Asked, answer
+from tests.support.reference import LEVEL, LEVELS, MULTIPLE, PAIRS, PRIVATE_VR, VR, Asked, answer
 
 pytestmark = pytest.mark.unit
 
@@ -69,7 +69,15 @@ VALUES: dict[str, list[Any]] = {
     "AcquisitionDateTime": ["20240101003000", "2024", "20240101233000-0500", "20231231+0100", "rubbish", ""],
     "SliceThickness": ["1.5", "1.50", "2", None],
     "ImageComments": ["two\r\nlines", " indented", "x", ""],
+    "PixelPaddingValue": [-2000, 63536, 0, None],
 }
+PRIVATE_VALUES: dict[int, list[Any]] = {
+    0x01: ["one", "two"], 0x02: [0, 35, 0x3533], 0x03: ["Müller^Ä", "Doe^John", "DOE"], 0x04: [0.5, -2.0],
+}  # fmt: skip
+PRIVATE_KEYS = {
+    0x01: ["one", "t*", '""', ""], 0x02: ["0", "35", "13619", "7"], 0x03: ["doe", "M?LLER*", "müller^ä", '""'],
+    0x04: ["0.5", "-2", "0.25"],
+}  # fmt: skip
 OFFSETS = ["+0100", "-0500", "+0530", None]
 MODALITIES = ["CT", "MR", "SR"]
 
@@ -97,7 +105,7 @@ def _changed(data: bytes, chance: random.Random, patient: str | None, study: str
         if keyword in dataset:
             del dataset[keyword]
         if chance.random() < 0.8:
-            setattr(dataset, keyword, chance.choice(values))
+            _store(dataset, keyword, chance.choice(values))
     if offset := chance.choice(OFFSETS):
         dataset.TimezoneOffsetFromUTC = offset
     if chance.random() < 0.7:
@@ -110,10 +118,19 @@ def _changed(data: bytes, chance: random.Random, patient: str | None, study: str
             )  # may take the other's block
             block = dataset.private_block(GROUP, creator) if _has(dataset, creator) else None
             if block is not None:
-                block.add_new(0x01, "LO", chance.choice(["one", "two"]))
+                for byte, values in PRIVATE_VALUES.items():
+                    if byte == 0x01 or chance.random() < 0.7:
+                        block.add_new(byte, PRIVATE_VR[byte], chance.choice(values))
     buffer = io.BytesIO()
     dcmwrite(buffer, dataset)
     return buffer.getvalue()
+
+
+def _store(dataset: Dataset, keyword: str, value: Any) -> None:
+    if VR.get(keyword) == "US or SS":
+        dataset.add_new(tag_for_keyword(keyword) or 0, "SS" if (value or 0) < 0 else "US", value)
+    else:
+        setattr(dataset, keyword, value)
 
 
 def _has(dataset: Dataset, creator: str) -> bool:
@@ -179,6 +196,8 @@ def asked_text(keyword: str) -> st.SearchStrategy[str]:
         ) | st.just("20240101003000+0100")
     if vr in ("IS", "DS"):
         return plain | st.sampled_from(["2", "01", '""'])
+    if vr == "US or SS":
+        return st.sampled_from(["-2000", "63536", "0", "2000"])
     wild = st.builds(_wilder, plain, st.integers(0, 6), st.sampled_from(["*", "?", "**", "?*"]))
     several = [plain, wild, plain.map(str.upper), st.sampled_from(['""', "*", "", "?*", "nothing"])]
     if keyword in MULTIPLE:
@@ -209,7 +228,8 @@ def queries(draw: st.DrawFn) -> Asked:
             keys[keyword] = draw(asked_text(keyword))
     extra = draw(st.integers(0, 5))
     if extra == 1:
-        keys[GROUP, 0x01, draw(st.sampled_from(CREATORS))] = draw(st.sampled_from(["one", "t*", '""', ""]))
+        byte = draw(st.sampled_from(sorted(PRIVATE_KEYS)))
+        keys[GROUP, byte, draw(st.sampled_from(CREATORS))] = draw(st.sampled_from(PRIVATE_KEYS[byte]))
     elif extra == 2:
         schemes = st.sampled_from(["S", "T", '""', "*"])
         keys[CODES] = {"CodeValue": draw(st.sampled_from(["C1", "C?", "C3"])), "CodingSchemeDesignator": draw(schemes)}
@@ -247,7 +267,9 @@ def identifier(asked: Asked) -> Dataset:
         elif isinstance(name, str):
             dataset[name] = _element(name, value)
         else:
-            dataset.private_block(name[0], name[2], create=True).add_new(name[1], "LO", value)
+            vr = PRIVATE_VR[name[1]]
+            number: Any = {"US": int, "FD": float}.get(vr, str)
+            dataset.private_block(name[0], name[2], create=True).add_new(name[1], vr, number(value))
     for keyword in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "PatientID")[
         : LEVELS.index(asked.level)
     ]:
@@ -257,6 +279,8 @@ def identifier(asked: Asked) -> Dataset:
 
 def _element(keyword: str, text: str) -> Any:
     vr = VR.get(keyword, "LO")
+    if vr == "US or SS":
+        return DataElement(tag_for_keyword(keyword) or 0, "SS" if text.startswith("-") else "US", int(text))
     number = vr in ("IS", "DS")
     element = DataElement(tag_for_keyword(keyword) or 0, vr, None if number else text, validation_mode=IGNORE)
     if number:
@@ -275,9 +299,8 @@ def features(asked: Asked) -> Features:
     )
 
 
-def find_answers(doors: Doors, asked: Asked) -> list[FindAnswer]:
+def find_answers(doors: Doors, asked: Asked, syntax: UID = ExplicitVRLittleEndian) -> list[FindAnswer]:
     """C-FIND, from the bytes of the identifier on."""
-    syntax = ImplicitVRLittleEndian if asked.combined_datetime else ExplicitVRLittleEndian
     data = encode(identifier(asked), syntax.is_implicit_VR, True) or b""
     request = FindRequest(
         model="PATIENT_ROOT", identifier=data, transfer_syntax=syntax, features=features(asked)
@@ -285,9 +308,9 @@ def find_answers(doors: Doors, asked: Asked) -> list[FindAnswer]:
     return list(FindService(doors.tables).answers(request, cancelled=lambda: False))
 
 
-def by_find(doors: Doors, asked: Asked) -> list[Dataset]:
+def by_find(doors: Doors, asked: Asked, syntax: UID = ExplicitVRLittleEndian) -> list[Dataset]:
     """The matches of C-FIND."""
-    answers = find_answers(doors, asked)
+    answers = find_answers(doors, asked, syntax)
     assert all(one.status == PENDING for one in answers), (answers[-1].status, answers[-1].comment)
     return [one.identifier for one in answers if one.identifier is not None]
 
@@ -365,6 +388,9 @@ def held_to_the_reference(doors: Doors, asked: Asked) -> None:
     assert told(doors.bundles, query) == by_sql, "without a catalog"
     found = [one.to_json_dict() for one in by_find(doors, asked)]
     assert identities(asked, found) == identities(asked, by_sql), "C-FIND"
+    if asked.keys.get("PixelPaddingValue") not in ("-2000", "63536"):  # the same bytes, where no VR says which
+        found = [one.to_json_dict() for one in by_find(doors, asked, ImplicitVRLittleEndian)]
+        assert identities(asked, found) == identities(asked, by_sql), "C-FIND in implicit VR"
     expected = answer(doors.datasets, asked)
     if asked.level == "PATIENT":
         patients = sorted([key[1]] if key[0] == "id" else [""] for key in expected)
