@@ -15,7 +15,8 @@ from sphere.ingest.header.values import BINARY_VRS
 
 MAX_DEPTH: Final = 32  # sequences within sequences
 _SIZES: Final = {
-    "US": 2, "SS": 2, "US or SS": 2, "US or OW": 2, "US or SS or OW": 2, "UL": 4, "SL": 4, "FL": 4, "AT": 4, "FD": 8, "SV": 8, "UV": 8,
+    "US": 2, "SS": 2, "US or SS": 2, "US or OW": 2, "US or SS or OW": 2,
+    "UL": 4, "SL": 4, "FL": 4, "AT": 4, "FD": 8, "SV": 8, "UV": 8,
 }  # fmt: skip  # bytes of one value (PS3.5 Table 6.2-1)
 _OPEN: Final = BINARY_VRS | {""}  # said where the sender does not know better
 _LETTERS: Final = range(0x41, 0x5B)
