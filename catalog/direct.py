@@ -25,6 +25,7 @@ from sphere.catalog.predicate import AnyItem, Compare, Moment, Node
 from sphere.catalog.query import Key, Model, Query
 from sphere.catalog.rows import KEYS, Rows, RowStore, kept
 from sphere.catalog.schema import BY_KEYWORD, Level
+from sphere.conf.memo import remembered
 
 MOST = 4000
 """Candidates up to which they are looked at one by one; DuckDB is faster for more."""
@@ -228,7 +229,7 @@ def _trimmed(value: Any, vr: str) -> Any:
     return column_value(value, "LT" if vr in TRAILING_ONLY_VRS else "LO")
 
 
-@functools.lru_cache(256)
+@remembered(256)
 def _shape(
     level: Level, model: Model, asked: tuple[tuple[int, str, str, str], ...], instance_columns: frozenset[str]
 ) -> tuple[tuple[Key, ...], tuple[tuple[int, str], ...]] | None:

@@ -19,6 +19,7 @@ from sphere.catalog.predicate import AnyItem, Compare, Moment, Node, Predicate
 from sphere.catalog.schema import LEVELS, UNIQUE_KEY, Level, level_of
 from sphere.catalog.zones import PAIRS, TIMEZONE, minutes_of
 from sphere.conf.errors import QueryError
+from sphere.conf.memo import remembered
 from sphere.ingest.header.dictionary import private_vr, standard_vr
 
 Model = Literal["PATIENT_ROOT", "STUDY_ROOT", "PATIENT_STUDY_ONLY"]
@@ -252,7 +253,7 @@ def _key(element: Element, creator: str, rules: Rules) -> Key:
     return Key(element.tag, keyword, "SQ", items=items, creator=creator)
 
 
-@functools.lru_cache(4096)
+@remembered(4096)
 def _universal(tag: int, vr: str, creator: str) -> Key:
     """A key that asks nothing, as most are."""
     return Key(tag, keyword_for_tag(tag), vr, creator=creator)

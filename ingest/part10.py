@@ -6,11 +6,12 @@ set. Nothing here raises on any bytes.
 
 from __future__ import annotations
 
-import functools
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
+
+from sphere.conf.memo import remembered
 
 PREAMBLE_LENGTH: Final = 128
 PREFIX: Final = b"DICM"
@@ -36,7 +37,7 @@ def file_meta(*, sop_class_uid: str, sop_instance_uid: str, transfer_syntax_uid:
     return b"".join((_BEGIN, length.to_bytes(4, "little"), before, instance, after))
 
 
-@functools.lru_cache(64)
+@remembered(64)
 def _around(sop_class_uid: str, transfer_syntax_uid: str, source_aet: str) -> tuple[bytes, bytes]:
     """What goes before and after the instance's UID in group 0002, which is the same for all that one sender sends."""
     before = _VERSION + _short(_MEDIA_STORAGE_SOP_CLASS, b"UI", sop_class_uid, b"\0")

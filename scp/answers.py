@@ -17,6 +17,7 @@ from pynetdicom.dsutils import encode
 
 from sphere.catalog.answer import RETRIEVE_AE_TITLE, UTF_8, Match, decimal_text
 from sphere.catalog.query import QUERY_RETRIEVE_LEVEL, SPECIFIC_CHARACTER_SET, Key
+from sphere.conf.memo import remembered
 
 _UTF_8_VRS: Final = frozenset(("LO", "LT", "PN", "SH", "ST", "UC", "UT"))
 _ASCII_VRS: Final = frozenset(("AE", "AS", "CS", "DT", "TM", "UR"))
@@ -127,7 +128,7 @@ def _unknown(value: Any) -> bytes:
     raise ValueError("a VR that takes pydicom")
 
 
-@functools.lru_cache(256)
+@remembered(256)
 def _laid_out(keys: tuple[Key, ...], level: str, ae_title: str, implicit: bool) -> tuple[_Slot, ...]:
     """In the order of tags, how each element of every answer begins; those that all have alike are whole."""
     said = ((SPECIFIC_CHARACTER_SET, "CS", UTF_8), (QUERY_RETRIEVE_LEVEL, "CS", level))

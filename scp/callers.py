@@ -89,7 +89,11 @@ class Caller:
         if not per_instance and not per_mb:
             return 0.0
         costs = 1 / per_instance if per_instance else 0.0, size / 1e6 / per_mb if per_mb else 0.0
-        return spend(self._folder / f"{self.name}.rate", costs)
+        try:
+            return spend(self._folder / f"{self.name}.rate", costs)
+        except OSError as error:  # what was stored is to be answered all the same
+            log.warning("rate of %s is not held: %s", self.name, error)
+            return 0.0
 
 
 def limits_of(rights: Rights, settings: Settings) -> Limits:
@@ -118,12 +122,19 @@ class Slot:
 
 
 def take_slot(folder: Path, name: str, count: int) -> Slot | None:
-    """One of `count` places (0: any number), None where all are taken, by whatever process of the host."""
+    """One of `count` places (0: any number), None where all are taken, by whatever process of the host.
+
+    A place whose file cannot be made, on a full disk, is one that is not counted: nobody is refused for it.
+    """
     if not count:
         return Slot()
-    make_private(folder)
     for number in range(count):
-        fd = os.open(folder / f"{name}.{number}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
+        try:
+            make_private(folder)
+            fd = os.open(folder / f"{name}.{number}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
+        except OSError as error:
+            log.warning("%s is not counted: %s", name, error)
+            return Slot()
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return Slot(fd)

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Final
+
+from sphere.conf.memo import remembered
 
 DEFAULT_CODEC: Final = "iso8859"  # the default repertoire, and as Latin-1 what should not be in it
 _SINGLE: Final = {  # by ISO-IR number (PS3.3 Tables C.12-2 to C.12-4): the codec of G1 with ASCII in G0
@@ -69,7 +70,7 @@ class Charset:
 DEFAULT: Final = Charset()
 
 
-@lru_cache(maxsize=256)
+@remembered(256, longest=256)
 def charset_of(value: bytes) -> Charset:
     """The character sets that the value of (0008,0005) names.
 

@@ -23,6 +23,8 @@ from sphere.scp.upper.protocol import Aborted, Ended, Rejection, Released, TooSl
 
 log = logging.getLogger(__name__)
 
+_decoding = threading.Lock()  # one request at a time: pynetdicom makes some MB of the longest, and holds the GIL anyway
+
 UNRECOGNIZED_OPERATION = 0x0211  # PS3.7 C.5.18
 PROCESSING_FAILURE = 0x0110  # PS3.7 C.5.9
 PAUSE_S = 0.25  # seconds between looks at whether to stop
@@ -232,7 +234,8 @@ class Association:
             raise Aborted
         if kind != protocol.ASSOCIATE_RQ:
             raise Violation(f"PDU type 0x{kind:02X} before A-ASSOCIATE-RQ", reason=protocol.UNEXPECTED_PDU)
-        proposal = read_request(body)
+        with _decoding:
+            proposal = read_request(body)
         self.calling, self.called = proposal.calling, proposal.called
         self._admission = self._acceptor.admit(proposal, self.address)
         self._placed = self._acceptor.places.acquire(blocking=False)
@@ -243,6 +246,7 @@ class Association:
         self._inbox = Inbox(self._connection, self._agreement.contexts, limits)
         within_s = self._within_s = limits.message_s
         self._asking = Asking(self._connection, self._inbox, max_pdu=self._agreement.max_pdu, within_s=within_s)
+        self._connection.begin()
         self._connection.send(self._agreement.answer, artim_s)
         log.info(
             "association accepted id=%s calling=%s called=%s address=%s contexts=%d refused=%d",

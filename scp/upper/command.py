@@ -6,13 +6,14 @@ docs/decisions/0007-upper-layer.md).
 
 from __future__ import annotations
 
-import functools
 import struct
 from collections.abc import Callable, Mapping
 from operator import itemgetter
 from typing import Any, Final
 
 from pydicom._dicom_dict import DicomDictionary
+
+from sphere.conf.memo import remembered
 
 Command = dict[str, Any]  # by keyword: int, str, or list of int (AT)
 
@@ -122,7 +123,7 @@ def encoded_response(request: Command, status: int, **more: Any) -> bytes:
     return _GROUP_LENGTH + len(body).to_bytes(4, "little") + body
 
 
-@functools.lru_cache(1024)
+@remembered(1024)
 def _alike(field: int, affected: str, requested: str, status: int, follows: int) -> tuple[bytes, bytes]:
     """What goes before and after MessageIDBeingRespondedTo in a response of no instance, without group length."""
     request = {

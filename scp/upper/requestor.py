@@ -255,7 +255,9 @@ def _connection(peer: Peer, settings: Settings) -> Connection:
     except OSError as error:  # the peer is gone already
         sock.close()
         raise PeerError(f"{describe(peer)}: cannot connect ({error.strerror}); check that it runs") from None
-    return Connection(transport, budget=Budget(RECEIVING_MEMORY), max_pdu=settings.dimse.max_pdu)
+    connection = Connection(transport, budget=Budget(RECEIVING_MEMORY), max_pdu=settings.dimse.max_pdu)
+    connection.begin()
+    return connection
 
 
 def _handshake(connection: Connection, peer: Peer, within_s: float) -> None:

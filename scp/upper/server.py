@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 BACKLOG = 1024  # connections waiting to be accepted; the kernel may keep fewer (net.core.somaxconn)
 CONNECTIONS_PER_ASSOCIATION = 4  # connections per association allowed: further ones are closed unread
-ARRIVING_MEMORY = 16 << 20  # bytes of arriving data sets beyond the first buffer of each association
+ARRIVING_MEMORY = 16 << 20  # bytes of arriving data sets and requests beyond what each connection has of its own
 
 
 class Server:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from sphere.scp.upper.connection import CONTROL_PDU
 from tests.support.memory import peak
-from tests.support.raw_peer import RawPeer, identifying
+from tests.support.raw_peer import ABORTED, RawPeer, identifying, p_data, pdu, pdv, store_rq
 from tests.support.receiver import Receiver, running_receiver
 
 pytestmark = pytest.mark.faults
@@ -97,3 +99,60 @@ def test_many_large_instances_at_once(receiver: Receiver) -> None:
         thread.join()
     assert held - before < (16 + 16 + 16) * MIB  # a first buffer each, the budget, and room for the rest
     assert statuses == [0] * 16
+
+
+def test_long_uids_in_commands_are_not_kept(receiver: Receiver) -> None:
+    """Each response repeats the SOP class of its request, which may be 60 kB long and another one each time."""
+    before = peak(receiver.process.pid, forget=True)
+    peer = RawPeer.connect(receiver.port, timeout=120)
+    peer.associate(max_pdu=PDV + 6)
+    for number in range(300):
+        sop_class = f"1.2.{number}." + "1" * 60_000
+        peer.send(p_data(pdv(3, 3, store_rq("1.2.3", sop_class=sop_class))) + p_data(pdv(3, 2, b"\0\0")))
+        answer = peer.receive()
+        assert answer is not None and answer[0] == 0x04
+    peer.release()
+    assert peak(receiver.process.pid) - before < 4 * MIB  # 60 kB of each were kept: 18 MB
+
+
+def test_requests_of_256_connections_at_once(tmp_path: Path) -> None:
+    """Nobody is known yet; what they send of an A-ASSOCIATE-RQ waits in the sockets until there is memory for it."""
+    with running_receiver(tmp_path, {"dimse": {"artim_s": 120}}, clean=False) as running:
+        peers = [RawPeer.connect(running.port, timeout=120) for _ in range(256)]
+        for peer in peers:
+            peer.send(pdu(1, b"A" * 100_000, length=CONTROL_PDU))
+        answers: list[object] = []
+
+        def finish(peer: RawPeer) -> None:
+            peer.send(b"A" * (CONTROL_PDU - 100_000))
+            answers.append(peer.receive())
+            peer.close()
+
+        threads = [threading.Thread(target=finish, args=(peer,)) for peer in peers]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert answers == [(ABORTED, bytes(4))] * 256  # by the user, no reason (PS3.8 AA-1)
+        assert peak(running.process.pid) < RESIDENT
+
+
+def test_64_associations_in_the_middle_of_a_data_set(tmp_path: Path) -> None:
+    with running_receiver(tmp_path, clean=False) as running:
+        peers = [RawPeer.connect(running.port, timeout=120) for _ in range(64)]
+        for number, peer in enumerate(peers):
+            peer.associate()
+            peer.send(p_data(pdv(3, 3, store_rq(f"1.2.{number}"))))
+            parts = list(fragments(f"1.2.{number}", 6 * MIB))
+            for part in parts[:-1]:
+                peer.send(p_data(pdv(3, 0, part)))
+        assert peak(running.process.pid) < RESIDENT
+        for number, peer in enumerate(peers):
+            peer.send(p_data(pdv(3, 2, list(fragments(f"1.2.{number}", 6 * MIB))[-1])))
+            assert peer.response()["Status"] == 0
+            peer.release()
+        assert peak(running.process.pid) < RESIDENT
+        stored = {member.SOPInstanceUID: member.sha256 for member in running.members()}
+    for number in range(64):
+        expected = hashlib.sha256(b"".join(fragments(f"1.2.{number}", 6 * MIB))).hexdigest()
+        assert stored[f"1.2.{number}"] == expected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -12,7 +13,8 @@ import pytest
 
 from sphere.conf.peers import Strangers
 from sphere.conf.settings import from_dict
-from sphere.scp.callers import BURST_S, FORGOTTEN_S, limits_of, spend, take_slot
+from sphere.scp import callers
+from sphere.scp.callers import BURST_S, FORGOTTEN_S, Caller, Slot, limits_of, spend, take_slot
 
 pytestmark = pytest.mark.unit
 
@@ -73,3 +75,26 @@ def test_a_rate_owes_a_second_and_then_waits(tmp_path: Path) -> None:
 def test_time_limits_of_a_caller(tmp_path: Path, rights: dict[str, float], idle_s: float, message_s: float) -> None:
     limits = limits_of(Strangers(**rights), from_dict({}, base=tmp_path))
     assert (limits.idle_s, limits.message_s) == (idle_s, message_s)
+
+
+def test_a_full_disk_costs_no_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What was stored is answered, and nobody is refused for a place that could not be counted."""
+
+    def full(*arguments: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    rights = Strangers(max_instances_s=1.0)
+    caller = Caller("strangers", rights, limits_of(rights, from_dict({}, base=tmp_path)), tmp_path, Slot())
+    assert [caller.delay(1) > 0 for _ in range(3)] == [False, True, True]
+    monkeypatch.setattr(callers.os, "pwrite", full)
+    assert caller.delay(1) == 0
+    monkeypatch.setattr(callers.os, "open", full)
+    slot = take_slot(tmp_path, "a", 1)
+    assert slot is not None
+    slot.release()
+    assert [message.split(":")[0] for message in caplog.messages] == [
+        "rate of strangers is not held",
+        "a is not counted",
+    ]
