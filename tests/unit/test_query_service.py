@@ -354,7 +354,6 @@ def test_absent_sequences_and_lower_levels_are_zero_length(service: QueryService
     [
         ("00280008", {"vr": "IS", "Value": ["1A"]}, None),
         ("00091105", {"vr": "DS", "Value": ["1.9.10.0"]}, None),
-        ("00081032", {"vr": "SQ", "Value": [{"00280008": {"vr": "IS", "Value": ["1A"]}}]}, []),
         ("00091001", {"vr": "UN", "InlineBinary": "AAE="}, b"\0\1"),
         ("00091001", {"vr": "OB", "BulkDataURI": "?offset=1&length=2"}, None),
         ("00091001", {"vr": "LO"}, None),
@@ -364,6 +363,13 @@ def test_header_elements_of_any_kind(tag: str, element: dict[str, Any], expected
     number = int(tag, 16)
     match = Match("IMAGE", (Key(number, "", element["vr"]),), {}, {tag: element}, "AE")
     assert match.identifier()[number].value in (expected, expected or "")
+
+
+def test_a_bad_element_of_an_item_costs_itself(service: QueryService) -> None:
+    item = {"00280008": {"vr": "IS", "Value": ["1A"]}, "00080100": {"vr": "SH", "Value": ["C1"]}}
+    match = Match("IMAGE", (Key(0x00081032, "", "SQ"),), {}, {"00081032": {"vr": "SQ", "Value": [item]}}, "AE")
+    [found] = match.identifier().ProcedureCodeSequence
+    assert (found.CodeValue, found.get("NumberOfFrames")) == ("C1", None)
 
 
 def test_combined_date_and_time(service: QueryService) -> None:
