@@ -14,11 +14,11 @@ from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
 from pydicom.valuerep import format_number_as_ds
 
-from sphere.catalog.as_stored import NUMBERS
 from sphere.catalog.match_header import Header, tag_in
 from sphere.catalog.query import ANSWERED, QUERY_RETRIEVE_LEVEL, SPECIFIC_CHARACTER_SET, Key, Query
 from sphere.catalog.schema import Level
 from sphere.catalog.zones import TIMEZONE, text_of
+from sphere.ingest.header.values import NUMBERS
 
 UTF_8 = "ISO_IR 192"
 RETRIEVE_AE_TITLE = 0x00080054

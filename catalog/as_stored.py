@@ -11,17 +11,14 @@ from __future__ import annotations
 import functools
 import struct
 from dataclasses import dataclass
-from typing import Final
 
-from sphere.catalog.match import Sql, Test, Value
+from sphere.catalog.match import Test
 from sphere.catalog.match_parse import PLAIN, Rules, parse_values
-
-NUMBERS: Final = {"US": "H", "SS": "h", "UL": "L", "SL": "l", "UV": "Q", "SV": "q", "FL": "f", "FD": "d"}
-"""Value representations of binary numbers, as `struct` names them."""
+from sphere.ingest.header.values import NUMBERS
 
 
-@dataclass(frozen=True)
-class AsStored(Test):
+@dataclass(frozen=True, slots=True)
+class AsStored:
     """The key `text`, or the bytes `raw` that it was, where these are known; `said` is the VR that came with it, "" for
     none."""
 
@@ -42,12 +39,6 @@ class AsStored(Test):
             text = binary_text(self.raw, vr, "<")
         return None if text is None else _tests(text, vr or "UN", self.rules)
 
-    def sql(self, x: str) -> Sql:
-        raise NotImplementedError("no column holds an attribute that PS3.6 does not know")
-
-    def matches(self, value: Value) -> bool:
-        raise NotImplementedError("the VR of the value is needed")
-
 
 @functools.lru_cache(1024)
 def _tests(text: str, vr: str, rules: Rules) -> tuple[Test, ...] | None:
@@ -57,15 +48,15 @@ def _tests(text: str, vr: str, rules: Rules) -> tuple[Test, ...] | None:
         return None
 
 
-def parse_as_stored(text: str, *, raw: bytes | None, said: str, rules: Rules) -> tuple[Test, ...]:
-    """The test of a key; none where it matches everything, whatever is stored.
+def parse_as_stored(text: str, *, raw: bytes | None, said: str, rules: Rules) -> AsStored | None:
+    """What a key asks; None where it matches everything, whatever is stored.
 
     Raises ValueError for a text that is too long, or not allowed for the VR that it says.
     """
     known = parse_values(text, said or "UT", rules=rules)
     if not known and (said or not raw):
-        return ()
-    return (AsStored(text, raw, said, rules),)
+        return None
+    return AsStored(text, raw, said, rules)
 
 
 def binary_text(value: bytes, vr: str, order: str) -> str | None:

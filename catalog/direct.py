@@ -21,7 +21,7 @@ from sphere.catalog.match import TRAILING_ONLY_VRS, DateRange, Empty, Exact, Per
 from sphere.catalog.match_header import column_value, moment_holds
 from sphere.catalog.overlay import Touched
 from sphere.catalog.plan import Columns, Plan, make_plan
-from sphere.catalog.predicate import AnyItem, Compare, Moment, Node
+from sphere.catalog.predicate import IN_HEADERS, Compare, Moment, Node
 from sphere.catalog.query import Key, Model, Query
 from sphere.catalog.rows import KEYS, Rows, RowStore, kept
 from sphere.catalog.schema import BY_KEYWORD, Level
@@ -177,7 +177,7 @@ def part_of(query: Query, layer: Layer, names: Sequence[str]) -> list[tuple[Any,
     }
     left = [node for node in query.predicate() if not (isinstance(node, Compare) and node.keyword in narrowed)]
     asked = [name for node in left for name in _keywords(node)]
-    if not all(name in BY_KEYWORD for name in asked) or any(isinstance(node, AnyItem) for node in left):
+    if not all(name in BY_KEYWORD for name in asked) or any(isinstance(node, IN_HEADERS) for node in left):
         return None
     every = [*names, *asked]
     try:
@@ -193,7 +193,7 @@ FEW_STUDIES = 16
 
 
 def _keywords(node: Node) -> tuple[str, ...]:
-    if isinstance(node, AnyItem):
+    if isinstance(node, IN_HEADERS):
         return ()
     return (node.keyword,) if isinstance(node, Compare) else (node.date_keyword, node.time_keyword)
 
@@ -202,7 +202,7 @@ def _all_hold(nodes: Sequence[Node], values: Sequence[Any]) -> bool:
     at = 0
     for node in nodes:
         width = len(_keywords(node))
-        if isinstance(node, AnyItem) or not _holds(node, values[at : at + width]):
+        if isinstance(node, IN_HEADERS) or not _holds(node, values[at : at + width]):
             return False
         at += width
     return True
@@ -271,7 +271,7 @@ def _conditions(query: Query, *, partly: bool = False) -> list[_Condition] | Non
     conditions: list[_Condition] = []
     for node in query.predicate():
         names = tuple([_kept_at(level, word) for word in _keywords(node)])
-        if not isinstance(node, AnyItem) and None not in names:
+        if not isinstance(node, IN_HEADERS) and None not in names:
             conditions.append((cast("tuple[str, ...]", names), node))
         elif not partly:
             return None

@@ -13,7 +13,7 @@ from typing import Any
 from sphere.catalog.match import TRAILING_ONLY_VRS, Empty
 from sphere.catalog.match_header import moment_holds
 from sphere.catalog.plan import OFFSET, Columns, answered_keys
-from sphere.catalog.predicate import Compare, Moment, Node
+from sphere.catalog.predicate import IN_HEADERS, Compare, Moment, Node
 from sphere.catalog.query import ANSWERED, Key, Query
 from sphere.catalog.schema import BY_KEYWORD, TABLES, level_of
 from sphere.catalog.zones import DATE_OF, PAIRS, dated, moved
@@ -60,8 +60,9 @@ def take_apart(query: Query) -> Question:
     nodes: dict[str, tuple[Node, ...]] = {}
     rest: list[Node] = []
     for node in query.predicate():
-        keyword = node.date_keyword if isinstance(node, Moment) else node.keyword
-        alias = columns.alias(keyword) if isinstance(node, (Compare, Moment)) else None
+        alias = None
+        if not isinstance(node, IN_HEADERS):
+            alias = columns.alias(node.date_keyword if isinstance(node, Moment) else node.keyword)
         if alias is None:
             rest.append(node)
         else:

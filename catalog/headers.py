@@ -16,7 +16,7 @@ import orjson
 from sphere.catalog.layers import Layer
 from sphere.catalog.match_header import Header, tag_in
 from sphere.catalog.plan import ORDER
-from sphere.catalog.predicate import AnyItem, Compare, Moment, Predicate
+from sphere.catalog.predicate import Moment, Predicate
 from sphere.catalog.schema import Level
 
 Row = tuple[Any, ...]
@@ -34,7 +34,7 @@ def attributes_of(predicate: Predicate) -> set[Attribute]:
     for node in predicate:
         if isinstance(node, Moment):
             found |= {(node.date_tag, ""), (node.time_tag, "")}
-        elif isinstance(node, (Compare, AnyItem)):
+        else:
             found.add((node.tag, node.creator))
     return found
 

@@ -267,17 +267,20 @@ class KnownInstances:
 
 
 class OnceWriter:
-    """Stores what an import brings, unless its bytes are stored already."""
+    """Stores what arrives, unless its very bytes are stored already."""
 
     def __init__(self, writer: Writer, known: KnownInstances, on_conflict: OnConflict) -> None:
         self._writer, self._known, self._on_conflict = writer, known, on_conflict
 
-    def store(self, member: NewMember) -> MemberRecord | None:
+    def store(self, member: NewMember, *, sender: str = "import") -> MemberRecord | None:
         """Its record when it is durable; None where it was stored before. Raises Refused for a version that is not to
-        be (it is kept all the same, see docs/decisions/0012-policy.md), and StorageError."""
+        be (it is kept all the same, see docs/decisions/0012-policy.md), and StorageError.
+
+        `sender` is what it came with, as an association.
+        """
         if not member.SOPInstanceUID:
             return self._writer.store(member)
-        meeting, record = self._known.store(member, self._writer.store, sender="import")
+        meeting, record = self._known.store(member, self._writer.store, sender=sender)
         if self._on_conflict == "reject" and meeting in REFUSED:
             raise Refused("another version of this instance is stored", status=DUPLICATE_INSTANCE)
         return record

@@ -14,10 +14,9 @@ from typing import Any, Final
 
 from pydicom.datadict import tag_for_keyword
 
-from sphere.catalog.as_stored import AsStored
 from sphere.catalog.match import TRAILING_ONLY_VRS, Empty, Test, Value, time_text
 from sphere.catalog.match_parse import DECIMAL, DECIMAL_VRS, INTEGER_VRS
-from sphere.catalog.predicate import AnyItem, Compare, Moment, Node, Predicate
+from sphere.catalog.predicate import AnyItem, Compare, CompareStored, Moment, Node, Predicate
 from sphere.catalog.schema import BY_KEYWORD
 from sphere.ingest.header.columns import FUNCTIONAL_GROUPS
 
@@ -46,11 +45,11 @@ def holds(predicate: Predicate, header: Header) -> bool:
 
 def _node_holds(node: Node, header: Header) -> bool:
     if isinstance(node, Compare):
+        return _test_holds(node.test, header, tag_in(header, node.tag, node.creator), node.vr)
+    if isinstance(node, CompareStored):
         tag = tag_in(header, node.tag, node.creator)
-        if not isinstance(node.test, AsStored):
-            return _test_holds(node.test, header, tag, node.vr)
         vr = header.get(f"{tag:08X}", {}).get("vr", "")
-        tests = node.test.tests(vr)
+        tests = node.asks.tests(vr)
         return tests is not None and all(_test_holds(test, header, tag, vr) for test in tests)
     if isinstance(node, AnyItem):
         return any(holds(node.nodes, item) for item in items(header, tag_in(header, node.tag, node.creator)))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
+from sphere.catalog.as_stored import AsStored
 from sphere.catalog.fuzzy import FuzzyName
 from sphere.catalog.match import TIME_RE, Empty, PersonName, Sql, Test, normal_name_sql
 
@@ -50,7 +51,18 @@ class Moment:
     high: str | None
 
 
-Node = Compare | AnyItem | Moment
+@dataclass(frozen=True, slots=True)
+class CompareStored:
+    """An attribute that PS3.6 does not know passes what is asked of it, by the VR that a data set has it with."""
+
+    tag: int
+    asks: AsStored
+    creator: str = ""
+
+
+Node = Compare | AnyItem | Moment | CompareStored
+IN_HEADERS: Final = (AnyItem, CompareStored)
+"""Nodes that no column answers."""
 Predicate = tuple[Node, ...]
 """Nodes that must all hold; no node means every entity."""
 

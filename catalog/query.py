@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from typing import Any, Literal
 
 from pydicom.datadict import dictionary_VM, dictionary_VR, keyword_for_tag, tag_for_keyword
 from pydicom.dataset import Dataset
 
-from sphere.catalog.as_stored import parse_as_stored
+from sphere.catalog.as_stored import AsStored, parse_as_stored
 from sphere.catalog.identifier import Element, elements
 from sphere.catalog.match import DateRange, Exact, Number, Test, TimeRange
 from sphere.catalog.match_parse import Rules, parse_values
-from sphere.catalog.predicate import AnyItem, Compare, Moment, Node, Predicate
+from sphere.catalog.predicate import AnyItem, Compare, CompareStored, Moment, Node, Predicate
 from sphere.catalog.schema import LEVELS, UNIQUE_KEY, Level, level_of
 from sphere.catalog.zones import PAIRS, TIMEZONE, minutes_of
 from sphere.conf.errors import QueryError
@@ -62,11 +62,10 @@ NO_FEATURES = Features()
 class Key:
     """One attribute that a query names: to match, where `test` or an item's key asks something, and to return.
 
-    `vr` is that of PS3.6, or of the identifier where PS3.6 does not know the tag; `keyword` is "" then, and `test` goes
-    by what is stored. Every one of
-    `further` must hold too (multiple value matching). A sequence has the keys of its one item as `items`; without any,
-    the whole sequence is returned. A private attribute has the `creator` that the identifier names for its block; the
-    creator's own element asks nothing.
+    `vr` is that of PS3.6, or of the identifier where PS3.6 does not know the tag; `keyword` is "" then, and `as_stored`
+    is what it asks. Every one of `further` must hold too (multiple value matching). A sequence has the keys of its one
+    item as `items`; without any, the whole sequence is returned. A private attribute has the `creator` that the
+    identifier names for its block; the creator's own element asks nothing.
     """
 
     tag: int
@@ -76,6 +75,7 @@ class Key:
     items: tuple[Key, ...] = ()
     further: tuple[Test, ...] = ()
     creator: str = ""
+    as_stored: AsStored | None = None
 
     @property
     def name(self) -> str:
@@ -85,7 +85,7 @@ class Key:
     @property
     def asks(self) -> bool:
         """Whether `nodes` may hold anything."""
-        return self.test is not None or bool(self.items or self.further)
+        return self.test is not None or self.as_stored is not None or bool(self.items or self.further)
 
     @property
     def is_creator(self) -> bool:
@@ -97,6 +97,8 @@ class Key:
         if self.items:
             nodes = tuple(node for key in self.items for node in key.nodes())
             return (AnyItem(self.tag, self.keyword, nodes, self.creator),) if nodes else ()
+        if self.as_stored is not None:
+            return (CompareStored(self.tag, self.as_stored, self.creator),)
         tests = (*(() if self.test is None else (self.test,)), *self.further)
         return tuple(Compare(self.tag, self.keyword, self.vr, test, self.creator) for test in tests)
 
@@ -262,10 +264,9 @@ def _universal(tag: int, vr: str, creator: str) -> Key:
 def _tested(key: Key, text: str, rules: Rules, *, said: str = "", raw: bytes | None = None) -> Key:
     vm = dictionary_VM(key.tag) if key.keyword else "1"
     try:
-        if standard_vr(key.tag):
-            tests = parse_values(text, key.vr, keyword=key.keyword, vm=vm, rules=rules)
-        else:
-            tests = parse_as_stored(text, said=said, raw=raw, rules=rules)
+        if not standard_vr(key.tag):
+            return replace(key, as_stored=parse_as_stored(text, said=said, raw=raw, rules=rules))
+        tests = parse_values(text, key.vr, keyword=key.keyword, vm=vm, rules=rules)
     except ValueError as error:
         raise QueryError(f"{key.name}: {error}", offending=(key.tag,)) from None
     if tests and raw and key.vr.startswith("US or SS"):

@@ -6,18 +6,20 @@ asks for everything. Libraries for files take what is there and go on.
 
 from __future__ import annotations
 
+import struct
 from typing import Final, Literal
 
 from sphere.conf.errors import QueryError
 from sphere.ingest.header.dictionary import ITEM, ITEM_END, SEQUENCE_END, UNDEFINED, label, standard_vr
 from sphere.ingest.header.element import VRS, Encoding, Head, read_head
-from sphere.ingest.header.values import BINARY_VRS
+from sphere.ingest.header.values import BINARY_VRS, NUMBERS
 
 MAX_DEPTH: Final = 32  # sequences within sequences
-_SIZES: Final = {
-    "US": 2, "SS": 2, "US or SS": 2, "US or OW": 2, "US or SS or OW": 2,
-    "UL": 4, "SL": 4, "FL": 4, "AT": 4, "FD": 8, "SV": 8, "UV": 8,
-}  # fmt: skip  # bytes of one value (PS3.5 Table 6.2-1)
+_SIZES: Final = {  # bytes of one value (PS3.5 Table 6.2-1)
+    **{vr: struct.calcsize(f"<{code}") for vr, code in NUMBERS.items()},
+    **dict.fromkeys(("US or SS", "US or OW", "US or SS or OW"), 2),
+    "AT": 4,
+}
 _OPEN: Final = BINARY_VRS | {""}  # said where the sender does not know better
 _LETTERS: Final = range(0x41, 0x5B)
 

@@ -20,7 +20,7 @@ from sphere.conf.settings import Settings
 from sphere.ingest.erasing import erase
 from sphere.ingest.journal import bundle_id, journal_path, parse
 from sphere.ingest.records import MemberRecord
-from sphere.ingest.storage.local import LocalStorage
+from sphere.ingest.storage.local import LocalStorage, sync_folder
 from sphere.ingest.storage.paths import storage_error
 
 CHUNK = 4 << 20  # bytes copied at a time
@@ -38,8 +38,8 @@ def set_aside(spool: LocalStorage, bundle: str, offsets: Collection[int]) -> Non
         make_private(folder)
         for offset in offsets:
             _keep(spool, records[offset], folder)
-        _sync(folder)
-        _sync(folder.parent)
+        sync_folder(folder)
+        sync_folder(folder.parent)
     except OSError as error:
         raise storage_error(error, f"keeping damaged members in {folder}") from error
     erase(spool, bundle, offsets)
@@ -77,11 +77,3 @@ def _keep(spool: LocalStorage, record: MemberRecord, folder: Path) -> None:
         file.write(record.to_json() + b"\n")
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -180,9 +180,8 @@ class Shipper:
                 if not self._spool.exists(bundle):  # it had no others
                     return None
                 found = verify(self._spool, bundle)
-            elif (
-                found.problems and not found.damaged
-            ):  # who set members aside was killed before the journal was written
+            elif found.problems and not found.damaged:
+                # who set members aside may have been killed before the journal was written
                 erase(self._spool, bundle, ())
                 found = verify(self._spool, bundle)
             problems = found.problems

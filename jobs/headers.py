@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import gc
 import itertools
+import sys
 import traceback
 import uuid
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -31,7 +32,7 @@ from sphere.ingest.records import MemberRecord
 from sphere.ingest.storage import open_storage
 from sphere.jobs.parquet import INDEXED, ROW_GROUP, FileWriter, NewFile
 from sphere.jobs.ranges import Fetch, prefixes
-from sphere.jobs.rolling import COLUMNS, NEEDED, ROLLED, Rolled, roll_up
+from sphere.jobs.rolling import COLUMNS, NEEDED, ROLLED, Rolled, packed, roll_up
 from sphere.jobs.versions import Place, place
 
 STAGING = "_staging"
@@ -209,8 +210,8 @@ class _Job:
     def laid_out(cls, sources: Sources, planned: Sequence[pa.RecordBatch]) -> _Job:
         """Write the file, which is there until who reads headers sweeps STAGING."""
         storage = open_storage(sources.catalog, user=sources.user)
-        options = pa.ipc.IpcWriteOptions(compression=None if storage.in_files else "zstd")
-        pieces = [_stream(task, options) for task in planned]
+        above = sys.maxsize if storage.in_files else 0  # on a local disk compression costs more than bytes do
+        pieces = [packed(task, above=above) for task in planned]
         ends = list(itertools.accumulate(map(len, pieces)))
         job = cls(sources, f"{STAGING}/{uuid.uuid4()}.members", tuple(zip([0, *ends], map(len, pieces), strict=False)))
         storage.write(job.path, b"".join(pieces), durable=False)
@@ -230,14 +231,6 @@ class _Job:
         data = open_storage(self.sources.catalog, user=self.sources.user).read(self.path, offset, length)
         row: dict[str, Any] = pa.ipc.open_stream(data).read_all().to_pylist()[0]
         return row
-
-
-def _stream(batch: pa.RecordBatch, options: pa.ipc.IpcWriteOptions) -> bytes:
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, batch.schema, options=options) as writer:
-        writer.write_batch(batch)
-    data: bytes = sink.getvalue().to_pybytes()
-    return data
 
 
 def _run(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:

@@ -13,10 +13,10 @@ from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 
-from sphere.catalog.as_stored import NUMBERS
 from sphere.catalog.match_parse import TWO_QUOTES
 from sphere.catalog.schema import Level
 from sphere.conf.errors import QueryError
+from sphere.ingest.header.values import NUMBERS
 
 DEFAULT_KEYS: dict[Level, tuple[str, ...]] = {  # what is asked for where nothing is said
     "PATIENT": ("PatientID", "PatientName", "PatientBirthDate", "PatientSex"),

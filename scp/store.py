@@ -7,7 +7,7 @@ import threading
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 
-from sphere.catalog.known import DUPLICATE_INSTANCE, REFUSED, KnownInstances, Meeting, Writer
+from sphere.catalog.known import KnownInstances, OnceWriter, Writer
 from sphere.conf.errors import SphereError
 from sphere.conf.logs import hashed
 from sphere.conf.settings import OnConflict
@@ -75,8 +75,7 @@ class StoreService:
         """`policy` decides what is let in; without one everything is. `known` says what need not be stored again."""
         self._writer = writer
         self._policy = policy
-        self._known = known
-        self._on_conflict = on_conflict
+        self._once = OnceWriter(writer, known, on_conflict) if known is not None else None
 
     def land(self, request: StoreRequest) -> StoreAnswer:
         """Store the bytes as they came; never raises.
@@ -93,22 +92,15 @@ class StoreService:
                 member = self._policy.admit(
                     member, via=request.via, called_ae=request.called_ae, address=request.address
                 )
-            meeting = self._keep(member, request.sender)
+            if self._once is None:
+                self._writer.store(member)
+            else:
+                self._once.store(member, sender=request.sender)
         except SphereError as error:
             return self._failed(request, error.dimse, str(error))
         except Exception as error:  # noqa: BLE001  a defect of ours must be answered, and not end the association
             return self._failed(request, PROCESSING_FAILURE, f"internal error ({type(error).__name__})")
-        if self._on_conflict == "reject" and meeting in REFUSED:
-            return self._failed(request, DUPLICATE_INSTANCE, "another version of this instance is stored")
         return _judge(request, found)
-
-    def _keep(self, member: NewMember, sender: str) -> Meeting:
-        """Store the member, unless its very bytes are stored already; what it was."""
-        if self._known is None or not member.SOPInstanceUID:
-            self._writer.store(member)
-            return "new"
-        meeting, _ = self._known.store(member, self._writer.store, sender=sender)
-        return meeting
 
     def _failed(self, request: StoreRequest, status: int, reason: str) -> StoreAnswer:
         log.error("not stored instance=%s status=0x%04X: %s", hashed(request.AffectedSOPInstanceUID), status, reason)

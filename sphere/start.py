@@ -9,9 +9,8 @@ from sphere.interrupts import end_at_once
 
 def main() -> None:
     """The command line; does not return."""
-    if (
-        signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    ):  # else it is ignored, as of what runs in the background
+    # Else it is ignored, as of what runs in the background.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, end_at_once)
     from sphere.cli import main
 

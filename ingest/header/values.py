@@ -19,7 +19,7 @@ from sphere.ingest.header.dictionary import label
 INLINE_LIMIT: Final = 1024  # bytes of a binary value up to which it stands in the JSON itself
 BINARY_VRS: Final = frozenset(("OB", "OD", "OF", "OL", "OV", "OW", "UN"))
 _WORD: Final = {"OW": 2, "OF": 4, "OL": 4, "OD": 8, "OV": 8}
-_NUMBERS: Final = {
+NUMBERS: Final = {  # binary ones, as `struct` names them
     "US": "H",
     "SS": "h",
     "UL": "I",
@@ -196,7 +196,7 @@ def _integer(text: str) -> tuple[str, int | None]:
 
 def _binary_numbers(value: bytes, vr: str, little: bool, charset: Charset) -> _Decoded:
     """US SS UL SL UV SV FL FD; a length that is no multiple of the VR's raises struct.error."""
-    code = _NUMBERS[vr]
+    code = NUMBERS[vr]
     if not value:
         return _Decoded(b"", ())
     size = struct.calcsize("=" + code)
@@ -225,7 +225,7 @@ def _tags(value: bytes, vr: str, little: bool, charset: Charset) -> _Decoded:
 
 _DECODERS: Final[dict[str, _Decoder]] = {
     **dict.fromkeys(_CHARSET_VRS | {"UR"}, _text),
-    **dict.fromkeys(_NUMBERS, _binary_numbers),
+    **dict.fromkeys(NUMBERS, _binary_numbers),
     "PN": _names,
     "DS": _decimals,
     "IS": _integers,

@@ -127,7 +127,7 @@ class LocalStorage(Storage):
             _make_folders(full.parent)
             fd = os.open(full, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, _MODE)
             try:
-                _sync_folder(full.parent)
+                sync_folder(full.parent)
             except OSError:
                 os.close(fd)
                 full.unlink(missing_ok=True)  # nobody knows of it
@@ -170,7 +170,7 @@ class LocalStorage(Storage):
                 temporary.unlink(missing_ok=True)
                 raise
             if durable:
-                _sync_folder(full.parent)
+                sync_folder(full.parent)
 
     def rewrite(self, path: str, pieces: Callable[[], Iterable[Piece]], *, check: Callable[[str], None]) -> int:
         temporary = rewritten(path)
@@ -185,7 +185,7 @@ class LocalStorage(Storage):
             check(temporary)
             with _Told(f"putting {new.name} in the place of {full}"):
                 new.replace(full)
-                _sync_folder(full.parent)
+                sync_folder(full.parent)
         except BaseException:
             new.unlink(missing_ok=True)
             raise
@@ -198,7 +198,7 @@ class LocalStorage(Storage):
                 _rename(full, other)
             except FileExistsError:
                 raise StorageError(f"renaming {full}: there is a {other.name} already") from None
-            _sync_folder(other.parent)
+            sync_folder(other.parent)
 
     def size(self, path: str) -> int:
         full = self._path(path)
@@ -235,7 +235,7 @@ class LocalStorage(Storage):
                 full.unlink()
             except (FileNotFoundError, NotADirectoryError):
                 return
-            _sync_folder(full.parent)
+            sync_folder(full.parent)
 
 
 class _Told:
@@ -341,10 +341,10 @@ def _make_folders(folder: Path) -> None:
         return
     _make_folders(folder.parent)
     folder.mkdir(FOLDER, exist_ok=True)
-    _sync_folder(folder.parent)
+    sync_folder(folder.parent)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)

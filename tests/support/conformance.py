@@ -11,7 +11,7 @@ from unittest.mock import MagicMock
 
 from pydicom._uid_dict import UID_dictionary
 
-from sphere.catalog import match, match_parse, schema
+from sphere.catalog import known, match, match_parse, schema
 from sphere.conf.peers import NOT_AUTHORIZED
 from sphere.conf.settings import from_dict
 from sphere.scp import contexts, find, handlers, store
@@ -44,7 +44,7 @@ STATUSES: Mapping[str, Iterable[tuple[int, str]]] = {
         (store.MISMATCH, "Warning: durable, but the data set says another SOP Instance or SOP Class, or no UIDs"),
         (store.OUT_OF_RESOURCES, "Not stored, there is no room or the storage is away: send it again"),
         (store.PROCESSING_FAILURE, "Not stored: a defect, or a storage that fails"),
-        (store.DUPLICATE_INSTANCE, 'Not stored: another version is, and `ingest.on_conflict` is "reject"'),
+        (known.DUPLICATE_INSTANCE, 'Not stored: another version is, and `ingest.on_conflict` is "reject"'),
         (
             NOT_AUTHORIZED,
             "Not stored: the caller may not, it was deleted here, the AE title is one of `[[snapshots]]`, or a rule "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ssl
-from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from sphere.scp.web.app import make_app
 from sphere.scp.web.server import services_of
 from sphere.scp.web.tokens import PATH, Role, Tokens
 from tests.support.certificates import Authority
-from tests.support.oidc import NOW, asked, far_client, provided
+from tests.support.oidc import NOW, asked, provided
 from tests.support.web import serving_web
 
 pytestmark = pytest.mark.unit
@@ -32,12 +31,6 @@ STORE = {"content-type": 'multipart/related; type="application/dicom"; boundary=
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     return provided(tmp_path_factory.mktemp("access"))
-
-
-@pytest.fixture(scope="module")
-def far(settings: Settings) -> Iterator[TestClient]:
-    with far_client(settings) as client:
-        yield client
 
 
 def tokens(settings: Settings) -> Tokens:

@@ -21,7 +21,7 @@ from starlette.testclient import TestClient
 from sphere.conf.errors import SettingsError
 from sphere.conf.settings import Settings, from_dict
 from sphere.scp.web.oidc import FETCH_S, FRESH_S, Known, Oidc
-from tests.support.oidc import KEY, NOW, OTHER, asked, bearer, far_client, jwks, provided
+from tests.support.oidc import KEY, NOW, OTHER, asked, bearer, jwks, provided
 from tests.support.web import serving_web
 
 pytestmark = pytest.mark.unit
@@ -30,12 +30,6 @@ pytestmark = pytest.mark.unit
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     return provided(tmp_path_factory.mktemp("access"))
-
-
-@pytest.fixture(scope="module")
-def far(settings: Settings) -> Iterator[TestClient]:
-    with far_client(settings) as client:
-        yield client
 
 
 @pytest.mark.parametrize(
