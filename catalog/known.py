@@ -19,6 +19,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from hashlib import blake2b
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Final, Literal, Protocol
@@ -132,7 +133,8 @@ class KnownInstances:
 
         A copy was read, and is there, byte for byte. `place` says what other processes stored of it.
         """
-        self._look(study, sender)
+        if (sender, study) not in self._senders:
+            self._look(study, sender)
         if place is not None:
             self._see(uid, place)
         known = self._versions.get(self._key(uid))
@@ -151,7 +153,7 @@ class KnownInstances:
         self._add([record], moved=True)
 
     def _key(self, uid: str) -> bytes:
-        return hashlib.blake2b(uid.encode("utf-8", "backslashreplace"), digest_size=16, key=self._salt).digest()
+        return blake2b(uid.encode("utf-8", "backslashreplace"), digest_size=16, key=self._salt).digest()
 
     def _add(
         self, versions: Iterable[KnownVersion | MemberRecord], *, first: bool = False, moved: bool = False
@@ -160,7 +162,10 @@ class KnownInstances:
         with self._adding:
             for version in versions:
                 key, packed = self._key(version.SOPInstanceUID), self._pack(version)
-                known = self._versions.get(key, b"")
+                known = self._versions.get(key)
+                if known is None:
+                    self._versions[key] = packed
+                    continue
                 at = next((at for at in range(0, len(known), _PACKED.size) if known[at : at + 32] == packed[:32]), -1)
                 if at < 0:
                     self._versions[key] = packed + known if first else known + packed
@@ -182,8 +187,6 @@ class KnownInstances:
 
         Where a spool takes what arrives, nobody waits longer than PATIENCE_S for storage and catalog.
         """
-        if (sender, study) in self._senders:
-            return
         new = (sender, "") not in self._senders
         if self._beside is None:
             with self._looking:

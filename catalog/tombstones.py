@@ -112,7 +112,7 @@ class Tombstones:
     def __init__(self, storage: Storage, state_dir: Path) -> None:
         self._storage = storage
         self._log = EventLog(storage, state_dir, FOLDER, ddl=_DDL, apply=_apply)
-        self._folder = storage.root / FOLDER if isinstance(storage, LocalStorage) else None
+        self._folder = str(storage.root / FOLDER) if isinstance(storage, LocalStorage) else None
         self._any = False
         self._seen: Stamp | None = None  # as of which the cache has every event
         self._settled: tuple[str, Stamp] | None = None  # a cursor after which nothing had come then

@@ -152,14 +152,15 @@ class BundleWriter:
 
     def _write(self, jobs: list[_Job]) -> None:
         """Write the members; where a node of the storage died, once more into another bundle."""
-        give_up = min(job.since for job in jobs) + GIVE_UP_S  # the time that they waited for their turn counts
-        for left in reversed(range(self._storage.attempts)):
+        last = self._storage.attempts - 1
+        for attempt in range(last + 1):
             try:
-                self._write_once(jobs, self._storage.attempts - 1 - left)
+                self._write_once(jobs, attempt)
                 return
             except StorageError as error:
+                give_up = min(job.since for job in jobs) + GIVE_UP_S  # the time that they waited for their turn counts
                 in_vain = isinstance(error, (StorageFull, StorageAway)) or self._closed
-                if not left or in_vain or time.monotonic() > give_up:
+                if attempt == last or in_vain or time.monotonic() > give_up:
                     raise
                 _log.warning("members go into another bundle: %s", error)
 
@@ -175,7 +176,7 @@ class BundleWriter:
         for job, record in zip(jobs, records, strict=True):
             job.record = record
         try:
-            bundle.journal.add(records)
+            bundle.journal.add(bundle.lines)
         except StorageError as error:  # the members are durable: recovery adds their lines
             _log.error("journal of bundle %s failed: %s", bundle.id, error)
             self._leave(bundle, failed=True)

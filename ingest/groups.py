@@ -10,6 +10,8 @@ Job = TypeVar("Job")
 
 
 class _Waiting(Generic[Job]):
+    """One that came while a group was committed."""
+
     __slots__ = ("done", "error", "job", "leads", "turn")
 
     def __init__(self, job: Job) -> None:
@@ -37,17 +39,24 @@ class GroupCommit(Generic[Job]):
 
     def submit(self, job: Job) -> None:
         """Return when `job` was committed; raises what `commit` raised for its group."""
-        mine = _Waiting(job)
         with self._mutex:
-            self._queue.append(mine)
-            follow = self._led
+            mine = None
+            if self._led:
+                mine = _Waiting(job)
+                self._queue.append(mine)
             self._led = True
-        if follow:
+        if mine is None:  # nobody waits, as nobody leads
             try:
-                mine.turn.acquire()
-            except BaseException:  # Ctrl-C in the main thread
-                self._give_up(mine)
-                raise
+                self._commit([job])
+            finally:
+                with self._mutex:
+                    self._choose_leader()
+            return
+        try:
+            mine.turn.acquire()
+        except BaseException:  # Ctrl-C in the main thread
+            self._give_up(mine)
+            raise
         if not mine.done:
             self._lead(mine)
         if mine.error is not None:

@@ -207,9 +207,11 @@ class JournalWriter:
                 make_private(self._mirror.parent)
                 self._mirror_fd = os.open(self._mirror, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
 
-    def add(self, records: Sequence[MemberRecord]) -> None:
-        """Show durable members to this host (to everybody, where writes are visible at once); raises StorageError."""
-        lines = to_lines(records)
+    def add(self, lines: bytes) -> None:
+        """Show durable members to this host (to everybody, where writes are visible at once); raises StorageError.
+
+        `lines` are those of `to_lines`.
+        """
         if self._mirror is None:
             self._write(lines)
             return

@@ -10,6 +10,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import orjson
+
 from sphere.conf.errors import StorageError
 from sphere.ingest import tar
 from sphere.ingest.records import MemberRecord
@@ -63,9 +65,9 @@ class FileRange:
 Dataset = Buffer | Sequence[Buffer] | FileRange
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class NewMember:
-    """An instance to be stored.
+    """An instance to be stored. Nothing changes it; it is not frozen as one of 13 fields that is takes 1 us longer.
 
     `preamble` is what precedes the data set in the file (PS3.10 7.1: 128 bytes, "DICM", File Meta Information), or b"".
     `dataset` is stored as it is: one buffer, its fragments in order, or a range of a local file, which is read in
@@ -91,7 +93,10 @@ class NewMember:
         """Bytes of the whole file."""
         if isinstance(self.dataset, FileRange):
             return len(self.preamble) + self.dataset.length
-        return len(self.preamble) + sum(memoryview(part).nbytes for part in _parts(self.dataset))
+        size = len(self.preamble)
+        for part in _parts(self.dataset):
+            size += memoryview(part).nbytes
+        return size
 
     def fetch(self, offset: int, count: int) -> bytes:
         """Bytes ``[offset, offset + count)`` of the file, fewer at its end; raises StorageError."""
@@ -108,7 +113,7 @@ class NewMember:
         return b"".join(found)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Prepared:
     """A member with everything that does not depend on its place: tar headers, bytes, and fields of its record."""
 
@@ -117,10 +122,16 @@ class Prepared:
     streamed: FileRange | None
     length: int
     fields: dict[str, Any]
+    said: bytes  # the fields in JSON
 
     def record(self, bundle: str, start: int) -> MemberRecord:
         """Its record when its headers begin at byte `start` of `bundle`."""
         return MemberRecord(bundle=bundle, offset=start + len(self.header), length=self.length, **self.fields)
+
+    def line(self, start: bytes, record: MemberRecord) -> bytes:
+        """What `record.to_json` gives, without encoding again what its headers have; `start` is `line_start` of its
+        bundle."""
+        return b'%b%d,"length":%d,%b' % (start, record.offset, record.length, self.said[1:])
 
     @property
     def padding(self) -> bytes:
@@ -134,22 +145,32 @@ def prepare(member: NewMember) -> Prepared:
     sha256 = member.sha256 or _digest(streamed.chunks() if streamed else parts)
     fields: dict[str, Any] = {
         "dataset_offset": len(member.preamble),
-        "SOPInstanceUID": _text(member.SOPInstanceUID),
-        "SOPClassUID": _text(member.SOPClassUID),
-        "StudyInstanceUID": _text(member.StudyInstanceUID),
-        "SeriesInstanceUID": _text(member.SeriesInstanceUID),
-        "TransferSyntaxUID": _text(member.TransferSyntaxUID),
+        "SOPInstanceUID": member.SOPInstanceUID,
+        "SOPClassUID": member.SOPClassUID,
+        "StudyInstanceUID": member.StudyInstanceUID,
+        "SeriesInstanceUID": member.SeriesInstanceUID,
+        "TransferSyntaxUID": member.TransferSyntaxUID,
         "sha256": sha256,
         "received_at": tar.utc(member.received_at),
-        "source_aet": _text(member.source_aet),
-        "origin": _text(member.origin),
+        "source_aet": member.source_aet,
+        "origin": member.origin,
     }
     if member.collections:
         fields["collections"] = member.collections
     length = member.size
+    try:
+        said = orjson.dumps(fields, option=orjson.OPT_UTC_Z)
+    except TypeError:  # lone surrogates
+        fields = {name: _text(value) if isinstance(value, str) else value for name, value in fields.items()}
+        said = orjson.dumps(fields, option=orjson.OPT_UTC_Z)
     name = tar.member_name(member.SOPInstanceUID, sha256)
-    header = tar.member_header(name, length, fields["received_at"], fields)
-    return Prepared(header, [member.preamble, *parts], streamed, length, fields)
+    header = tar.member_header(name, length, fields["received_at"], said)
+    return Prepared(header, [member.preamble, *parts], streamed, length, fields, said)
+
+
+def line_start(bundle: str) -> bytes:
+    """How the journal lines of members of a bundle begin, up to their offset."""
+    return b'{"bundle":%b,"offset":' % orjson.dumps(bundle)
 
 
 def with_digest(member: NewMember) -> NewMember:

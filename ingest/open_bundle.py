@@ -10,7 +10,7 @@ from sphere.conf.errors import StorageError
 from sphere.ingest import tar
 from sphere.ingest.journal import JournalWriter, Sealed, bundle_id
 from sphere.ingest.lock import BundleLock
-from sphere.ingest.members import Prepared
+from sphere.ingest.members import Prepared, line_start
 from sphere.ingest.records import MemberRecord
 from sphere.ingest.recovery import repair
 from sphere.ingest.storage.base import Buffer, Storage
@@ -41,6 +41,8 @@ class OpenBundle:
         self._members = 0
         self._published = 0
         self._dirty_since = self.written_at = now
+        self._line_start = line_start(path)
+        self.lines = b""
         self.journal = JournalWriter(storage, state_dir, path)
         try:
             self._appender = storage.create(path, attempt)
@@ -49,12 +51,18 @@ class OpenBundle:
             raise
 
     def put(self, group: Sequence[Prepared], now: float) -> list[MemberRecord]:
-        """Write the members and return their records once all of them are durable; raises StorageError."""
+        """Write the members and return their records once all of them are durable; raises StorageError.
+
+        `lines` are then those of the journal.
+        """
         at = self.good
         records: list[MemberRecord] = []
+        lines: list[bytes] = []
         buffers: list[Buffer] = []
         for member in group:
-            records.append(member.record(self.path, at))
+            record = member.record(self.path, at)
+            records.append(record)
+            lines.append(member.line(self._line_start, record))
             buffers += [member.header, *member.buffers]
             if member.streamed is not None:
                 self._appender.write(buffers)
@@ -72,6 +80,7 @@ class OpenBundle:
         self.written_at = now
         self.good = at
         self._members += len(records)
+        self.lines = b"\n".join((*lines, b""))
         return records
 
     @property

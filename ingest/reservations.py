@@ -9,7 +9,6 @@ See docs/decisions/0012-policy.md.
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import logging
 import os
 import secrets
@@ -18,6 +17,7 @@ import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 
 from sphere.conf.errors import StorageError
@@ -37,6 +37,7 @@ _NAME = "reservations-1"  # with the form of the file
 _FORGOTTEN = struct.Struct("<Q")  # time (ns since 1970) of the newest entry that another one took the place of
 _ENTRY = struct.Struct("<Q16s32sQQI84s")  # time, key, sha256, offset, length, dataset_offset, id of the bundle
 _PLACE = _FORGOTTEN.size + VERSIONS * _ENTRY.size
+_TIMES = struct.Struct(f"<Q{f'Q{_ENTRY.size - 8}x' * VERSIONS}")  # of a place: forgotten, and of each entry
 _ENTRIES = range(_FORGOTTEN.size, _PLACE, _ENTRY.size)
 _EMPTY = bytes(_PLACE)
 _LOCK = struct.Struct("hhqqi0q")  # struct flock of fcntl(2): type, whence, start, length, process
@@ -56,21 +57,26 @@ class Stored:
 class Reservation:
     """A place that is held until the end of `with`."""
 
-    __slots__ = ("_data", "_key", "_number", "_of")
+    __slots__ = ("_data", "_key", "_of", "forgotten_at", "number")
 
-    def __init__(self, of: Reservations, number: int, key: bytes, data: bytes) -> None:
-        self._of, self._number, self._key, self._data = of, number, key, data
+    def __init__(self, of: Reservations, number: int, key: bytes) -> None:
+        self._of, self._key = of, key
+        self.number = number
+        self.forgotten_at = 0
+        """What came until then (ns since 1970) need not be among `stored`."""
+        self._data = _EMPTY
+
+    def has(self, data: bytes) -> Reservation:
+        """Itself, with what stands in the place."""
+        self._data = data
+        self.forgotten_at = _FORGOTTEN.unpack_from(data)[0]
+        return self
 
     def __enter__(self) -> Reservation:
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
-        self._of.let_go(self._number)
-
-    @property
-    def forgotten_at(self) -> int:
-        """What came until then (ns since 1970) need not be among `stored`."""
-        return int(_FORGOTTEN.unpack_from(self._data)[0])
+        self._of.let_go(self.number)
 
     def stored(self) -> list[Stored]:
         """The versions of the instance, the first one first."""
@@ -86,16 +92,15 @@ class Reservation:
     def add(self, record: MemberRecord) -> None:
         """The instance was stored: whoever holds the place next sees it."""
         data = bytearray(self._data)
-        times = [_FORGOTTEN.unpack_from(data, at)[0] for at in _ENTRIES]
+        forgotten_at, *times = _TIMES.unpack(data)
         oldest = min(times)
-        if oldest > self.forgotten_at:
+        if oldest > forgotten_at:
             _FORGOTTEN.pack_into(data, 0, oldest)
         _ENTRY.pack_into(
             data, _ENTRIES[times.index(oldest)], time.time_ns(), self._key, bytes.fromhex(record.sha256),
             record.offset, record.length, record.dataset_offset, bundle_id(record.bundle).encode(),
         )  # fmt: skip
-        self._data = bytes(data)
-        self._of.write(self._number, self._data)
+        self._of.write(self.number, self.has(bytes(data))._data)
 
 
 class Reservations:
@@ -104,8 +109,8 @@ class Reservations:
     def __init__(self, state_dir: Path) -> None:
         self._path = state_dir / _NAME
         self._fd = -1
-        self._held: set[int] = set()
-        self._waiting = 0
+        self._held: dict[int, Reservation] = {}
+        self._waiting = 0  # changed under `_changed`, after which `_held` is looked at again
         self._changed = threading.Condition(threading.Lock())
         self._told = False
         self._shared()
@@ -115,12 +120,13 @@ class Reservations:
 
         Where the file cannot be had or locked, threads of this process wait for each other all the same.
         """
-        key = hashlib.blake2b(uid.encode("utf-8", "backslashreplace"), digest_size=16).digest()
+        key = blake2b(uid.encode("utf-8", "backslashreplace"), digest_size=16).digest()
         number = int.from_bytes(key[:4], "little") % PLACES
-        give_up = time.monotonic() + WAIT_S
-        self._hold_here(number, give_up)
+        place, give_up = Reservation(self, number, key), time.monotonic() + WAIT_S
+        if self._held.setdefault(number, place) is not place:  # one step, without a lock: a thread gets it or not
+            self._wait_here(place, give_up)
         try:
-            return Reservation(self, number, key, self._hold_everywhere(number, give_up))
+            return self._hold_everywhere(place, give_up)
         except BaseException:
             self._let_go_here(number)
             raise
@@ -142,46 +148,44 @@ class Reservations:
             except OSError as error:
                 self._tell(error)
 
-    def _hold_here(self, number: int, give_up: float) -> None:
+    def _wait_here(self, place: Reservation, give_up: float) -> None:
         with self._changed:
-            while number in self._held:
-                self._waiting += 1
-                try:
+            self._waiting += 1
+            try:
+                while self._held.setdefault(place.number, place) is not place:
                     if not self._changed.wait(give_up - time.monotonic()):
                         raise _busy()
-                finally:
-                    self._waiting -= 1
-            self._held.add(number)
+            finally:
+                self._waiting -= 1
 
     def _let_go_here(self, number: int) -> None:
-        with self._changed:
-            self._held.discard(number)
-            if self._waiting:
+        del self._held[number]
+        if self._waiting:
+            with self._changed:
                 self._changed.notify_all()
 
-    def _hold_everywhere(self, number: int, give_up: float) -> bytes:
-        """What stands in the place."""
+    def _hold_everywhere(self, place: Reservation, give_up: float) -> Reservation:
+        """It, with what stands in it."""
         try:
-            if not self._shared():
-                return _EMPTY
-            while not self._lock(fcntl.F_WRLCK, number):
+            if self._fd < 0 and not self._shared():
+                return place
+            while not self._lock(fcntl.F_WRLCK, place.number):
                 if time.monotonic() > give_up:
                     raise _busy()
                 time.sleep(PAUSE_S)
-            data = os.pread(self._fd, _PLACE, number * _PLACE)
-            return data if len(data) == _PLACE else _EMPTY
+            data = os.pread(self._fd, _PLACE, place.number * _PLACE)
+            return place.has(data) if len(data) == _PLACE else place
         except OSError as error:
             self._tell(error)
-            return _EMPTY
+            return place
 
     def _lock(self, kind: int, number: int) -> bool:
         """Whether the lock is changed; of an open file, not of a process, so that closing another one loses nothing."""
-        if self._fd < 0:
-            return True
-        try:
-            fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _LOCK.pack(kind, os.SEEK_SET, number * _PLACE, 1, 0))
-        except (BlockingIOError, PermissionError):  # EAGAIN or EACCES, as fcntl(2) says
-            return False
+        if self._fd >= 0:
+            try:
+                fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _LOCK.pack(kind, os.SEEK_SET, number * _PLACE, 1, 0))
+            except (BlockingIOError, PermissionError):  # EAGAIN or EACCES, as fcntl(2) says
+                return False
         return True
 
     def _shared(self) -> bool:

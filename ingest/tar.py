@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import Any
+from zlib import adler32
 
 import orjson
 
@@ -84,9 +85,12 @@ def member_name(SOPInstanceUID: str, sha256: str) -> str:
     return f"{SOPInstanceUID}.dcm" if _PLAIN_UID.fullmatch(SOPInstanceUID) else f"{sha256}.bin"
 
 
-def member_header(name: str, length: int, received_at: datetime, fields: dict[str, Any]) -> bytes:
-    """The blocks that precede a member of `length` bytes: what `tarfile` would write, in a tenth of its time."""
-    comment = orjson.dumps({"sphere": FORMAT, **fields}, option=orjson.OPT_UTC_Z)
+def member_header(name: str, length: int, received_at: datetime, said: bytes) -> bytes:
+    """The blocks that precede a member of `length` bytes: what `tarfile` would write, in a tenth of its time.
+
+    `said` are the fields of the comment record as a JSON object, which is not empty.
+    """
+    comment = _COMMENT_START + said[1:]
     pax = _pax_record(b"comment", comment)
     if length >= MAX_USTAR:
         pax, length = pax + _pax_record(b"size", b"%d" % length), 0
@@ -127,7 +131,7 @@ def _header_block(name: bytes, mode: int, length: int, mtime: int, kind: bytes) 
     """One ustar header (IEEE Std 1003.1, ustar Interchange Format)."""
     head = name.ljust(100, b"\0") + b"%07o\0" % mode + b"0000000\0" * 2 + b"%011o\0%011o\0" % (length, mtime)
     tail, its_sum = _TAILS[kind]
-    return head + b"%06o\0 " % (sum(head) + its_sum) + tail
+    return head + b"%06o\0 " % ((adler32(head) - 1 & 0xFFFF) + its_sum) + tail  # the sum of up to 256 bytes (RFC 1950)
 
 
 def _tail(kind: bytes) -> tuple[bytes, int]:
@@ -256,4 +260,6 @@ def _rounded(length: int) -> int:
 
 def utc(when: datetime) -> datetime:
     """`when` in UTC; a naive time is taken as UTC."""
+    if when.tzinfo is timezone.utc:
+        return when
     return when.replace(tzinfo=timezone.utc) if when.tzinfo is None else when.astimezone(timezone.utc)

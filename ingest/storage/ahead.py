@@ -36,6 +36,10 @@ class ZerosAhead:
         self._adding = False
         self._room = True  # the last time that was looked at
 
+    def none(self, size: int) -> bool:
+        """Whether there are none after the `size` bytes of the file, and never will be."""
+        return not self._flag and not self._adding and self.end <= size
+
     def note(self, size: int) -> None:
         """Say that `size` bytes were written which could go over zeros."""
         self._writes += 1

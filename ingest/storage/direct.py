@@ -40,6 +40,12 @@ class DirectWriter:
         filled = written = 0
         if not self._open():
             return 0
+        if sum(map(len, views)) <= _BUFFER:
+            for view in views:
+                end = filled + len(view)
+                self._view[filled:end] = view
+                filled = end
+            return self._put(filled, offset) if filled else 0
         for view in views:
             left = view
             while left:

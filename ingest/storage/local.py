@@ -18,7 +18,7 @@ from sphere.conf.errors import StorageError
 from sphere.conf.private import FOLDER
 from sphere.ingest.storage.ahead import ZerosAhead
 from sphere.ingest.storage.base import Appender, Buffer, Entry, Piece, Storage
-from sphere.ingest.storage.direct import DirectWriter
+from sphere.ingest.storage.direct import LEAST, DirectWriter
 from sphere.ingest.storage.paths import TEMPORARY, checked, checked_prefix, is_temporary, rewritten, storage_error
 
 _IOV_MAX = min(os.sysconf("SC_IOV_MAX"), 1024)
@@ -41,6 +41,8 @@ class LocalAppender(Appender):
         return self._size
 
     def write(self, buffers: Sequence[Buffer]) -> None:
+        if self._zeros.none(self._size) and self._line(buffers):
+            return
         views = [view for view in map(_bytes_view, buffers) if view.nbytes]
         size = sum(view.nbytes for view in views)
         with _Told(f"writing {self._path}"):
@@ -49,6 +51,18 @@ class LocalAppender(Appender):
             if views:
                 with self._zeros.moving:
                     self._extend(views)
+
+    def _line(self, buffers: Sequence[Buffer]) -> bool:
+        """Whether that was a few bytes, as a line of a journal, which the kernel took at once."""
+        if len(buffers) != 1 or not isinstance(data := buffers[0], bytes) or len(data) >= LEAST:
+            return False
+        with _Told(f"writing {self._path}"):
+            written = os.write(self._fd, data)
+            self._size += written
+            self._zeros.end = self._size
+            if written < len(data):
+                self._extend([memoryview(data)[written:]])
+        return True
 
     def _extend(self, views: list[memoryview]) -> None:
         """Write what moves the end of the file."""

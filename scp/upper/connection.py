@@ -118,15 +118,19 @@ class Connection:
 
     def send(self, data: bytes, within_s: float) -> None:
         """Send all of `data`; raises Ended when the peer is gone or takes longer than `within_s` seconds."""
-        self.send_parts([data], within_s)
+        self.send_parts((data,), within_s)
 
     def send_parts(self, parts: Sequence[bytes | memoryview], within_s: float) -> None:
         """`send` of several buffers, at most SEND_PARTS, without joining them."""
         deadline = _deadline(within_s)
         left = [memoryview(part) for part in parts if len(part)]
+        size = sum(map(len, left))
         while left:
             try:
-                _advance(left, self._transport.send(left))
+                if (sent := self._transport.send(left)) == size:
+                    return
+                size -= sent
+                _advance(left, sent)
             except BlockingIOError:
                 if self.stopping or time.monotonic() > deadline:
                     raise Ended("the peer does not read") from None

@@ -95,6 +95,10 @@ def p_data(context_id: int, command: bytes, dataset: bytes, *, max_pdu: int) -> 
     Command and data set never share a PDU: not every peer would take that.
     """
     room = max(1, max_pdu - PDV_HEADER.size) if max_pdu else max(len(command), len(dataset), 1)
+    if not dataset and 0 < len(command) <= room:  # as of each C-STORE-RSP
+        size = len(command) + PDV_HEADER.size
+        yield _HEADERS.pack(P_DATA_TF, size, size - 4, context_id, COMMAND | LAST) + command
+        return
     for kind, data in ((COMMAND, command), (0, dataset)):
         for start in range(0, len(data), room):
             part = data[start : start + room]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from sphere.conf.errors import StorageError
 from sphere.ingest import tar
-from sphere.ingest.members import FileRange, prepare
+from sphere.ingest.members import FileRange, line_start, prepare
 from tests.support.bundles import new_member
 
 pytestmark = pytest.mark.unit
@@ -27,6 +27,7 @@ MEMBERS = st.lists(
         SOPInstanceUID=st.one_of(st.from_regex(r"\A[0-9][0-9.]{0,63}\Z"), TEXT),
         StudyInstanceUID=TEXT,
         source_aet=TEXT,
+        collections=st.sampled_from([(), ("trial", "é")]),
         origin=st.one_of(TEXT, st.just("import:/data/\udcff\udc80.dcm")),
         received_at=st.datetimes(datetime(1990, 1, 1), datetime(2200, 1, 1), timezones=st.just(timezone.utc)),
     ),
@@ -40,7 +41,9 @@ def build(members: list) -> tuple[bytes, list]:
     records = []
     for member in members:
         prepared = prepare(member)
-        records.append(prepared.record("bundles/b.tar", len(data)))
+        record = prepared.record("bundles/b.tar", len(data))
+        assert prepared.line(line_start("bundles/b.tar"), record) == record.to_json()
+        records.append(record)
         data += prepared.header + b"".join(map(bytes, prepared.buffers)) + prepared.padding
     return bytes(data), records
 
@@ -113,8 +116,8 @@ def test_member_names_are_plain(uid: str, name: str) -> None:
 
 def test_sizes_over_8_gib_stand_in_the_extended_header() -> None:
     size = (8 << 30) + 5
-    fields = prepare(new_member(1)).fields
-    header = tar.member_header("1.2.dcm", size, datetime(2026, 1, 1, tzinfo=timezone.utc), fields)
+    said = prepare(new_member(1)).said
+    header = tar.member_header("1.2.dcm", size, datetime(2026, 1, 1, tzinfo=timezone.utc), said)
     total = len(header) + size + len(tar.padding(size))
     found = tar.scan(fetcher(header), total)
     (member,) = found.members

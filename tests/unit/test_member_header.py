@@ -32,7 +32,8 @@ def by_tarfile(name: str, length: int, fields: dict[str, Any]) -> bytes:
 def test_member_header_is_what_tarfile_writes(length: int, filling: int) -> None:
     name = "1." * 31 + "22.dcm"
     fields = {"origin": "é" + "x" * filling, "received_at": WHEN}
-    assert tar.member_header(name, length, WHEN, fields) == by_tarfile(name, length, fields)
+    said = orjson.dumps(fields, option=orjson.OPT_UTC_Z)
+    assert tar.member_header(name, length, WHEN, said) == by_tarfile(name, length, fields)
 
 
 def test_a_journal_line_is_the_record_field_by_field() -> None:
