@@ -170,6 +170,7 @@ def _store_request(message: Message, association: Association) -> StoreRequest:
         sender=association.id,
         address=association.address,
         problem=message.dataset.error,
+        abstract_syntax=message.context.abstract_syntax,
     )
 
 

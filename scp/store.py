@@ -50,6 +50,7 @@ class StoreRequest:
     problem: OSError | None = None  # the disk failed while it arrived: `dataset` is not whole
     preamble: bytes = b""  # what came before the data set, to be kept; b"": made from the UIDs (PS3.10 7.1)
     origin: str = ""  # where it came from; "": from the calling AE title
+    abstract_syntax: str = ""  # of its presentation context; "": there was none
 
     def of(self, found: Identity) -> StoreRequest:
         """The same, asking for what the data set itself says that it is."""
@@ -84,7 +85,8 @@ class StoreService:
         """Store the bytes as they came; never raises.
 
         Success and warnings mean that they are durable. The warning 0xB007 says that the data set names another
-        instance or class than the command, or that its identifying UIDs cannot be read: it is kept all the same.
+        instance or class than the command, that its identifying UIDs cannot be read, or that its presentation context is
+        of another class: it is kept all the same.
         """
         if request.problem is not None:
             return self._failed(request, OUT_OF_RESOURCES, f"no room: {request.problem.strerror}")
@@ -184,4 +186,6 @@ def _judge(request: StoreRequest, found: Identity) -> StoreAnswer:
         return StoreAnswer(MISMATCH, f"stored, but the data set {named}")
     if not (found.StudyInstanceUID and found.SeriesInstanceUID):
         return StoreAnswer(MISMATCH, "stored, but Study or Series Instance UID is not readable")
+    if request.abstract_syntax not in ("", request.AffectedSOPClassUID):
+        return StoreAnswer(MISMATCH, "stored, but its presentation context is of another SOP class")
     return StoreAnswer(SUCCESS)

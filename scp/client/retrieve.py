@@ -153,6 +153,7 @@ def _take(message: Message, association: Requested, peer: Peer, store: Lands) ->
             calling_ae=peer.ae_title,
             address=peer.host,
             problem=message.dataset.error,
+            abstract_syntax=message.context.abstract_syntax,
         )
     )
     association.respond(message, answer.status, **({"ErrorComment": answer.comment} if answer.comment else {}))

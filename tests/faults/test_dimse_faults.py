@@ -32,11 +32,13 @@ from sphere.scp.server import listen
 from sphere.scp.store import MISMATCH, OUT_OF_RESOURCES, StoreService
 from tests.support.ports import free_port
 from tests.support.pynetdicom_user import hold_reactor
+from tests.support.raw_peer import RawPeer, identifying, p_data, pdv, store_rq
 from tests.support.receiver import Receiver, running_receiver
 from tests.support.samples import CT_STORAGE, dataset_of, make_instance
 
 pytestmark = pytest.mark.faults
 
+MR_STORAGE = "1.2.840.10008.5.1.4.1.1.4"
 STUDY_FIND = "1.2.840.10008.5.1.4.1.2.2.1"
 ABORT = 0x07  # PDU type of an A-ABORT (PS3.8 9.3.8)
 SHORT_TIMEOUTS = {"artim_s": 1.0, "network_timeout_s": 1.5}
@@ -186,6 +188,25 @@ def test_a_data_set_that_does_not_parse_is_kept_with_a_warning(receiver: Receive
     assert response.ErrorComment == "stored, but the data set has no readable SOP Instance UID"
     [record] = [record for record in receiver.members() if record.SOPInstanceUID == "1.2.3.5"]
     assert receiver.dataset_bytes(record) == garbage
+
+
+def test_a_class_of_another_presentation_context_is_kept_with_a_warning(receiver: Receiver, tmp_path: Path) -> None:
+    """Over an association for CT: an MR that its command calls MR, and one that its command calls CT."""
+    for number, sop_class, comment in [
+        (1, MR_STORAGE, "stored, but its presentation context is of another SOP class"),
+        (2, CT_STORAGE, "stored, but the data set names another SOP class"),
+    ]:
+        uid = f"1.2.7.{number}"
+        peer = RawPeer.connect(receiver.port)
+        peer.associate()
+        data = identifying(uid, sop_class=MR_STORAGE)
+        peer.send(p_data(pdv(3, 3, store_rq(uid, sop_class=sop_class))) + p_data(pdv(3, 2, data)))
+        response = peer.response()
+        assert (response["Status"], response["ErrorComment"]) == (MISMATCH, comment)
+        peer.release()
+        [record] = [record for record in receiver.members() if record.SOPInstanceUID == uid]
+        assert record.SOPClassUID == MR_STORAGE
+        assert receiver.dataset_bytes(record) == data
 
 
 @pytest.mark.parametrize("instance", ["../../etc/passwd", "1.2." + "3" * 80, "a b/c\\d", "1..2."])

@@ -103,6 +103,17 @@ def test_a_data_set_that_contradicts_the_command_is_kept_with_a_warning(data: by
     assert writer.members[0].SOPInstanceUID == "1.2.3.1"  # as the command says
 
 
+def test_a_presentation_context_of_another_class_is_a_warning() -> None:
+    """PS3.7 9.1.1.1.9 would refuse it (0122): an image is not lost for how it was sent."""
+    writer, mr = FakeWriter(), "1.2.840.10008.5.1.4.1.1.4"
+    answer = StoreService(writer).land(request(encoded(), abstract_syntax=mr))
+    assert answer.status == MISMATCH
+    assert answer.comment == "stored, but its presentation context is of another SOP class"
+    assert len(answer.comment) <= 64
+    assert StoreService(writer).land(request(encoded(), abstract_syntax=CT)).status == SUCCESS
+    assert [member.SOPClassUID for member in writer.members] == [CT, CT]
+
+
 def test_uids_behind_long_elements_are_found() -> None:
     writer, data = FakeWriter(), encoded(LongCodeValue="x" * 100_000)
     assert StoreService(writer).land(request(data)).status == SUCCESS
