@@ -85,8 +85,8 @@ class StoreService:
         """Store the bytes as they came; never raises.
 
         Success and warnings mean that they are durable. The warning 0xB007 says that the data set names another
-        instance or class than the command, that its identifying UIDs cannot be read, or that its presentation context is
-        of another class: it is kept all the same.
+        instance or class than the command, that its identifying UIDs cannot be read, or that its presentation context
+        is of another class: it is kept all the same.
         """
         if request.problem is not None:
             return self._failed(request, OUT_OF_RESOURCES, f"no room: {request.problem.strerror}")
