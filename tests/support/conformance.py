@@ -43,8 +43,8 @@ STATUSES: Mapping[str, Iterable[tuple[int, str]]] = {
         (store.SUCCESS, "The instance is durable (see `ingest.durability`), or was already"),
         (
             store.MISMATCH,
-            "Warning: durable, but the data set says another SOP Instance or SOP Class, or no UIDs, or the SOP Class is "
-            "not that of the presentation context",
+            "Warning: durable, but the data set says another SOP Instance or SOP Class, or no UIDs, or the SOP Class "
+            "is not that of the presentation context",
         ),
         (store.OUT_OF_RESOURCES, "Not stored, there is no room or the storage is away: send it again"),
         (store.PROCESSING_FAILURE, "Not stored: a defect, or a storage that fails"),
