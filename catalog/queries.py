@@ -108,6 +108,11 @@ class LateQueries:
             if self._opened is not None:
                 self._opened.close()
 
+    @property
+    def is_open(self) -> bool:
+        """Whether a query has come."""
+        return self._opened is not None
+
     def restricted(self, grant: Grant) -> Queries:
         """As of Queries."""
         return self._queries().restricted(grant)

@@ -31,6 +31,7 @@ from sphere.catalog.match import Exact
 from sphere.catalog.match_header import Header, holds
 from sphere.catalog.plan import INSTANCES, Plan, make_plan, studies_sql
 from sphere.catalog.query import Query
+from sphere.catalog.stored import StoredInstance
 from sphere.conf.errors import CatalogError
 from sphere.conf.settings import Settings
 
@@ -47,28 +48,6 @@ GRANTS = 8
 
 Row = tuple[Any, ...]
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class StoredInstance:
-    """Where the bytes of an instance are: a DICOM Part 10 file in bytes [offset, offset + length) of its bundle."""
-
-    StudyInstanceUID: str
-    SeriesInstanceUID: str
-    SOPInstanceUID: str
-    SOPClassUID: str
-    transfer_syntax_uid: str
-    bundle: str
-    offset: int
-    length: int
-    dataset_offset: int
-    pixel_offset: int | None
-    sha256: str
-
-    @property
-    def dataset_length(self) -> int:
-        """Bytes of its data set."""
-        return self.length - self.dataset_offset
 
 
 class QueryService:

@@ -11,6 +11,7 @@ from contextlib import closing
 
 from sphere.catalog.audit import AuditJournal
 from sphere.catalog.known import KnownInstances
+from sphere.catalog.lookup_process import LookupProcess
 from sphere.catalog.queries import LateQueries
 from sphere.conf.errors import SphereError
 from sphere.conf.footprint import give_back
@@ -56,6 +57,7 @@ def run_receiver(
     try:
         with (
             LateQueries(settings) as finder,
+            closing(LookupProcess(settings, finder)) as lookup,
             closing(Transcoder()) as transcoder,
             closing(_journal(settings)) as journal,
         ):
@@ -66,7 +68,7 @@ def run_receiver(
             known, on_conflict = KnownInstances(settings, finder), settings.ingest.on_conflict
             store = StoreService(ToldWriter(writer, refuses), Policy(settings, calling), known, on_conflict=on_conflict)
             find = FindService(finder, settings.snapshots)
-            commitment = Commitment(settings, finder, readable)
+            commitment = Commitment(settings, lookup, readable)
             callers = Callers(settings, calling)
             handlers = Handlers(callers, store, find, {**retrieve, **commitment.handlers.services()}, journal=journal)
             with commitment:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 
-from pydicom.dataset import Dataset
-
 from sphere.conf.errors import QueryError, SphereError
+from sphere.scp.commitment.information import read_information
 from sphere.scp.commitment.report import GRACE_S, SUCCESS, WELL_KNOWN, Reporter
-from sphere.scp.commitment.transactions import Reference, Transaction, Transactions
+from sphere.scp.commitment.transactions import Transaction, Transactions
 from sphere.scp.contexts import STORAGE_COMMITMENT
-from sphere.scp.decode import MAX_IDENTIFIER, decode_identifier
+from sphere.scp.decode import MAX_IDENTIFIER
 from sphere.scp.upper.association import Association, Response, Service
 from sphere.scp.upper.command import N_ACTION_RQ
 from sphere.scp.upper.messages import Message
@@ -69,22 +68,11 @@ def _refused(message: Message) -> Response | None:
 def _transaction(message: Message, association: Association) -> Transaction:
     """What is asked for; raises QueryError where the data set does not say."""
     assert message.dataset is not None
-    information = decode_identifier(
-        message.dataset.tobytes(), message.context.transfer_syntax, max_items=MAX_REFERENCES
-    )
+    uid, references = read_information(message.dataset.tobytes(), message.context.transfer_syntax)
+    if len(references) > MAX_REFERENCES:
+        raise QueryError(f"more than {MAX_REFERENCES} references")
     now = time.time()
-    try:
-        uid = str(information.get("TransactionUID") or "")
-        references = tuple(_reference(item) for item in information.get("ReferencedSOPSequence") or ())
-    except Exception as error:  # noqa: BLE001  pydicom raises whatever the bytes make of it
-        raise QueryError(f"references cannot be read ({type(error).__name__})") from None
-    if not uid or not references:
-        raise QueryError("TransactionUID and ReferencedSOPSequence are needed")
     return Transaction(
         uid=uid, requester=association.calling, address=association.address, references=references, received=now,
         due=now + GRACE_S,
     )  # fmt: skip
-
-
-def _reference(item: Dataset) -> Reference:
-    return Reference(str(item.ReferencedSOPClassUID), str(item.ReferencedSOPInstanceUID))

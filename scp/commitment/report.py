@@ -11,16 +11,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from pydicom.dataset import Dataset
-from pydicom.sequence import Sequence
 from pydicom.uid import UID
-from pynetdicom.dsutils import encode
 
 from sphere.conf.errors import PeerError, SphereError, StorageError
 from sphere.conf.logs import hashed
 from sphere.conf.peers import Peer
 from sphere.conf.private import make_private
 from sphere.conf.settings import Settings
+from sphere.scp.commitment.information import write_information
 from sphere.scp.commitment.queues import BACK_OFF_S, Outcome, Queues
 from sphere.scp.commitment.transactions import Reference, Transaction, Transactions, Waiting
 from sphere.scp.commitment.verify import COMMITTED, Verifier
@@ -54,7 +52,6 @@ class Reporter:
         self._transactions = transactions
         self._verifier = verifier
         self._wake = threading.Event()
-        self._encoding = threading.Lock()  # a report of 20,000 references takes 200 MB before it is encoded
         self._queues = Queues(self._report, self._give_up, most=AT_ONCE)
         self._stopped = False
 
@@ -63,9 +60,10 @@ class Reporter:
         try:
             verdicts = self._verdicts_meanwhile(transaction, association, request)
             if verdicts is not None:
-                command, dataset = event_report(transaction, verdicts, self._settings.archive.ae_title)
-                outgoing = _encoded(dataset, request.context.transfer_syntax)
-                if _is_done(association.ask(request.context, command, outgoing), transaction):
+                told = event_report(
+                    transaction, verdicts, self._settings.archive.ae_title, request.context.transfer_syntax
+                )
+                if _is_done(association.ask(request.context, *told), transaction):
                     self._done(transaction)
                     return
         except (Released, Ended, Violation):
@@ -174,11 +172,8 @@ class Reporter:
         proposed = Proposed(STORAGE_COMMITMENT, tuple(map(str, ENCODABLE[:2])), as_scp=True)
         with connect(self._peer(transaction), self._settings, [proposed]) as association:
             context = association.user_contexts[0]
-            with self._encoding:
-                command, dataset = event_report(transaction, verdicts, self._settings.archive.ae_title)
-                outgoing = _encoded(dataset, context.transfer_syntax)
-                del dataset
-            return _is_done(association.ask(context, command, outgoing), transaction)
+            told = event_report(transaction, verdicts, self._settings.archive.ae_title, context.transfer_syntax)
+            return _is_done(association.ask(context, *told), transaction)
 
     def _peer(self, transaction: Transaction) -> Peer:
         """The requester among the peers; raises PeerError."""
@@ -191,20 +186,13 @@ class Reporter:
 
 
 def event_report(
-    transaction: Transaction, verdicts: Mapping[Reference, int], ae_title: str
-) -> tuple[dict[str, Any], Dataset]:
+    transaction: Transaction, verdicts: Mapping[Reference, int], ae_title: str, syntax: UID
+) -> tuple[dict[str, Any], Outgoing]:
     """Command set and data set of the report (PS3.4 Table J.3-2)."""
     if transaction.duplicate:
         verdicts = dict.fromkeys(transaction.references, DUPLICATE_TRANSACTION)
-    dataset = Dataset()
-    dataset.TransactionUID = transaction.uid
-    dataset.RetrieveAETitle = ae_title
-    kept = [_item(one) for one, verdict in verdicts.items() if verdict == COMMITTED]
-    failed = [_item(one, verdict) for one, verdict in verdicts.items() if verdict != COMMITTED]
-    if kept:
-        dataset.ReferencedSOPSequence = Sequence(kept)
-    if failed:
-        dataset.FailedSOPSequence = Sequence(failed)
+    kept = [one for one, verdict in verdicts.items() if verdict == COMMITTED]
+    failed = [(one, verdict) for one, verdict in verdicts.items() if verdict != COMMITTED]
     command = {
         "AffectedSOPClassUID": STORAGE_COMMITMENT,
         "CommandField": N_EVENT_REPORT_RQ,
@@ -212,23 +200,7 @@ def event_report(
         "EventTypeID": SOME_FAILED if failed else ALL_COMMITTED,
     }
     log.info("commitment transaction=%s kept=%d failed=%d", hashed(transaction.uid), len(kept), len(failed))
-    return command, dataset
-
-
-def _item(reference: Reference, failure: int | None = None) -> Dataset:
-    item = Dataset()
-    item.ReferencedSOPClassUID = reference.SOPClassUID
-    item.ReferencedSOPInstanceUID = reference.SOPInstanceUID
-    if failure is not None:
-        item.FailureReason = failure
-    return item
-
-
-def _encoded(dataset: Dataset, syntax: UID) -> Outgoing:
-    data: bytes | None = encode(dataset, syntax.is_implicit_VR, syntax.is_little_endian, syntax.is_deflated)
-    if not data:
-        raise ValueError("a report that cannot be encoded")
-    return Outgoing.of(data)
+    return command, Outgoing.of(write_information(transaction.uid, ae_title, kept, failed, syntax))
 
 
 def _is_done(response: Command, transaction: Transaction) -> bool:

@@ -17,7 +17,7 @@ from sphere.scp.retrieve.outbound import range_of
 from sphere.scp.retrieve.read_ahead import ReadAhead
 
 if TYPE_CHECKING:
-    from sphere.catalog.service import StoredInstance
+    from sphere.catalog.stored import StoredInstance
 
 log = logging.getLogger(__name__)
 

@@ -5,13 +5,32 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 
 import pytest
+from pydicom.uid import UID
+from pynetdicom.dsutils import decode
 
+from sphere.scp.commitment.information import write_information
+from sphere.scp.commitment.report import WELL_KNOWN
+from sphere.scp.commitment.transactions import Reference
+from sphere.scp.contexts import STORAGE_COMMITMENT
+from sphere.scp.upper.command import N_ACTION_RQ, NO_DATA_SET, RESPONSE, encode
 from sphere.scp.upper.connection import CONTROL_PDU
 from tests.support.memory import peak
-from tests.support.raw_peer import ABORTED, RawPeer, identifying, p_data, pdu, pdv, store_rq
+from tests.support.raw_peer import (
+    ABORTED,
+    CT,
+    EXPLICIT,
+    RawPeer,
+    associate_rq,
+    identifying,
+    p_data,
+    pdu,
+    pdv,
+    store_rq,
+)
 from tests.support.receiver import Receiver, running_receiver
 
 pytestmark = pytest.mark.faults
@@ -113,6 +132,39 @@ def test_long_uids_in_commands_are_not_kept(receiver: Receiver) -> None:
         assert answer is not None and answer[0] == 0x04
     peer.release()
     assert peak(receiver.process.pid) - before < 4 * MIB  # 60 kB of each were kept: 18 MB
+
+
+def test_storage_commitment_of_20_000_references(receiver: Receiver) -> None:
+    """Whoever looks for where they are has an index, and is another process."""
+    before = peak(receiver.process.pid, forget=True)
+    stored = {record.SOPInstanceUID for record in receiver.members()}
+    asked = [Reference(CT, f"1.2.{number}") for number in range(20_000)]
+    peer = RawPeer.connect(receiver.port, timeout=120)
+    peer.associate(associate_rq([STORAGE_COMMITMENT], syntax=EXPLICIT))
+    request = {
+        "RequestedSOPClassUID": STORAGE_COMMITMENT, "CommandField": N_ACTION_RQ, "MessageID": 1,
+        "CommandDataSetType": 0, "RequestedSOPInstanceUID": WELL_KNOWN, "ActionTypeID": 1,
+    }  # fmt: skip
+    peer.send(p_data(pdv(1, 3, encode(request))))
+    data = write_information("1.2.3.4", "", asked, [], UID(EXPLICIT))
+    for at in range(0, len(data), PDV):
+        peer.send(p_data(pdv(1, 2 if at + PDV >= len(data) else 0, data[at : at + PDV])))
+    assert peer.response()["Status"] == 0
+    event, report = peer.message()
+    assert (event["EventTypeID"], event["AffectedSOPInstanceUID"]) == (2, WELL_KNOWN)  # some failed
+    told = decode(BytesIO(report), False, True)
+    assert {item.ReferencedSOPInstanceUID for item in told.ReferencedSOPSequence} == stored & {
+        one.SOPInstanceUID for one in asked
+    }
+    assert len(told.ReferencedSOPSequence) + len(told.FailedSOPSequence) == len(asked)
+    answer = {
+        "AffectedSOPClassUID": STORAGE_COMMITMENT, "CommandField": event["CommandField"] | RESPONSE,
+        "MessageIDBeingRespondedTo": event["MessageID"], "CommandDataSetType": NO_DATA_SET, "Status": 0,
+    }  # fmt: skip
+    peer.send(p_data(pdv(1, 3, encode(answer))))
+    peer.release()
+    assert peak(receiver.process.pid) - before < 45 * MIB
+    assert peak(receiver.process.pid) < RESIDENT
 
 
 def test_requests_of_256_connections_at_once(tmp_path: Path) -> None:

@@ -127,6 +127,17 @@ class RawPeer:
         assert control == 3
         return command.decode(answer[1][6:])
 
+    def message(self) -> tuple[command.Command, bytes]:
+        """Command set and data set of the next message."""
+        parts: tuple[list[bytes], list[bytes]] = [], []  # of data set and command set
+        while True:
+            answer = self.receive()
+            assert answer is not None and answer[0] == 0x04, answer
+            _, _, control = struct.unpack_from(">IBB", answer[1])
+            parts[control & 1].append(answer[1][6:])
+            if control == 2 or (control == 3 and command.decode(b"".join(parts[1]))["CommandDataSetType"] == 0x0101):
+                return command.decode(b"".join(parts[1])), b"".join(parts[0])
+
     def store(self, uid: str, fragments: Iterable[bytes], *, context: int = 3, message_id: int = 1) -> int:
         """C-STORE of a data set in these fragments, one PDU each; the status."""
         self.send(p_data(pdv(context, 3, store_rq(uid, message_id=message_id))))
