@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Container, Mapping
-from typing import Literal
 
 import pyarrow as pa
 
@@ -12,7 +11,6 @@ from sphere.catalog.schema import BY_KEYWORD, PATIENT_KEY_SQL, TABLES, Aggregate
 MARK = "sphere.rollup"
 """Application of the Delta transaction identifier by which a roll-up says which version of `instances` it shows."""
 
-_KEYED = ("PatientID", "IssuerOfPatientID")  # of PATIENT_KEY_SQL
 _SQL: Mapping[str, str] = {
     "count": "count(*)",
     "count_distinct": 'count(DISTINCT "{0}")',
@@ -24,12 +22,10 @@ _SQL: Mapping[str, str] = {
 }
 
 
-def roll_up_sql(name: str, source: str, *, absent: Container[str] = (), narrow: bool = False) -> str:
+def roll_up_sql(name: str, source: str, *, absent: Container[str] = ()) -> str:
     """A SELECT that gives the rows of the roll-up `name` from the relation `source`, which has `source_columns`.
 
-    Attributes that are `absent` are null in every row of `source`: it need not have their columns. `narrow` is for few
-    rows, of which each column and sort costs DuckDB time all the same: the result has absent ones only where its
-    patient key follows from them, and `source` numbers its rows in the order of the roll-up (column ``place``).
+    Attributes that are `absent` are null in every row of `source`: it need not have their columns.
     """
     roll_up = description(name)
     keys = ", ".join(f'"{key}"' for key in roll_up.keys)
@@ -37,38 +33,13 @@ def roll_up_sql(name: str, source: str, *, absent: Container[str] = (), narrow: 
     chosen = [
         f'{_null(column) if column in absent else _first(column)} AS "{column}"'
         for column in roll_up.attributes
-        if column not in roll_up.keys and not (narrow and column in absent and column not in _KEYED)
+        if column not in roll_up.keys
     ]
     chosen += [f'{_sql(aggregate)} AS "{aggregate.column}"' for aggregate in roll_up.aggregates]
-    rows = source if narrow else f"(SELECT *, row_number() OVER (ORDER BY {order}) AS place FROM {source})"
+    rows = f"(SELECT *, row_number() OVER (ORDER BY {order}) AS place FROM {source})"
     grouped = f"SELECT {keys}, {', '.join(chosen)} FROM {rows} GROUP BY {keys}"
     patient = f", {PATIENT_KEY_SQL.replace('AS STRING', 'AS VARCHAR')} AS patient_key" if name == "studies" else ""
     return f"SELECT *{patient} FROM ({grouped})"
-
-
-def grown_sql(name: str, source: str) -> str:
-    """A SELECT that gives the rows of the roll-up `name` from rows of it, in the relation `source`, of which several
-    may have one key: all that a row is of came before all that the next one is of, by their column ``place``.
-
-    For roll-ups that count nothing distinct, as what is in two rows would count twice.
-    """
-    roll_up = description(name)
-    keys = ", ".join(f'"{key}"' for key in roll_up.keys)
-    chosen = [f'{_first(column)} AS "{column}"' for column in roll_up.attributes if column not in roll_up.keys]
-    for one in roll_up.aggregates:
-        again = Aggregate(one.column, _GROWN[one.kind], one.column, one.arrow)
-        chosen.append(f'{_sql(again)} AS "{one.column}"')
-    return f"SELECT {keys}, {', '.join(chosen)} FROM {source} GROUP BY {keys}"
-
-
-_GROWN: Mapping[str, Literal["sum", "min", "max", "union"]] = {
-    "count": "sum",
-    "sum": "sum",
-    "min": "min",
-    "max": "max",
-    "union": "union",
-    "collect_set": "union",
-}
 
 
 def source_columns(name: str) -> dict[str, None]:

@@ -1,27 +1,22 @@
 """Roll-ups of rows that are in hand: each task rolls up the studies that it alone has, before it lets go of their rows.
 
 Of a study whose instances are spread over several tasks, its rows themselves travel on, only the columns that roll-ups
-need and that say something. The SQL is that of every other roll-up.
+need and that say something.
 """
 
 from __future__ import annotations
 
-import functools
-import warnings
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, fields
 
-import duckdb
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sphere.catalog.rollup import description, grown_sql, optional_columns, roll_up_sql, source_columns
-from sphere.catalog.schema import TABLES
+from sphere.catalog.rollup import description, optional_columns, source_columns
+from sphere.catalog.schema import TABLES, patient_key
 from sphere.jobs.contradictions import said
+from sphere.jobs.grouping import grouped, grown
 from sphere.jobs.lookup import shaped
-
-# DuckDB's advice for many rows. A relation of `sql` is bound twice, which here costs more than a copy of its few rows.
-warnings.filterwarnings("ignore", message="Arrow output on a DB-API result", category=UserWarning)
 
 COLUMNS = tuple(source_columns("series") | source_columns("studies"))
 """Columns of `instances` that its roll-ups need."""
@@ -96,40 +91,32 @@ def compute(name: str, rows: pa.Table) -> pa.Table:
 
 
 def _narrow(name: str, rows: pa.Table) -> pa.Table:
-    """What `compute` gives, without attributes that the rows do not have."""
+    """What `compute` gives, without columns that are null in every row."""
     schema = TABLES[name].schema
     if not len(rows):
         return schema.empty_table()
-    absent = () if name == "patients" else _OPTIONAL.difference(rows.column_names)
-    ordered = rows.sort_by([(column, "ascending") for column in description(name).order])
-    found = _placed(ordered, roll_up_sql(name, "source", absent=absent, narrow=True))
+    found = grouped(rows, description(name))
+    if name == "studies":
+        found = found.append_column("patient_key", pa.array(_patient_keys(found), pa.string()))
     there = set(found.column_names)
     return shaped(found, pa.schema([field for field in schema if field.name in there]))
 
 
+def _patient_keys(studies: pa.Table) -> list[str]:
+    there = set(studies.column_names)
+    ids, issuers, uids = (
+        studies[name].to_pylist() if name in there else [None] * len(studies)
+        for name in ("PatientID", "IssuerOfPatientID", "StudyInstanceUID")
+    )
+    return [patient_key(*one) for one in zip(ids, issuers, uids, strict=True)]
+
+
 def grow(name: str, before: pa.Table, more: pa.Table) -> pa.Table:
     """The rows of the roll-up `name` for what it had `before`, all of which came before what the rows `more` are of."""
-    rows = pa.concat_tables([before, more]).sort_by("first_received_at")
-    found = _placed(rows, grown_sql(name, "source")) if len(rows) else rows
-    return shaped(found, TABLES[name].schema)
-
-
-def _placed(ordered: pa.Table, statement: str) -> pa.Table:
-    """What a statement gives of "source", which has a column of its rows' places."""
-    with _database().cursor() as db:
-        db.execute("PRAGMA disable_optimizer")  # it takes longer than one scan and one aggregate do
-        db.register("source", ordered.append_column("place", pa.array(range(len(ordered)))))
-        found = db.execute(statement).to_arrow_table()
-        assert found is not None  # a SELECT has a result
-    return found
-
-
-@functools.cache
-def _database() -> duckdb.DuckDBPyConnection:
-    """One for all tasks of a worker process: opening one costs more than a roll-up."""
-    db = duckdb.connect(config={"threads": 1})
-    db.execute("SET GLOBAL TimeZone = 'UTC'")
-    return db
+    rows = pa.concat_tables([before, more])
+    if len(rows):
+        rows = grown(rows, description(name), order=("first_received_at",))
+    return shaped(rows, TABLES[name].schema)
 
 
 def packed(rows: pa.Table | pa.RecordBatch, *, above: int = _PACKED) -> bytes:
