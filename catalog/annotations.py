@@ -273,6 +273,10 @@ class Annotations:
             raise BundleDamaged(f"{version.path} does not have the {version.size} bytes that were recorded")
         return self._pieces(version) if part is None else self._part(version, *part)
 
+    def is_unused(self) -> bool:
+        """Whether nobody ever annotated anything, as far as is told at once."""
+        return self._log.is_unused()
+
     def after(self, seq: int) -> tuple[list[tuple[Version, State]], int]:
         """(versions with their states, a number to go on from) of all annotations that changed since this host's
         number `seq`, 0 for all."""

@@ -66,6 +66,10 @@ class EventLog:
                 self._db.close()
                 self._db = None
 
+    def is_unused(self) -> bool:
+        """Whether there was never an event, as far as is told without a cache: this host has none, and no file."""
+        return not self._cache.exists() and next(self._storage.walk(self._folder), None) is None
+
     def append(self, events: Sequence[Mapping[str, Any]]) -> None:
         """Return when the events are durable, and readable by every process of every host; raises StorageError."""
         lines = [orjson.dumps(event, option=orjson.OPT_APPEND_NEWLINE) for event in events]

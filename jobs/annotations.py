@@ -20,6 +20,8 @@ def follow(tables: Tables, settings: Settings) -> int:
     """
     annotations = Annotations(settings)
     try:
+        if annotations.is_unused():
+            return 0
         table = tables.current(TABLE)
         changed, seq = annotations.after(annotations.told(str(table.metadata().id)) if table else 0)
         if changed:

@@ -144,7 +144,7 @@ def record(
     (but not of patients who are not `doubted`), `series` their series and the same series in other studies, `before`
     the keys of `studies`, `series` and `patients` that they had.
     """
-    owners = {row["StudyInstanceUID"]: row for row in studies.to_pylist()}
+    owners = {row["StudyInstanceUID"]: row for row in studies.select(_OWNER).to_pylist()}
     found = [piece for rows in (heard, studies, series) for piece in shaped(rows, _SAID).to_pylist()]
     present = [_owned(row, owners) for row in found]
     changed: dict[Level, set[str]] = {level: {row[name] for row in present} for level, name in SUBJECTS.items()}

@@ -44,6 +44,7 @@ _FILE_BYTES = 64 * 1024 * 1024  # of datasets, above which a row group ends earl
 
 # A member travels as its line of the journal.
 _PLAN = pa.schema([("new", pa.binary()), ("contested", pa.binary()), ("split", TEXTS)])
+_ALWAYS = frozenset((*TABLES["instances"].schema.names[:INDEXED], *NEEDED))  # columns that a batch of rows has
 _JOB = "sphere.headers"  # the local property of a Spark job that says what its tasks are
 _RESULT = pa.schema(
     [
@@ -282,12 +283,11 @@ class _Sink:
     """Collects the outcome of one task, and puts its files on the storage of the catalog."""
 
     def __init__(self, sources: Sources, *, split: Collection[str]) -> None:
-        schema = TABLES["instances"].schema
         self._storage = open_storage(sources.catalog, user=sources.user)
         self._split = split
         self._rolled: list[pa.Table] = []
-        always = {*schema.names[:INDEXED], *NEEDED}
-        self._rows = {contested: RowBuilder(schema, always=always) for contested in (False, True)}
+        schema = TABLES["instances"].schema
+        self._rows = {contested: RowBuilder(schema, always=_ALWAYS) for contested in (False, True)}
         self._files: dict[bool, FileWriter] = {}
         self._results: list[dict[str, Any]] = []
 
@@ -322,8 +322,8 @@ class _Sink:
         batch = self._rows[contested].batch()
         self._files[contested].add(batch)
         if not contested:
-            there = [name for name in COLUMNS if name in batch.schema.names]
-            self._rolled.append(pa.Table.from_batches([batch]).select(there))
+            there = set(batch.schema.names)
+            self._rolled.append(pa.Table.from_batches([batch]).select([name for name in COLUMNS if name in there]))
 
     def _end_file(self, contested: bool) -> None:
         if len(self._rows[contested]):

@@ -69,6 +69,11 @@ def _says(chunk: pq.ColumnChunkMetaData) -> bool:
     return nested or found is None or not found.has_null_count or bool(found.null_count < chunk.num_values)
 
 
+def empty(schema: pa.Schema) -> pa.Table:
+    """No rows. (That of a schema itself asks the environment for each column.)"""
+    return pa.Table.from_arrays([pa.nulls(0, field.type) for field in schema], schema=schema)
+
+
 def shaped(rows: pa.Table, schema: pa.Schema) -> pa.Table:
     """The rows with the columns of `schema`, null where they lack one."""
     there = dict(zip(rows.column_names, rows.columns, strict=True))

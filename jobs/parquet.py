@@ -51,7 +51,8 @@ class FileWriter:
 
     def __init__(self, table: Table) -> None:
         self._schema = table.schema
-        self._kept = frozenset(table.schema.names[:INDEXED] if table.sparse else table.schema.names)
+        self._names: list[str] = table.schema.names
+        self._kept = frozenset(self._names[:INDEXED] if table.sparse else self._names)
         self._distinct = _DISTINCT | frozenset(_DISTINCT_OF.get(table.name, ()))
         self._pieces: list[pa.Table] = []
         self.rows = 0
@@ -79,7 +80,8 @@ class FileWriter:
         name = f"part-{uuid.uuid4()}.zstd.parquet"
         data = sink.getvalue().to_pybytes()
         storage.write(f"{folder}/{name}", data)
-        indexed = [name for name in self._schema.names[:INDEXED] if name in schema.names]
+        there = set(schema.names)
+        indexed = [name for name in self._names[:INDEXED] if name in there]
         stats = statistics(pa.concat_tables(pieces).select(indexed), writer.writer.metadata)
         return NewFile(name, len(data), int(time.time() * 1000), stats)
 
@@ -91,8 +93,8 @@ class FileWriter:
             for name, column in zip(piece.column_names, piece.columns, strict=True)
             if column.null_count < len(column)
         }
-        used = [name for name in self._schema.names if name in said]
-        return pa.schema([field for field in self._schema if field.name in said | self._kept]), used
+        used = [name for name in self._names if name in said]
+        return pa.schema([self._schema.field(name) for name in self._names if name in said or name in self._kept]), used
 
 
 def statistics(rows: pa.Table, metadata: pq.FileMetaData) -> str:

@@ -16,7 +16,7 @@ from sphere.catalog.rollup import description, optional_columns, source_columns
 from sphere.catalog.schema import TABLES, patient_key
 from sphere.jobs.contradictions import said
 from sphere.jobs.grouping import grouped, grown
-from sphere.jobs.lookup import shaped
+from sphere.jobs.lookup import empty, shaped
 
 COLUMNS = tuple(source_columns("series") | source_columns("studies"))
 """Columns of `instances` that its roll-ups need."""
@@ -94,7 +94,7 @@ def _narrow(name: str, rows: pa.Table) -> pa.Table:
     """What `compute` gives, without columns that are null in every row."""
     schema = TABLES[name].schema
     if not len(rows):
-        return schema.empty_table()
+        return empty(schema)
     found = grouped(rows, description(name))
     if name == "studies":
         found = found.append_column("patient_key", pa.array(_patient_keys(found), pa.string()))

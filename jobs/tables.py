@@ -6,6 +6,7 @@ version it has not seen fails instead of landing on top of it (see docs/decision
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -25,7 +26,7 @@ from sphere.conf.private import make_private
 from sphere.conf.settings import Settings
 from sphere.ingest.storage import open_storage
 from sphere.jobs.keys import KeyFiles
-from sphere.jobs.lookup import files, find, open_parquet, shaped
+from sphere.jobs.lookup import empty, files, find, open_parquet, shaped
 from sphere.jobs.merge import Merge
 from sphere.jobs.parquet import ROW_GROUP, FileWriter, NewFile
 from sphere.jobs.wholes import Wholes
@@ -82,6 +83,8 @@ class Tables:
         becomes as of now where nobody but us committed since. Whoever holds it from before another's commit keeps that
         version, so that what is committed onto it is refused.
         """
+        if name not in self._kept and self._is_nowhere(name):
+            return None
         try:
             table = self._gone_on_with(name) or DeltaTable(self.url(name))
         except TableNotFoundError:
@@ -90,6 +93,11 @@ class Tables:
             raise CatalogError(f"{self.url(name)} cannot be read: {' '.join(str(error).split())}") from None
         self._kept[name] = table
         return table
+
+    def _is_nowhere(self, name: str) -> bool:
+        """Whether nothing was ever written to a table for sure: a local disk tells at once."""
+        parts = urlsplit(self.url(name))
+        return parts.scheme == "file" and not Path(unquote(parts.path), "_delta_log").exists()
 
     def _gone_on_with(self, name: str) -> DeltaTable | None:
         """The table that was opened before, as of now; None where there is none, or another process committed."""
@@ -132,7 +140,7 @@ class Tables:
         self, name: str, columns: Sequence[str], *, key: str, values: Iterable[str], at: DeltaTable | None
     ) -> pa.Table:
         """`columns` of the rows of a table whose column `key` has one of `values`; no row where there is no table."""
-        nothing = pa.schema([TABLES[name].schema.field(column) for column in columns]).empty_table()
+        nothing = empty(pa.schema([TABLES[name].schema.field(column) for column in columns]))
         return pa.concat_tables([nothing, *(self.pieces(name, columns, key=key, values=values, at=at) if at else ())])
 
     def find_to_merge(self, name: str, values: Iterable[str], *, at: DeltaTable | None) -> pa.Table:
@@ -216,7 +224,8 @@ class Tables:
             rows = pa.Table.from_pylist(list(rows), schema=schema)
         if not len(rows) and not gone:
             return None
-        coming = Merge(rows.select(schema.names).cast(schema), pa.Table.from_pylist(list(gone), schema=schema), key)
+        leaving = pa.Table.from_pylist(list(gone), schema=pa.schema([schema.field(column) for column in key]))
+        coming = Merge(rows.select(schema.names).cast(schema), leaving, key)
         table = onto or self.current(name)
         anew = self._placed(name, table, coming) if table else _Anew()
         result = pa.concat_tables([*anew.joined, coming.rest()]).sort_by([(column, "ascending") for column in key])
@@ -291,8 +300,8 @@ class Tables:
             if onto is None:
                 self._make(name, added, mark)
             else:
-                schema, commit = TABLES[name].schema, _commit(mark)
-                onto.create_write_transaction([*added, *leaving], "append", schema, commit_properties=commit)
+                commit = _commit(mark)
+                onto.create_write_transaction([*added, *leaving], "append", _schema(name), commit_properties=commit)
         except CommitFailedError as error:
             raise _overtaken(name) from error
         except DeltaError as error:
@@ -314,7 +323,7 @@ class Tables:
     def _make(self, name: str, files: list[AddAction], mark: tuple[str, int] | None) -> None:
         create_table_with_add_actions(
             self.url(name),
-            Schema.from_arrow(TABLES[name].schema),
+            _schema(name),
             files,
             configuration=_properties(name),
             commit_properties=_commit(mark),
@@ -354,6 +363,12 @@ class _Files:
 def file_rows(name: str) -> int:
     """Rows of a file of the table at most, where a merge writes it."""
     return _FILE_ROWS.get(name, FILE_ROWS)
+
+
+@functools.cache
+def _schema(name: str) -> Schema:
+    """A table's columns as delta-rs has them."""
+    return Schema.from_arrow(TABLES[name].schema)
 
 
 def _properties(name: str) -> dict[str, str | None]:

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from sphere.catalog.schema import TABLES
 from sphere.ingest.storage.base import Storage
-from sphere.jobs.lookup import said_columns, shaped
+from sphere.jobs.lookup import empty, said_columns, shaped
 
 ABREAST = 2
 """Files that are worked on at once, by threads: Arrow's work is done without Python's lock."""
@@ -64,7 +64,7 @@ class Wholes:
                 self._keep(name, path, rows)
             return shaped(found, schema)
 
-        return pa.concat_tables([schema.empty_table(), *self.abreast(matching, paths)])
+        return pa.concat_tables([empty(schema), *self.abreast(matching, paths)])
 
     def take(self, name: str, path: str) -> pa.Table:
         """What a file says, with its key columns: columns that are null in every row are left out."""

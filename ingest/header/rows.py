@@ -30,6 +30,8 @@ _FIXED: Final[dict[str, _Source]] = {
     "dataset": lambda header, record: header.dataset,
 }
 
+_KNOWN = {column.keyword for column in COLUMNS} | _FIXED.keys()
+
 
 class RowBuilder:
     """Collects headers with their journal records and turns them into record batches of columns of `schema`.
@@ -41,12 +43,12 @@ class RowBuilder:
     """
 
     def __init__(self, schema: pa.Schema, *, always: Collection[str] | None = None) -> None:
-        known = {column.keyword for column in COLUMNS} | _FIXED.keys()
-        strange = [name for name in schema.names if name not in known]
+        self._names: list[str] = schema.names
+        strange = [name for name in self._names if name not in _KNOWN]
         if strange:
             raise ValueError(f"no attribute and no fixed column: {', '.join(strange)}")
         self.schema = schema
-        self._always = frozenset(schema.names if always is None else {*always, *_FIXED})
+        self._always = frozenset(self._names if always is None else {*always, *_FIXED})
         self._headers: list[Header] = []
         self._records: list[MemberRecord] = []
         self._nulls: dict[str, pa.Array] = {}
@@ -66,7 +68,7 @@ class RowBuilder:
         """All rows collected, which are then forgotten."""
         rows = [header.values for header in self._headers]
         touched = set[str]().union(*rows)
-        schema = pa.schema([field for field in self.schema if field.name in touched or field.name in self._always])
+        schema = pa.schema([self.schema.field(name) for name in self._names if name in touched or name in self._always])
         arrays = [self._array(field, rows, touched) for field in schema]
         self._headers, self._records, self.nbytes = [], [], 0
         return pa.RecordBatch.from_arrays(arrays, schema=schema)
