@@ -7,7 +7,7 @@ EXIT ?=
 PORT ?= 0
 LANES := -n 4 --dist loadgroup --no-loadscope-reorder  # workers, which wait much; who runs what: tests/support/lanes.py
 
-.PHONY: bench-growth bench-files bench-matching help demo viewer test lint unit bench bench-landing bench-policy bench-retrieve bench-query bench-web fuzz hdfs setup clean
+.PHONY: test-long bench-growth bench-files bench-matching help demo viewer test lint unit bench bench-landing bench-policy bench-retrieve bench-query bench-web fuzz hdfs setup clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 16
@@ -25,6 +25,9 @@ test: $(VENV)/.ready-test ## set up, then every check and test (SPHERE_REQUIRE_A
 	($(BIN)/python -m compileall -q sphere tests/support tests/bench; $(BIN)/python -m pytest --collect-only -q >/dev/null) & \
 	$(MAKE) --no-print-directory lint; lint=$$?; wait $$tools && wait && exit $$lint
 	$(BIN)/python -m pytest $(LANES) $(PYTEST)
+
+test-long: export SPHERE_TEST_EXAMPLES ?= 10
+test-long: test ## the same with 10 times as many generated examples, others with each run
 
 unit: $(VENV)/.ready-test ## the tests that need neither Java nor servers of others
 	$(BIN)/python -m pytest $(LANES) -m unit $(PYTEST)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pydicom
 import pytest
+import requests
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.errors import Unsatisfiable
@@ -23,6 +25,7 @@ from sphere.catalog.cohorts import Cohorts
 from sphere.ingest.header import identify
 from sphere.ingest.storage import open_storage
 from sphere.scp.web.tokens import Tokens
+from tests.support.examples import LONG, examples
 from tests.support.extracted import extract
 from tests.support.landing import archive, changed, land, new_member
 from tests.support.web import Web, serving_web
@@ -32,7 +35,9 @@ pytestmark = pytest.mark.unit
 FILE = Path(pydicom.__file__).parent / "data" / "test_files" / "CT_small.dcm"
 HIDDEN = "UNGRANTED-41"
 PROBLEM = "application/problem+json"
-EXAMPLES = 15  # of each operation and of each of the two ways
+EXAMPLES = 8  # of each operation, of each of the two ways and with each kind of UIDs, beside the plain one
+ANNOTATION = "0" * 32
+BURNED_IN = ("annotation", "query")  # of /rendered: no annotation, but what of the patient and the technique it shows
 READY = "/readyz"  # 503 with a body of its own while no `sphere serve` runs, as it is described
 CHECKS = [status_code_conformance, content_type_conformance]
 
@@ -53,67 +58,135 @@ def web(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Web]:
         yield running
 
 
-def the_known(data: bytes = b"") -> dict[str, str]:
-    """Parameters that name what is there, or an instance."""
-    data = data or FILE.read_bytes()
+def the_other() -> bytes:
+    """An instance of which nothing is to be told."""
+    said = dict.fromkeys(("PatientID", "PatientName", "StudyDescription", "AccessionNumber", "StationName"), HIDDEN)
+    uids = {"StudyInstanceUID": "2.25.41", "SeriesInstanceUID": "2.25.41.1", "SOPInstanceUID": "2.25.41.1.1"}
+    return changed(FILE.read_bytes(), **said, **uids)
+
+
+def the_known(data: bytes) -> dict[str, str]:
+    """Parameters that name an instance, and an annotation of which each server knows what stands for it."""
     one = identify(data, size=len(data))
     return {"study": one.StudyInstanceUID, "series": one.SeriesInstanceUID, "instance": one.SOPInstanceUID,
             "frames": "1", "studyUID": one.StudyInstanceUID, "seriesUID": one.SeriesInstanceUID,
-            "objectUID": one.SOPInstanceUID, "requestType": "WADO", "uid": one.StudyInstanceUID}  # fmt: skip
+            "objectUID": one.SOPInstanceUID, "requestType": "WADO", "uid": one.StudyInstanceUID,
+            "annotation": ANNOTATION}  # fmt: skip
 
 
-def operations(web: Web, known: dict[str, str]) -> Iterator[Any]:
-    """Those of the document, some of their parameters with the `known` values alone."""
-    root = web.url.removesuffix("/dicom-web")
-    document = web.client.get(f"{root}/openapi.json").json()
-    for operation in (one for methods in document["paths"].values() for one in methods.values()):
-        for parameter in operation["parameters"]:
-            if parameter["name"] in known:
-                parameter |= {"schema": {"const": known[parameter["name"]]}, "required": True}
-    schema = schemathesis.openapi.from_dict(document, config=SchemathesisConfig.from_dict({}))
-    schema.config.update(base_url=root)
-    for result in schema.get_all_operations():
-        yield result.ok()
+KNOWN = {"granted": the_known(FILE.read_bytes()), "other": the_known(the_other()), "any": {}}
+"""By whose they are, what the cases name."""
 
 
-def statuses_of(
-    operation: Any,
-    mode: GenerationMode = GenerationMode.POSITIVE,
-    token: str = "",
-    look: Callable[[Any], None] = lambda response: None,
-    examples: int = EXAMPLES,
-) -> list[int]:
-    """What the operation answers, to who shows the token; fails where it is not what is described, an error of the
-    server, or no problem. `look` is called with each response."""
-    found = []
-    shown = {"Authorization": f"Bearer {token}"} if token else {}
+class Drawn:
+    """Every operation, and cases of it, which are drawn once and asked of every server and by every role: drawing one
+    takes longer than asking it."""
+
+    def __init__(self, document: dict[str, Any]) -> None:
+        self._document = document
+        self._cases: dict[tuple[str, GenerationMode], list[tuple[Any, list[Any]]]] = {}
+
+    def cases(self, whose: str, mode: GenerationMode) -> list[tuple[Any, list[Any]]]:
+        """EXAMPLES of each operation, some parameters with the values of KNOWN alone, the first with nothing else; none
+        where there can be none, as all data are as they should be where nothing is described."""
+        if (whose, mode) not in self._cases:
+            several = self._cases[whose, mode] = []
+            for one in self._operations(KNOWN[whose]):
+                first = plain(one, KNOWN[whose]) if mode == GenerationMode.POSITIVE else []
+                several.append((one, first + drawn(one, mode)))
+        return self._cases[whose, mode]
+
+    def _operations(self, known: dict[str, str]) -> Iterator[Any]:
+        document = copy.deepcopy(self._document)
+        for operation in (one for methods in document["paths"].values() for one in methods.values()):
+            for parameter in operation["parameters"]:
+                if parameter["name"] in known and (parameter["name"], parameter["in"]) != BURNED_IN:
+                    parameter |= {"schema": {"const": known[parameter["name"]]}, "required": True}
+        schema = schemathesis.openapi.from_dict(document, config=SchemathesisConfig.from_dict({}))
+        schema.config.update(base_url="http://127.0.0.1")
+        for result in schema.get_all_operations():
+            yield result.ok()
+
+
+def plain(operation: Any, known: dict[str, str]) -> list[Any]:
+    """The case with nothing but what names something, where that is enough to ask it."""
+    named = {(one.name, one.definition["in"]) for one in operation.iter_parameters()} - {BURNED_IN}
+    if operation.method != "get" or any(where == "path" and name not in known for name, where in named):
+        return []
+    inside = {place: {name: known[name] for name, where in named if where == place and name in known}
+              for place in ("path", "query")}  # fmt: skip
+    return [operation.Case(path_parameters=inside["path"], query=inside["query"])]
+
+
+def drawn(operation: Any, mode: GenerationMode) -> list[Any]:
+    """The cases; always the same, but for `make test-long`."""
+    found: list[Any] = []
 
     @given(operation.as_strategy(generation_mode=mode))
-    @settings(max_examples=examples, derandomize=True, database=None, deadline=None, phases=[Phase.generate],
-              suppress_health_check=list(HealthCheck))  # fmt: skip
-    def ask(case: Any) -> None:
-        in_parts = str(case.media_type).startswith("multipart/related")
-        headers = {"Content-Type": f"{case.media_type}; boundary=B"} if in_parts else {}
-        response = case.call(headers=headers | shown, timeout=30)
-        look(response)
-        found.append(response.status_code)
-        checks = CHECKS if case.path == READY else [*CHECKS, not_a_server_error]
-        case.validate_response(response, checks=checks)
-        if PROBLEM in response.headers.get("content-type", []):
-            assert response.json()["status"] == response.status_code
-            assert response.json()["detail"]
-        elif case.path != READY:
-            assert response.status_code < 400 or response.status_code == 409  # STOW-RS tells of each instance
+    @settings(max_examples=examples(EXAMPLES), derandomize=not LONG, database=None, deadline=None,
+              phases=[Phase.generate], suppress_health_check=list(HealthCheck))  # fmt: skip
+    def draw(case: Any) -> None:
+        found.append(case)
 
-    with suppress(Unsatisfiable):  # all data are as they should be where nothing is described
-        ask()
+    with suppress(Unsatisfiable):
+        draw()
     return found
 
 
+@pytest.fixture(scope="module")
+def drawing(web: Web) -> Drawn:
+    return Drawn(web.client.get(f"{root_of(web)}/openapi.json").json())
+
+
+def root_of(web: Web) -> str:
+    return web.url.removesuffix("/dicom-web")
+
+
+def statuses_of(
+    web: Web,
+    cases: Iterable[Any],
+    token: str = "",
+    look: Callable[[Any], None] = lambda response: None,
+    annotation: str = "",
+) -> list[int]:
+    """What the cases of an operation are answered, to who shows the token; fails where it is not what is described, an
+    error of the server, or no problem. `look` is called with each response, `annotation` is the one that is known."""
+    found = []
+    shown = {"Authorization": f"Bearer {token}"} if token else {}
+    with requests.Session() as session:
+        for case in cases:
+            in_parts = str(case.media_type).startswith("multipart/related")
+            headers = {"Content-Type": f"{case.media_type}; boundary=B"} if in_parts else {}
+            with known(case.path_parameters, annotation):
+                response = case.call(base_url=root_of(web), session=session, headers=headers | shown, timeout=30)
+            look(response)
+            found.append(response.status_code)
+            checks = CHECKS if case.path == READY else [*CHECKS, not_a_server_error]
+            case.validate_response(response, checks=checks)
+            if PROBLEM in response.headers.get("content-type", []):
+                assert response.json()["status"] == response.status_code
+                assert response.json()["detail"]
+            elif case.path != READY:
+                assert response.status_code < 400 or response.status_code == 409  # STOW-RS tells of each instance
+    return found
+
+
+@contextmanager
+def known(parameters: dict[str, Any], annotation: str) -> Iterator[None]:
+    """With an annotation that is there, where its place is asked for."""
+    asked = parameters.get("annotation")
+    if annotation and asked == ANNOTATION:
+        parameters["annotation"] = annotation
+    yield
+    if asked is not None:
+        parameters["annotation"] = asked
+
+
 @pytest.mark.parametrize("there", [True, False])
-def test_every_operation_answers_as_it_is_described(web: Web, there: bool) -> None:
+def test_every_operation_answers_as_it_is_described(web: Web, drawing: Drawn, there: bool) -> None:
     """With UIDs of what is there, and with any."""
-    asked = {operation.label: statuses_of(operation) for operation in operations(web, the_known() if there else {})}
+    several = drawing.cases("granted" if there else "any", GenerationMode.POSITIVE)
+    asked = {operation.label: statuses_of(web, cases) for operation, cases in several}
     assert len(asked) > 40 and all(asked.values())
     failed = {name for name, statuses in asked.items() if min(statuses) >= 400 and name.startswith("GET /dicom-web")}
     if there:
@@ -138,14 +211,11 @@ class Parts:
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Parts]:
     settings = archive(tmp_path_factory.mktemp("parts"))
-    data = FILE.read_bytes()
-    said = dict.fromkeys(("PatientID", "PatientName", "StudyDescription", "AccessionNumber", "StationName"), HIDDEN)
-    uids = {"StudyInstanceUID": "2.25.41", "SeriesInstanceUID": "2.25.41.1", "SOPInstanceUID": "2.25.41.1.1"}
-    hidden = changed(data, **said, **uids)
+    data, hidden = FILE.read_bytes(), the_other()
     land(settings, [new_member(data), new_member(hidden)])
     extract(settings)
     storage = open_storage(settings.storage.root)
-    one, other = the_known(), the_known(hidden)
+    one, other = the_known(data), the_known(hidden)
     Cohorts(storage).create("mine", "study", [one["study"]], "test")
     tokens = Tokens(storage)
     made = {"reader": tokens.create("r", "reader", None)}
@@ -163,9 +233,9 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Parts]:
     ("role", "whose"),
     [("reader", "granted"), ("researcher", "granted"), ("researcher", "other"), ("researcher", "any")],
 )
-def test_every_operation_as_reader_and_researcher(parts: Parts, role: str, whose: str) -> None:
+def test_every_operation_as_reader_and_researcher(parts: Parts, drawing: Drawn, role: str, whose: str) -> None:
     """As it is described, and nothing of what is not granted: with UIDs of it, of what is granted, and with any."""
-    known = {"granted": parts.granted, "other": parts.other, "any": {}}[whose]
+    annotation = {"granted": parts.granted["annotation"], "other": parts.other["annotation"]}.get(whose, "")
     before = parts.web.get("/instances?count=true&includefield=all").content
     looked, answered = 0, 0
 
@@ -181,8 +251,8 @@ def test_every_operation_as_reader_and_researcher(parts: Parts, role: str, whose
             assert HIDDEN.encode() not in told, asked
 
     for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE):
-        for operation in operations(parts.web, known):
-            statuses = statuses_of(operation, mode, parts.tokens[role], look, examples=EXAMPLES // 2)
+        for operation, cases in drawing.cases(whose, mode):
+            statuses = statuses_of(parts.web, cases, parts.tokens[role], look, annotation)
             name = operation.label
             if mode == GenerationMode.POSITIVE and not name.startswith("GET"):
                 assert set(statuses) <= ({200} if name.startswith("OPTIONS") else {400, 403, 404}), name
@@ -195,11 +265,11 @@ def test_every_operation_as_reader_and_researcher(parts: Parts, role: str, whose
 
 
 @pytest.mark.parametrize("there", [True, False])
-def test_what_is_not_as_described_is_refused_or_stood(web: Web, there: bool) -> None:
+def test_what_is_not_as_described_is_refused_or_stood(web: Web, drawing: Drawn, there: bool) -> None:
     """Wrong types and values, and what is missing: never an error of the server, and nothing changes."""
-    known = the_known() if there else {}
     before = web.get("/instances?count=true&includefield=all").content
-    found = {one.label: statuses_of(one, GenerationMode.NEGATIVE) for one in operations(web, known)}
+    several = drawing.cases("granted" if there else "any", GenerationMode.NEGATIVE)
+    found = {operation.label: statuses_of(web, cases) for operation, cases in several}
     wrong = {name: statuses for name, statuses in found.items() if "{" in name and statuses}
     assert len(wrong) > 25
     if not there:
