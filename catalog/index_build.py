@@ -126,7 +126,7 @@ def build_refresh(
     if affected:
         files = FileMap.read(db, ("base", "main"))
         _replace(db, files, touched, sorted(affected), instances, rows, grant)
-    _copy_table(db, "bundles", snapshots["bundles"])
+    _copy_table(db, "bundles", snapshots["bundles"], in_transaction=True)
     Note.of(snapshots, settled=True, base=base).write(db)
     db.commit()
 
@@ -212,7 +212,9 @@ def _roll_up_granted(db: duckdb.DuckDBPyConnection, instances: Snapshot | None, 
         db.execute(f"DROP TABLE {name}")
 
 
-def _copy_table(db: duckdb.DuckDBPyConnection, name: str, snapshot: Snapshot | None) -> None:
+def _copy_table(
+    db: duckdb.DuckDBPyConnection, name: str, snapshot: Snapshot | None, *, in_transaction: bool = False
+) -> None:
     """The rows of a roll-up or of `bundles`, sorted by key; columns that say nothing come last.
 
     DuckDB carries every column through a sort, those without a value too, and writes many of them with one thread only:
@@ -230,10 +232,30 @@ def _copy_table(db: duckdb.DuckDBPyConnection, name: str, snapshot: Snapshot | N
     listed = ", ".join(map(selected, filled))
     order = ", ".join(f'"{key}"' for key in table.key)
     db.execute(f"CREATE TABLE {name} AS SELECT {listed} FROM {source} ORDER BY {order}", values)
-    if others := ", ".join(selected(column) for column in table.schema.names if column not in filled):
-        for column, kind, *_ in db.execute(f"DESCRIBE SELECT {others} FROM empty").fetchall():
-            db.execute(f'ALTER TABLE {name} ADD COLUMN "{column}" {kind}')
+    others = [column for column in table.schema.names if column not in filled]
+    if others and not in_transaction:
+        db.begin()  # else each column is a commit, and waits for the disk
+    for column, kind in (kept for one in others for kept in _kinds(db, name)[one]):
+        db.execute(f'ALTER TABLE {name} ADD COLUMN "{column}" {kind}')
+    if others and not in_transaction:
+        db.commit()
     db.unregister("empty")
+
+
+_KINDS: dict[str, dict[str, list[tuple[str, str]]]] = {}
+
+
+def _kinds(db: duckdb.DuckDBPyConnection, name: str) -> dict[str, list[tuple[str, str]]]:
+    """The columns of an index, with their types, that each column of a table becomes. Planned once: it takes some
+    milliseconds."""
+    if name not in _KINDS:
+        names = TABLES[name].schema.names
+        listed = ", ".join(map(selected, names))
+        found: dict[str, list[tuple[str, str]]] = {}
+        for column, kind, *_ in db.execute(f"DESCRIBE SELECT {listed} FROM empty").fetchall():
+            found.setdefault(column.removesuffix(NAME_SUFFIX), []).append((column, kind))
+        _KINDS[name] = found
+    return _KINDS[name]
 
 
 def _with_values(db: duckdb.DuckDBPyConnection, files: Sequence[str]) -> set[str]:

@@ -9,7 +9,7 @@ import functools
 import threading
 from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import duckdb
@@ -51,7 +51,7 @@ class Note:
     def write(self, db: duckdb.DuckDBPyConnection) -> None:
         """Write it down in a database that has none."""
         db.execute("CREATE TABLE made (note VARCHAR)")
-        db.execute("INSERT INTO made VALUES (?)", [orjson.dumps(asdict(self)).decode()])
+        db.execute("INSERT INTO made VALUES (?)", [orjson.dumps(self).decode()])
 
     @classmethod
     def read(cls, db: duckdb.DuckDBPyConnection, source: str) -> Note:

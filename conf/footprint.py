@@ -17,7 +17,9 @@ from typing import Final
 
 from sphere.conf.settings import Settings
 
-OPTIONAL: Final = ("gdcm", "pylibjpeg", "jpeg_ls", "PIL", "pandas", "pyarrow._s3fs")
+OPTIONAL: Final = (
+    "gdcm", "pylibjpeg", "libjpeg", "openjpeg", "rle", "jpeg_ls", "PIL", "pandas", "pyarrow._s3fs",
+)  # fmt: skip
 """Modules that pydicom and pyarrow load where they are installed, and do without: a receiver decodes no pixels
 (that is done by processes of their own) and makes no data frames."""
 HTTP: Final = "requests"  # pydicom's, to download its test files; ours for WebHDFS

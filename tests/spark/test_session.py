@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import os
 import signal
 import subprocess
 import sys
@@ -40,6 +41,17 @@ def test_tables_are_views_as_of_now(spark: SparkSession, tmp_path: Path) -> None
     run(spark, settings)
     register_tables(spark, settings)
     assert spark.sql(counted).collect()[0]["n"] == 3
+
+
+def test_a_catalog_of_its_own_is_closed_to_others(spark: SparkSession, tmp_path: Path) -> None:
+    settings = archive(tmp_path, catalog={"root": "file:tables/here"})
+    land(settings, [new_member(one) for one in slices(1)])
+    before = os.umask(0o022)
+    try:
+        run(spark, settings)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "tables" / "here").stat().st_mode & 0o777 == 0o750
 
 
 def test_tables_that_are_not_there_are_unknown(spark: SparkSession, tmp_path: Path) -> None:

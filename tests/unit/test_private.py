@@ -71,13 +71,6 @@ def test_in_python_the_folders_keep_others_out(tmp_path: Path) -> None:
         assert closed or path.is_dir(), path
 
 
-def test_a_catalog_of_its_own_is_closed_too(tmp_path: Path) -> None:
-    settings = archive(tmp_path, catalog={"root": "file:tables/here"})
-    land(settings, [new_member(one) for one in slices(1)])
-    Archive(settings).extract()
-    assert (tmp_path / "tables" / "here").stat().st_mode & 0o777 == 0o750
-
-
 def test_folders_that_others_may_look_into_are_named(tmp_path: Path) -> None:
     """As an archive of before has them; nobody changes their rights unasked."""
     for folder in (tmp_path, *tmp_path.parents[:1]):
