@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from pydicom.uid import UID
@@ -69,15 +69,21 @@ class Handlers:
         association.tally["echoes"] += 1
         yield Response(SUCCESS if message.context.abstract_syntax == contexts.VERIFICATION else CLASS_NOT_SUPPORTED)
 
+    def begun(self) -> Mapping[int, Callable[[Message, Association], object]]:
+        """As of Acceptor."""
+        return {C_STORE_RQ: begin_store}
+
     def on_store(self, message: Message, association: Association) -> Iterable[Response]:
-        """C-STORE (PS3.7 9.1.1). No generator: it is at work in an association's other half of the time."""
-        sop_class = message.command.get("AffectedSOPClassUID", "")
-        if not (contexts.is_storage(message.context.abstract_syntax) and contexts.is_storage(sop_class)):
-            return (Response(CLASS_NOT_SUPPORTED),)
-        if message.dataset is None or "AffectedSOPInstanceUID" not in message.command:
-            return (Response(CANNOT_UNDERSTAND, _told("a data set and its instance UID are needed")),)
+        """C-STORE (PS3.7 9.1.1)."""
+        request = message.ready or begin_store(message, association)
+        if not isinstance(request, StoreRequest):
+            assert isinstance(request, Response)
+            return (request,)
+        assert message.dataset is not None
         started, size = time.monotonic(), message.dataset.size
-        answer = self._store.land(_store_request(message, association))
+        request.dataset, request.size = message.dataset.content(), size
+        request.sha256, request.problem = message.dataset.sha256, message.dataset.error
+        answer = self._store.land(request)
         kept = answer.status in (SUCCESS, MISMATCH)
         association.tally["stored"] += kept
         association.tally["warned"] += answer.status == MISMATCH
@@ -156,22 +162,25 @@ def _guarded(service: Service, right: Right) -> Service:
     return serve
 
 
-def _store_request(message: Message, association: Association) -> StoreRequest:
-    assert message.dataset is not None
+def begin_store(message: Message, association: Association) -> StoreRequest | Response:
+    """What a C-STORE-RQ asks for, as far as its command says it; the answer, where it cannot be done."""
+    sop_class = message.command.get("AffectedSOPClassUID", "")
+    if not (contexts.is_storage(message.context.abstract_syntax) and contexts.is_storage(sop_class)):
+        return Response(CLASS_NOT_SUPPORTED)
+    if message.dataset is None or "AffectedSOPInstanceUID" not in message.command:
+        return Response(CANNOT_UNDERSTAND, _told("a data set and its instance UID are needed"))
     return StoreRequest(
-        AffectedSOPClassUID=message.command.get("AffectedSOPClassUID", ""),
+        AffectedSOPClassUID=sop_class,
         AffectedSOPInstanceUID=message.command["AffectedSOPInstanceUID"],
         TransferSyntaxUID=message.context.transfer_syntax,
-        dataset=message.dataset.content(),
-        size=message.dataset.size,
-        sha256=message.dataset.sha256,
+        dataset=b"",
+        size=0,
         calling_ae=association.calling,
         called_ae=association.called,
         sender=association.id,
         address=association.address,
-        problem=message.dataset.error,
         abstract_syntax=message.context.abstract_syntax,
-    )
+    ).made_ready()
 
 
 def _find_request(message: Message, association: Association) -> FindRequest:

@@ -128,6 +128,7 @@ def listen(settings: Settings, handlers: Handlers) -> Server:
     dimse = settings.dimse
     acceptor = Acceptor(
         services=handlers.services(),
+        begun=handlers.begun(),
         admit=handlers.admit,
         places=threading.BoundedSemaphore(dimse.max_associations),
         max_pdu=dimse.max_pdu,

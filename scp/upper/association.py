@@ -63,6 +63,8 @@ class Acceptor:
     """What every association of a receiver shares. Seconds: 0 is no limit."""
 
     services: Mapping[int, Service]  # by the command field of their request
+    begun: Mapping[int, Callable[[Message, Association], object]] = field(default_factory=dict)
+    """By command field, what makes `Message.ready`; it never raises."""
     admit: Callable[[Proposal, str], Admission]  # raises Rejection; gets the proposal and the peer's address
     places: threading.BoundedSemaphore  # of associations at once
     max_pdu: int  # bytes that we take in a P-DATA-TF PDU
@@ -243,7 +245,7 @@ class Association:
             raise Rejection(*protocol.LOCAL_LIMIT_EXCEEDED)
         self._agreement = self._acceptor.agreements.on(proposal, max_pdu=self._acceptor.max_pdu)
         limits = self._admission.limits
-        self._inbox = Inbox(self._connection, self._agreement.contexts, limits)
+        self._inbox = Inbox(self._connection, self._agreement.contexts, limits, begun=self._begun)
         within_s = self._within_s = limits.message_s
         self._asking = Asking(self._connection, self._inbox, max_pdu=self._agreement.max_pdu, within_s=within_s)
         self._connection.begin()
@@ -263,6 +265,16 @@ class Association:
                     raise self._over
         finally:
             self._inbox.close()
+
+    def _begun(self, message: Message) -> None:
+        """Its data set is still to come: what can be made of the command alone costs no time now."""
+        command = message.command
+        if command["CommandField"] == dimse.C_STORE_RQ and "MessageID" in command:
+            encoded = dimse.encoded_response(command, 0x0000)
+            parts = protocol.p_data(message.context.id, encoded, b"", max_pdu=self._agreement.max_pdu)
+            message.success = b"".join(parts)
+        if (begun := self._acceptor.begun.get(command["CommandField"])) is not None:
+            message.ready = begun(message, self)
 
     def _take(self, message: Message) -> None:
         """A message that came while a request is being served."""
@@ -300,12 +312,13 @@ class Association:
 
     def _encoded(self, message: Message, response: Response, heads: dict[int, bytes]) -> bytes:
         """The PDUs of a response; `heads` keeps command sets that are repeated, by their status."""
+        if message.success and not (response.status or response.elements or response.dataset):
+            return message.success
         context, max_pdu = message.context.id, self._agreement.max_pdu
         head = heads.get(response.status) if response.dataset and not response.elements else None
         if head is None:
             more = {**response.elements, "CommandDataSetType": 0x0000} if response.dataset else response.elements
-            ready = b"" if response.status or more else message.success
-            command = ready or dimse.encoded_response(message.command, response.status, **more)
+            command = dimse.encoded_response(message.command, response.status, **more)
             head = b"".join(protocol.p_data(context, command, b"", max_pdu=max_pdu))
             if response.dataset and not response.elements:
                 heads[response.status] = head

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from pydicom.uid import UID
 
 from sphere.scp.upper import protocol
-from sphere.scp.upper.command import C_STORE_RQ, NO_DATA_SET, Command, CommandError, decode, encoded_response
+from sphere.scp.upper.command import NO_DATA_SET, Command, CommandError, decode
 from sphere.scp.upper.connection import Connection
 from sphere.scp.upper.dataset import MAX_FRAGMENTS, ArrivingDataSet
 from sphere.scp.upper.protocol import PDV_HEADER, Aborted, Released, Violation
@@ -33,13 +33,15 @@ class Context:
 class Message:
     """A whole DIMSE message; `dataset` is None where the command set says that none follows.
 
-    `success` is the command set of the response 0000H to a C-STORE-RQ, made while its data set was still to come.
+    What is made of a request while its data set is still to come: `success`, the response 0000H to a C-STORE-RQ as it
+    is sent, and `ready`, of the service.
     """
 
     context: Context
     command: Command
     dataset: ArrivingDataSet | None = None
     success: bytes = b""
+    ready: object = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,10 +55,18 @@ class Limits:
 
 
 class Inbox:
-    """The messages of one association, in order."""
+    """The messages of one association, in order; `begun` is told of each whose data set is still to come."""
 
-    def __init__(self, connection: Connection, contexts: Mapping[int, Context], limits: Limits) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        contexts: Mapping[int, Context],
+        limits: Limits,
+        *,
+        begun: Callable[[Message], None] = lambda _: None,
+    ) -> None:
         self._connection = connection
+        self._begun = begun
         self._contexts = contexts
         self._limits = limits
         self._body = memoryview(b"")  # of the last P-DATA-TF PDU, from _at on not yet looked at
@@ -154,9 +164,8 @@ class Inbox:
         if command["CommandDataSetType"] == NO_DATA_SET:
             return self._complete()
         self._message.dataset = ArrivingDataSet(self._limits.folder)
-        if command["CommandField"] == C_STORE_RQ and "MessageID" in command:
-            self._message.success = encoded_response(command, 0x0000)
         self._give_up = math.inf
+        self._begun(self._message)
         return None
 
     def _data(self, data: memoryview, control: int) -> Message | None:
