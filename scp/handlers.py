@@ -71,11 +71,32 @@ class Handlers:
 
     def begun(self) -> Mapping[int, Callable[[Message, Association], object]]:
         """As of Acceptor."""
-        return {C_STORE_RQ: begin_store}
+        return {C_STORE_RQ: self.begin_store}
+
+    def begin_store(self, message: Message, association: Association) -> StoreRequest | Response:
+        """What a C-STORE-RQ asks for, as far as its command says it; the answer, where it cannot be done."""
+        sop_class = message.command.get("AffectedSOPClassUID", "")
+        if not (contexts.is_storage(message.context.abstract_syntax) and contexts.is_storage(sop_class)):
+            return Response(CLASS_NOT_SUPPORTED)
+        if message.dataset is None or "AffectedSOPInstanceUID" not in message.command:
+            return Response(CANNOT_UNDERSTAND, _told("a data set and its instance UID are needed"))
+        request = StoreRequest(
+            AffectedSOPClassUID=sop_class,
+            AffectedSOPInstanceUID=message.command["AffectedSOPInstanceUID"],
+            TransferSyntaxUID=message.context.transfer_syntax,
+            dataset=b"",
+            size=0,
+            calling_ae=association.calling,
+            called_ae=association.called,
+            sender=association.id,
+            address=association.address,
+            abstract_syntax=message.context.abstract_syntax,
+        )
+        return self._store.begin(request)
 
     def on_store(self, message: Message, association: Association) -> Iterable[Response]:
         """C-STORE (PS3.7 9.1.1)."""
-        request = message.ready or begin_store(message, association)
+        request = message.ready or self.begin_store(message, association)
         if not isinstance(request, StoreRequest):
             assert isinstance(request, Response)
             return (request,)
@@ -160,27 +181,6 @@ def _guarded(service: Service, right: Right) -> Service:
         return (Response(NOT_AUTHORIZED, _told(f"not authorized to {right}")),)
 
     return serve
-
-
-def begin_store(message: Message, association: Association) -> StoreRequest | Response:
-    """What a C-STORE-RQ asks for, as far as its command says it; the answer, where it cannot be done."""
-    sop_class = message.command.get("AffectedSOPClassUID", "")
-    if not (contexts.is_storage(message.context.abstract_syntax) and contexts.is_storage(sop_class)):
-        return Response(CLASS_NOT_SUPPORTED)
-    if message.dataset is None or "AffectedSOPInstanceUID" not in message.command:
-        return Response(CANNOT_UNDERSTAND, _told("a data set and its instance UID are needed"))
-    return StoreRequest(
-        AffectedSOPClassUID=sop_class,
-        AffectedSOPInstanceUID=message.command["AffectedSOPInstanceUID"],
-        TransferSyntaxUID=message.context.transfer_syntax,
-        dataset=b"",
-        size=0,
-        calling_ae=association.calling,
-        called_ae=association.called,
-        sender=association.id,
-        address=association.address,
-        abstract_syntax=message.context.abstract_syntax,
-    ).made_ready()
 
 
 def _find_request(message: Message, association: Association) -> FindRequest:

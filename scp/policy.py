@@ -79,15 +79,22 @@ class Policy:
         self._max_header = settings.extract.max_header_mib << 20
         self._local = threading.local()
 
-    def admit(self, member: NewMember, *, via: Via, called_ae: str = "", address: str = "") -> NewMember:
+    def was_deleted(self, sop_instance_uid: str) -> bool:
+        """Whether the instance was deleted here."""
+        return self._deleted.holds(sop_instance_uid)
+
+    def admit(
+        self, member: NewMember, *, via: Via, called_ae: str = "", address: str = "", not_deleted: bool = False
+    ) -> NewMember:
         """The member with the collections that the rules give it.
 
         Rules are taken in their order: each that matches adds its collections, the first that accepts or rejects ends
-        it. What was deleted is not let in. Raises Refused, and StorageError where its waiting file cannot be read.
+        it. What was deleted is not let in; `not_deleted`: that was looked at just now. Raises Refused, and StorageError
+        where its waiting file cannot be read.
         """
         if called_ae in self._snapshots:
             raise Refused(f"{called_ae} is a snapshot of the catalog and takes no instances")
-        if self._deleted.holds(member.SOPInstanceUID):
+        if not not_deleted and self.was_deleted(member.SOPInstanceUID):
             raise Refused("this instance was deleted here (sphere undelete brings it back)")
         if not self._rules:
             return member

@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import struct
 import threading
+import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
+from math import inf
 
 from sphere.catalog.known import KnownInstances, OnceWriter, Writer
 from sphere.conf.errors import SphereError
@@ -26,6 +28,7 @@ OUT_OF_RESOURCES = 0xA700  # PS3.4 Table B.2-1
 MISMATCH = 0xB007  # warning: data set does not match SOP class (PS3.4 Table B.2-1)
 PROCESSING_FAILURE = 0x0110  # PS3.7 C.5.9
 PREFIXES = (1 << 16, 1 << 23)  # bytes given to the header reader to find the UIDs: first, and if that is too little
+LOOK_S = 1.0  # seconds that a data set may take to come after its command, or deletions are looked at again
 MAX_COMMENT = 64  # characters of an Error Comment, LO (PS3.7 Table E.2-1)
 
 _threads = threading.local()  # of each, its Identifier
@@ -53,13 +56,7 @@ class StoreRequest:
     preamble: bytes = b""  # what came before the data set, to be kept; b"": made from the UIDs (PS3.10 7.1)
     origin: str = ""  # where it came from; "": from the calling AE title
     abstract_syntax: str = ""  # of its presentation context; "": there was none
-
-    def made_ready(self) -> StoreRequest:
-        """Itself, with all that can be made of it without its data set."""
-        self.origin = self.origin or f"dimse:{self.calling_ae}@{self.address}"
-        with suppress(struct.error):  # a UID of 64 KiB: it is refused when it is landed
-            self.preamble = self.preamble or self.meta()
-        return self
+    not_deleted_at: float = -inf  # monotonic time of a look that said so
 
     def meta(self) -> bytes:
         """What is put before its data set (PS3.10 7.1)."""
@@ -99,6 +96,15 @@ class StoreService:
         self._policy = policy
         self._once = OnceWriter(writer, known, on_conflict) if known is not None else None
 
+    def begin(self, request: StoreRequest) -> StoreRequest:
+        """Itself, with all that can be made of it while its data set is still to come."""
+        request.origin = request.origin or f"dimse:{request.calling_ae}@{request.address}"
+        with suppress(struct.error):  # a UID of 64 KiB: it is refused when it is landed
+            request.preamble = request.preamble or request.meta()
+        if self._policy is not None and not self._policy.was_deleted(request.AffectedSOPInstanceUID):
+            request.not_deleted_at = time.monotonic()
+        return request
+
     def land(self, request: StoreRequest) -> StoreAnswer:
         """Store the bytes as they came; never raises.
 
@@ -113,7 +119,11 @@ class StoreService:
             member = _member(request, found)
             if self._policy is not None:
                 member = self._policy.admit(
-                    member, via=request.via, called_ae=request.called_ae, address=request.address
+                    member,
+                    via=request.via,
+                    called_ae=request.called_ae,
+                    address=request.address,
+                    not_deleted=time.monotonic() - request.not_deleted_at < LOOK_S,
                 )
             if self._once is None:
                 self._writer.store(member)

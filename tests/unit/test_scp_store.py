@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import errno
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from pydicom.dataset import Dataset
 from pydicom.filebase import DicomBytesIO
 from pydicom.filewriter import write_dataset
 
-from sphere.conf.errors import StorageFull
+from sphere.conf.errors import Refused, StorageFull
 from sphere.conf.settings import from_dict
 from sphere.ingest.bundle import FileRange, NewMember
 from sphere.ingest.part10 import read_file_meta
 from sphere.ingest.records import MemberRecord
 from sphere.scp.policy import Policy
 from sphere.scp.store import (
+    LOOK_S,
     MISMATCH,
     OUT_OF_RESOURCES,
     PROCESSING_FAILURE,
@@ -112,6 +113,36 @@ def test_a_presentation_context_of_another_class_is_a_warning() -> None:
     assert len(answer.comment) <= 64
     assert StoreService(writer).land(request(encoded(), abstract_syntax=CT)).status == SUCCESS
     assert [member.SOPClassUID for member in writer.members] == [CT, CT]
+
+
+class FakePolicy:
+    """Says who is deleted, and counts how often it was asked."""
+
+    def __init__(self, *, deleted: bool) -> None:
+        self.deleted, self.asked = deleted, 0
+
+    def was_deleted(self, uid: str) -> bool:
+        self.asked += 1
+        return self.deleted
+
+    def admit(self, member: NewMember, *, not_deleted: bool, **_: Any) -> NewMember:
+        if not not_deleted and self.was_deleted(member.SOPInstanceUID):
+            raise Refused("deleted")
+        return member
+
+
+@pytest.mark.parametrize("deleted", [False, True])
+def test_deletions_are_looked_at_when_a_request_begins_and_again_where_its_data_set_takes_long(deleted: bool) -> None:
+    writer, policy = FakeWriter(), FakePolicy(deleted=deleted)
+    service = StoreService(writer, cast("Policy", policy))
+    begun = service.begin(request(encoded()))
+    assert service.land(begun).status == (0x0124 if deleted else SUCCESS)
+    assert policy.asked == (2 if deleted else 1)
+    late = service.begin(request(encoded()))
+    late.not_deleted_at -= LOOK_S
+    policy.deleted = True
+    assert service.land(late).status == 0x0124
+    assert len(writer.members) == (not deleted)
 
 
 def test_uids_behind_long_elements_are_found() -> None:
