@@ -6,7 +6,6 @@ version it has not seen fails instead of landing on top of it (see docs/decision
 
 from __future__ import annotations
 
-import functools
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,15 +15,16 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pyarrow as pa
-from deltalake import CommitProperties, DeltaTable, Field, QueryBuilder, Schema, Transaction
-from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
-from deltalake.transaction import AddAction, RemoveAction, create_table_with_add_actions
+from deltalake import CommitProperties, DeltaTable, Field, QueryBuilder, Transaction
+from deltalake.exceptions import CommitFailedError, TableNotFoundError
+from deltalake.transaction import AddAction, RemoveAction
 
 from sphere.catalog.schema import TABLES
 from sphere.conf.errors import CatalogError, JobFailed
 from sphere.conf.private import make_private
 from sphere.conf.settings import Settings
 from sphere.ingest.storage import open_storage
+from sphere.jobs.commits import Overtaken, commit, delta_schema, is_plain
 from sphere.jobs.keys import KeyFiles
 from sphere.jobs.lookup import empty, files, find, open_parquet, shaped
 from sphere.jobs.merge import Merge
@@ -293,23 +293,19 @@ class Tables:
 
         Raises JobFailed where the table is no longer as in `onto`.
         """
-        added = [AddAction(file.path, file.size, {}, file.modified_ms, True, file.stats) for file in files]
-        now = int(time.time() * 1000)
-        leaving = [RemoveAction(path, True, now, size, {}) for path, size in (removed or {}).items()]
+        removed = removed or {}
         try:
             if onto is None:
-                self._make(name, added, mark)
+                commit(self._storage, name, 0, files, removed, mark=mark, properties=_properties(name))
+                self._checked.add(name)
+            elif is_plain(onto, removed):
+                commit(self._storage, name, onto.version() + 1, files, removed, mark=mark)
             else:
-                commit = _commit(mark)
-                onto.create_write_transaction([*added, *leaving], "append", _schema(name), commit_properties=commit)
-        except CommitFailedError as error:
-            raise _overtaken(name) from error
-        except DeltaError as error:
-            if onto is None and self.open(name) is not None:
-                raise _overtaken(name) from error
-            raise
+                _commit(onto, name, files, removed, mark)
+        except (Overtaken, CommitFailedError) as error:
+            raise JobFailed(f"table {name} was changed by another process meanwhile; run the job again") from error
         if onto is not None:
-            self._note(name, onto, files, removed or {})
+            self._note(name, onto, files, removed)
 
     def _note(self, name: str, onto: DeltaTable, files: Sequence[NewFile], removed: Mapping[str, int]) -> None:
         """Remember what the table is after a commit of ours onto `onto`."""
@@ -319,16 +315,6 @@ class Tables:
         if known is not None and known.table is onto and known.version == onto.version():
             left = {path: size for path, size in known.sizes.items() if path not in removed}
             self._files[name] = _Files(onto, version, left | {file.path: file.size for file in files})
-
-    def _make(self, name: str, files: list[AddAction], mark: tuple[str, int] | None) -> None:
-        create_table_with_add_actions(
-            self.url(name),
-            _schema(name),
-            files,
-            configuration=_properties(name),
-            commit_properties=_commit(mark),
-        )
-        self._checked.add(name)
 
 
 @dataclass(slots=True)
@@ -363,12 +349,6 @@ class _Files:
 def file_rows(name: str) -> int:
     """Rows of a file of the table at most, where a merge writes it."""
     return _FILE_ROWS.get(name, FILE_ROWS)
-
-
-@functools.cache
-def _schema(name: str) -> Schema:
-    """A table's columns as delta-rs has them."""
-    return Schema.from_arrow(TABLES[name].schema)
 
 
 def _properties(name: str) -> dict[str, str | None]:
@@ -412,13 +392,15 @@ def _plain(type_: pa.DataType) -> pa.DataType:
     return pa.string() if type_ == pa.string_view() else type_
 
 
-def _commit(mark: tuple[str, int] | None) -> CommitProperties:
-    """No retry: the commit is for the version after the one that was read, or not at all."""
-    return CommitProperties(max_commit_retries=0, app_transactions=[Transaction(*mark)] if mark else None)
-
-
-def _overtaken(name: str) -> JobFailed:
-    return JobFailed(f"table {name} was changed by another process meanwhile; run the job again")
+def _commit(
+    onto: DeltaTable, name: str, files: Sequence[NewFile], removed: Mapping[str, int], mark: tuple[str, int] | None
+) -> None:
+    """A commit by delta-rs. No retry: it is for the version after the one that was read, or not at all."""
+    now = int(time.time() * 1000)
+    actions = [AddAction(file.path, file.size, {}, file.modified_ms, True, file.stats) for file in files]
+    actions += [RemoveAction(path, True, now, size, {}) for path, size in removed.items()]
+    told = CommitProperties(max_commit_retries=0, app_transactions=[Transaction(*mark)] if mark else None)
+    onto.create_write_transaction(actions, "append", delta_schema(name), commit_properties=told)
 
 
 def _extended(table: DeltaTable, name: str, wanted: pa.Schema) -> DeltaTable:
