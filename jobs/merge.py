@@ -39,8 +39,10 @@ class Merge:
         return self._numbered[0].combine_chunks()
 
     def rest(self) -> pa.Table:
-        """The rows that came into no file."""
-        return self._rows.filter(pa.array(~self._placed))
+        """The rows that came into no file, with their keys and the columns in which some row says something."""
+        says = [name for name in self._rows.column_names if self._rows[name].null_count < len(self._rows)]
+        rows = self._rows.select(list(dict.fromkeys((*self._key, *says))))
+        return rows.filter(pa.array(~self._placed)) if self._placed.any() else rows
 
     def others(self, keys: pa.Table) -> pa.BooleanArray:
         """Which rows of a file, of which these are the keys, have none of ours."""

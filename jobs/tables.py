@@ -225,11 +225,13 @@ class Tables:
         if not len(rows) and not gone:
             return None
         leaving = pa.Table.from_pylist(list(gone), schema=pa.schema([schema.field(column) for column in key]))
-        coming = Merge(rows.select(schema.names).cast(schema), leaving, key)
+        if rows.schema != schema:
+            rows = rows.select(schema.names).cast(schema)
+        coming = Merge(rows, leaving, key)
         table = onto or self.current(name)
         anew = self._placed(name, table, coming) if table else _Anew()
-        result = pa.concat_tables([*anew.joined, coming.rest()]).sort_by([(column, "ascending") for column in key])
-        anew.files += self._write(name, result)
+        result = pa.concat_tables([*anew.joined, coming.rest()], promote_options="default")
+        anew.files += self._write(name, result.sort_by([(column, "ascending") for column in key]))
         return Prepared(name, table, anew)
 
     def put(self, prepared: Prepared | None, *, mark: tuple[str, int] | None = None) -> None:
