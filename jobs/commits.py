@@ -90,7 +90,7 @@ def _info(now: int, version: int) -> _Action:
 
 def _made(name: str, now: int, properties: Mapping[str, str | None]) -> list[_Action]:
     needed = _WRITER if properties.get("delta.enableChangeDataFeed") == "true" else 2
-    described = {
+    described: _Action = {
         "id": str(uuid.uuid4()),
         "name": None,
         "description": None,

@@ -38,6 +38,7 @@ _QUIET = {
     "spark.ui.showConsoleProgress": "false",
     "spark.log.level": "ERROR",
     "spark.sql.debug.maxToStringFields": "20",  # of the hundreds of columns, in plans and messages
+    "spark.sql.ui.explainMode": "simple",  # each job's plan is described for a page that nobody sees
 }
 _DATA = {
     "spark.sql.session.timeZone": "UTC",

@@ -399,7 +399,9 @@ def _commit(
 ) -> None:
     """A commit by delta-rs. No retry: it is for the version after the one that was read, or not at all."""
     now = int(time.time() * 1000)
-    actions = [AddAction(file.path, file.size, {}, file.modified_ms, True, file.stats) for file in files]
+    actions: list[AddAction | RemoveAction] = [
+        AddAction(file.path, file.size, {}, file.modified_ms, True, file.stats) for file in files
+    ]
     actions += [RemoveAction(path, True, now, size, {}) for path, size in removed.items()]
     told = CommitProperties(max_commit_retries=0, app_transactions=[Transaction(*mark)] if mark else None)
     onto.create_write_transaction(actions, "append", delta_schema(name), commit_properties=told)
