@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+from pynetdicom import _config as of_pynetdicom
 
 from sphere.conf.settings import Settings, from_dict
 from tests.support.browser import browsed, browser, page
@@ -17,6 +18,9 @@ pytest_plugins = ["tests.support.lanes"]
 
 # one cluster and one Spark for all tests of a process; what pages are tested with
 __all__ = ["browsed", "browser", "expendable_hdfs_cluster", "hdfs_cluster", "page", "spark"]
+
+# Nobody reads what pynetdicom would log of identifiers, which took most of the time of its clients.
+of_pynetdicom.LOG_REQUEST_IDENTIFIERS = of_pynetdicom.LOG_RESPONSE_IDENTIFIERS = False
 
 CORPUS = Path(os.environ.get("SPHERE_TEST_CORPUS") or Path(__file__).parent.parent / "../shared/data/dicom")
 

@@ -9,17 +9,18 @@ import warnings
 
 import atheris
 
-with atheris.instrument_imports(include=["sphere.ingest", "sphere.catalog", "sphere.scp"]):
-    from tests.fuzz.targets import TARGETS, TRACED
+from tests.fuzz.targets import TRACED, target
 
 
 def main() -> None:
     """Fuzz until libFuzzer ends the process."""
+    with atheris.instrument_imports(include=["sphere.ingest", "sphere.catalog", "sphere.scp"]):
+        run = target(sys.argv[1])
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)
     if sys.argv[1] in TRACED:
         tracemalloc.start()  # once: each start and stop leaves 8 KiB behind
-    atheris.Setup([sys.argv[0], *sys.argv[2:]], TARGETS[sys.argv[1]])
+    atheris.Setup([sys.argv[0], *sys.argv[2:]], run)
     atheris.Fuzz()
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from tests.fuzz.__main__ import CORPUS, NAMES, fuzz
 from tests.fuzz.seeds import SEEDS
-from tests.fuzz.targets import TARGETS
+from tests.fuzz.targets import MODULES, target
 
 SECONDS = 60  # of all targets together
 CORPUS_SIZE = 300_000  # bytes
@@ -45,10 +45,10 @@ def test_memory_of_who_starts_it_is_not_counted() -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("path", sorted(CORPUS.glob("*/*")), ids=lambda path: f"{path.parent.name}-{path.name}")
 def test_what_is_in_the_corpus(path: Path) -> None:
-    TARGETS[path.parent.name](path.read_bytes())
+    target(path.parent.name)(path.read_bytes())
 
 
 @pytest.mark.unit
 def test_the_corpus_is_small_and_every_target_has_one() -> None:
-    assert set(TARGETS) == set(SEEDS) == set(NAMES) == {path.name for path in CORPUS.iterdir()}
+    assert set(MODULES) == set(SEEDS) == set(NAMES) == {path.name for path in CORPUS.iterdir()}
     assert sum(path.stat().st_size for path in CORPUS.glob("*/*")) < CORPUS_SIZE

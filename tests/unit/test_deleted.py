@@ -21,6 +21,7 @@ from sphere.catalog.tombstones import Tombstones, open_tombstones
 from sphere.conf.errors import CatalogError, StorageError
 from sphere.conf.settings import Settings
 from sphere.ingest.storage.local import LocalStorage
+from tests.support.examples import examples
 from tests.support.extracted import extract
 from tests.support.landing import archive, changed, land, new_member, slices
 from tests.unit.test_recent import POOL, everything
@@ -59,7 +60,7 @@ def graves(settings: Settings) -> Iterator[Tombstones]:
 
 
 @pytest.mark.parametrize("policy", ["keep-first", "replace"])
-@effort(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck))
+@effort(max_examples=examples(3), deadline=None, suppress_health_check=list(HealthCheck))
 @given(steps=st.lists(STEPS, min_size=2, max_size=10))
 def test_answers_are_those_of_an_archive_without_it(
     policy: Literal["keep-first", "replace"], steps: list[tuple[int, int, str]]

@@ -31,6 +31,7 @@ from sphere.conf.settings import Settings
 from sphere.scp import client
 from sphere.scp.find import PENDING, FindAnswer, FindRequest, FindService
 from sphere.scp.web.search_request import parse_search
+from tests.support.examples import examples
 from tests.support.extracted import extract
 from tests.support.landing import archive, land, new_member, slices
 from tests.support.receiver import running_receiver
@@ -371,7 +372,7 @@ def held(seed: int, several: list[Asked]) -> None:
             held_to_the_reference(doors, asked)
 
 
-@settings(parent=PROFILE, max_examples=3)
+@settings(parent=PROFILE, max_examples=examples(3))
 @given(seed=SEEDS, several=st.lists(queries(), min_size=20, max_size=30))
 def test_every_door_gives_the_answer_of_the_reference(seed: int, several: list[Asked]) -> None:
     held(seed, several)
@@ -419,7 +420,7 @@ FUZZY_PATIENTS = st.lists(st.sampled_from(HEARD[:-1]), max_size=3).map(
 )
 
 
-@settings(parent=PROFILE, max_examples=2)
+@settings(parent=PROFILE, max_examples=examples(2))
 @given(seed=SEEDS, several=st.lists(FUZZY | FUZZY_PATIENTS, min_size=25, max_size=35))
 def test_fuzzy_names_at_every_door(seed: int, several: list[Asked]) -> None:
     """Person names by their sound, held to a plain evaluation too."""

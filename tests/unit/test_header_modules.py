@@ -79,7 +79,8 @@ def _has_values(keyword: str) -> bool:
 
 
 ATTRIBUTES = _table("module_attribute_map")
-MODULES = sorted({module["key"] for iod in IODS for module in _table("iod_module_map")[iod]})
+_MODULES_OF = _table("iod_module_map")
+MODULES = sorted({module["key"] for iod in IODS for module in _MODULES_OF[iod]})
 
 
 def test_the_modules_are_those_that_are_meant() -> None:

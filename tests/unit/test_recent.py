@@ -23,6 +23,7 @@ from sphere.ingest.records import MemberRecord
 from sphere.ingest.storage import open_storage
 from sphere.ingest.storage.local import LocalStorage
 from tests.support import catalog
+from tests.support.examples import examples
 from tests.support.extracted import extract
 from tests.support.headers import packaged_files
 from tests.support.landing import changed, new_member, slices
@@ -100,7 +101,7 @@ STORES = st.tuples(
 
 
 @pytest.mark.parametrize("policy", ["keep-first", "replace"])
-@effort(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
+@effort(max_examples=examples(4), deadline=None, suppress_health_check=list(HealthCheck))
 @given(stores=st.lists(STORES, min_size=1, max_size=8))
 def test_answers_are_those_after_extraction(
     policy: Literal["keep-first", "replace"], stores: list[tuple[int, int, int, str]]

@@ -5,6 +5,7 @@ More of each kind is tested where the code is: bodies of STOW-RS, annotations, s
 
 from __future__ import annotations
 
+import functools
 import gzip
 import io
 import select
@@ -63,6 +64,7 @@ def related(kind: str, boundary: str = "B") -> dict[str, str]:
     return {"content-type": f'multipart/related; type="{kind}"; boundary={boundary}'}
 
 
+@functools.cache
 def zipped(size: int) -> bytes:
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as file:

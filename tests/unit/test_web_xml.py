@@ -26,6 +26,7 @@ from sphere.scp.web.native_xml import native_model
 from sphere.scp.web.native_xml_in import read_xml
 from sphere.scp.web.problem import WebError
 from tests.support.dicom_tools import run_tool
+from tests.support.examples import examples
 from tests.support.samples import sendable_files
 
 pytestmark = pytest.mark.unit
@@ -211,7 +212,7 @@ TAGS = st.sampled_from(["00100020", "00091001", "00090010", "00090001", "0009000
         max_size=6,
     )
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 def test_whatever_comes_makes_a_file_or_is_refused(rows: list[tuple[str, ...]]) -> None:
     header = read(
         *(

@@ -16,6 +16,7 @@ from sphere.catalog.fuzzy import FuzzyName
 from sphere.catalog.match import PersonName, Test, WildCard, fold, normal_name
 from sphere.catalog.match_parse import MAX_PATTERN, PLAIN, Rules, parse_values
 from sphere.catalog.wild import Wild
+from tests.support.examples import examples
 
 pytestmark = pytest.mark.unit
 
@@ -33,7 +34,7 @@ def test_the_sides_of_a_pattern_do_not_overlap() -> None:
 
 
 @given(pattern=PATTERNS, text=TEXTS)
-@settings(max_examples=2000)
+@settings(max_examples=examples(500))
 @example("*?a*", "ba")
 def test_a_pattern_means_its_regular_expression(pattern: str, text: str) -> None:
     signs = {"*": ".*", "?": "."}
@@ -42,7 +43,7 @@ def test_a_pattern_means_its_regular_expression(pattern: str, text: str) -> None
 
 
 @given(key=NAME_KEYS, name=NAMES)
-@settings(max_examples=2000)
+@settings(max_examples=examples(500))
 @example("a^*^*", "a")
 @example("^*", "")
 @example("*=a", "b=a=c")
@@ -74,13 +75,13 @@ def _old_group(group: str) -> str:
 
 
 @given(name=st.text("aAÄß^= ", max_size=14))
-@settings(max_examples=1000)
+@settings(max_examples=examples(300))
 def test_a_normal_name_means_its_regular_expressions(name: str) -> None:
     assert normal_name(name) == _old_normal_name(name)
 
 
 @given(key=HEARD, name=SOUNDED)
-@settings(max_examples=3000, deadline=None)
+@settings(max_examples=examples(600), deadline=None)
 @example("s", "ß\u0301s")
 def test_a_fuzzy_name_means_the_expressions_of_its_words(key: str, name: str) -> None:
     test = FuzzyName.parse(key)
