@@ -37,6 +37,8 @@ class AsStored:
             text = (self.text.encode() if self.raw is None else self.raw).decode("latin-1")
         elif self.raw is not None and not self.said and (vr in NUMBERS or vr == "AT"):
             text = binary_text(self.raw, vr, "<")
+        elif not vr and self.raw and not self.raw.strip(b"\0"):  # a number, most likely, which nothing absent is
+            text = None
         return None if text is None else _tests(text, vr or "UN", self.rules)
 
 

@@ -89,9 +89,14 @@ def take_private(found: dict[str, Any], header: Header, wanted: Iterable[Attribu
     """Add the private attributes that `header` has a value of and `found` has not, in the blocks of `wanted`."""
     for tag, creator in wanted:
         element = header.get(f"{tag_in(header, tag, creator):08X}")
-        if element and f"{tag:08X}" not in found and ("InlineBinary" in element or (element.get("Value") or [None])[0]):
+        if element and f"{tag:08X}" not in found and _has_value(element):
             found[f"{tag:08X}"] = element
             found[f"{tag >> 16:04X}00{tag >> 8 & 0xFF:02X}"] = {"vr": "LO", "Value": [creator]}
+
+
+def _has_value(element: Mapping[str, Any]) -> bool:
+    """Whether an element has a first value, which may be 0."""
+    return "InlineBinary" in element or (element.get("Value") or [None])[0] not in (None, "", {})
 
 
 def _studies(cursor: duckdb.DuckDBPyConnection, level: Level, keys: Sequence[Row]) -> list[str]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import struct
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pydicom
@@ -286,6 +287,25 @@ def test_a_number_of_zero_bytes_is_no_universal_key(doors: Doors) -> None:
     for queries in doors.several.values():
         found = by_find(queries, "IMAGE", identifier("IMAGE", keys, explicit=False), explicit=False)
         assert not set(found) & set(holders(lambda vr: vr in ("US", "SS", "UL", "SL", "FD", "FL", "SV", "UV")))
+
+
+def test_zero_is_a_value(tmp_path: Path) -> None:
+    """Of a private attribute, at every level, and in implicit VR not that of what is absent."""
+    settings, tag = archive(tmp_path), GROUP << 16 | 0x1001
+    creator = {GROUP << 16 | 0x10: ("LO", CREATOR.encode())}
+    for number, value in enumerate([b"\0\0", b"\7\0", b""]):
+        land(settings, [new_member(stored(number, {**creator, **({tag: ("US", value)} if value else {})}))])
+    extract(settings)
+    files = settings.catalog.model_copy(update={"mode": "files", "scan_workers": 0})
+    for one in (settings, settings.model_copy(update={"catalog": files})):
+        with open_queries(one) as queries:
+            for level in LEVELS:
+                query = Query.build(level, {f"{tag:08X},{CREATOR}": "0"}, return_keys=("StudyInstanceUID",))
+                assert ask(queries, query) == ["8.0.1"], level
+                keys = {GROUP << 16 | 0x10: ("LO", CREATOR.encode()), tag: ("US", b"\0\0")}
+                for explicit in (True, False):
+                    found = by_find(queries, level, identifier(level, keys, explicit=explicit), explicit=explicit)
+                    assert found == ["8.0.1"], (level, explicit)
 
 
 PADDING = 0x00280120
