@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+import numpy as np
 import pyarrow as pa
 
 from sphere.catalog.cancel import Cancelled
@@ -21,7 +22,7 @@ from sphere.catalog.match import TRAILING_ONLY_VRS, DateRange, Empty, Exact, Per
 from sphere.catalog.match_header import column_value, moment_holds
 from sphere.catalog.overlay import Touched
 from sphere.catalog.plan import Columns, Plan, make_plan
-from sphere.catalog.predicate import IN_HEADERS, Compare, Moment, Node
+from sphere.catalog.predicate import IN_HEADERS, Compare, Moment, Node, Predicate
 from sphere.catalog.query import Key, Model, Query
 from sphere.catalog.rows import KEYS, Rows, RowStore, kept
 from sphere.catalog.schema import BY_KEYWORD, Level
@@ -64,6 +65,7 @@ class Lookup:
     conditions: tuple[_Condition, ...]
     candidates: Rows
     values: tuple[str, ...] | None
+    below: tuple[_Condition, ...] = ()
 
     def concerns(self, touched: Touched) -> bool:
         """Whether the overlay may hold what is asked for, which it does only with one of the values."""
@@ -76,7 +78,8 @@ class Lookup:
         for start in range(0, len(self.candidates), PAGE):
             if cancelled():
                 return
-            rows = self._matching(self.candidates[start : start + PAGE])
+            rows = _matching(self.store, table, self.candidates[start : start + PAGE], self.conditions)
+            rows = self._having(rows) if self.below else rows
             read = _Reader(self.store, table, rows)
             keys = list(zip(*(read.values(_at_home(f"{table}.{name}")) for name in order), strict=True))
             columns = [read.values(name) for _, name in self.selected]
@@ -86,15 +89,35 @@ class Lookup:
                 if key[0] not in dropped:
                     yield key, dict(zip(tags, values, strict=True)), number <= last
 
-    def _matching(self, rows: Rows) -> Rows:
-        for names, node in self.conditions:
-            if not len(rows):
-                break
-            read = _Reader(self.store, _OF_LEVEL[self.level], rows)
-            values = zip(*(read.values(name) for name in names), strict=True)
-            holding = [at for at, found in enumerate(values) if _holds(node, found)]
-            rows = rows if len(holding) == len(rows) else rows[holding]
-        return rows
+    def _having(self, rows: Rows) -> Rows:
+        """Those of some patients or studies that have a study, and a series in it, for which `below` holds."""
+        studies = self.store.studies_of(rows) if self.level == "PATIENT" else rows  # found by their PatientID
+        of_series = [one for one in self.below if _table_of(one) == "series"]
+        found = _matching(self.store, "studies", studies, [one for one in self.below if one not in of_series])
+        if of_series:
+            series = _matching(self.store, "series", self.store.series_of(found), of_series)
+            found = np.unique(self.store.study_of(series))
+        if self.level == "STUDY":
+            return found
+        known = set(self.store.tables["studies"].values("patient_key", found))
+        keys = self.store.tables["patients"].values("patient_key", rows)
+        return rows[[key in known for key in keys]] if len(rows) else rows
+
+
+def _matching(store: RowStore, table: str, rows: Rows, conditions: Sequence[_Condition]) -> Rows:
+    """Those of some rows of a table for which every condition holds."""
+    for names, node in conditions:
+        if not len(rows):
+            break
+        read = _Reader(store, table, rows)
+        values = zip(*(read.values(name) for name in names), strict=True)
+        holding = [at for at, found in enumerate(values) if _holds(node, found)]
+        rows = rows if len(holding) == len(rows) else rows[holding]
+    return rows
+
+
+def _table_of(condition: _Condition) -> str:
+    return condition[0][0].partition(".")[0]
 
 
 class _Reader:
@@ -131,14 +154,14 @@ def look_up(query: Query, store: RowStore, instance_columns: frozenset[str]) -> 
     shape = _shape(query.level, query.model, asked, instance_columns)
     if shape is None:
         return None
-    conditions = _conditions(query)
-    if conditions is None:
+    conditions, below = _conditions(query), _conditions_below(query, store)
+    if conditions is None or below is None:
         return None
     found = _candidates(query.level, conditions, store)
     if found is None:
         return None
     candidates, values = found
-    return Lookup(store, query.level, shape[0], shape[1], tuple(conditions), candidates, values)
+    return Lookup(store, query.level, shape[0], shape[1], tuple(conditions), candidates, values, tuple(below))
 
 
 def studies_of(query: Query, store: RowStore) -> Rows | None:
@@ -267,9 +290,18 @@ def _kept_at(level: Level, keyword: str) -> str | None:
 
 def _conditions(query: Query, *, partly: bool = False) -> list[_Condition] | None:
     """What the query asks, with the columns that answer it; None where one is not kept, unless `partly` will do."""
-    level: Level = "SERIES" if query.level == "IMAGE" else query.level
+    return _kept_conditions("SERIES" if query.level == "IMAGE" else query.level, query.predicate(), partly=partly)
+
+
+def _conditions_below(query: Query, store: RowStore) -> list[_Condition] | None:
+    """What the query asks of studies below patients, and series below studies; None where that is DuckDB's."""
+    nodes = query.below()
+    return _kept_conditions("SERIES", nodes) if store.has_series or not nodes else None
+
+
+def _kept_conditions(level: Level, nodes: Predicate, *, partly: bool = False) -> list[_Condition] | None:
     conditions: list[_Condition] = []
-    for node in query.predicate():
+    for node in nodes:
         names = tuple([_kept_at(level, word) for word in _keywords(node)])
         if not isinstance(node, IN_HEADERS) and None not in names:
             conditions.append((cast("tuple[str, ...]", names), node))

@@ -13,7 +13,7 @@ from typing import Any
 from sphere.catalog.match import TRAILING_ONLY_VRS, Empty
 from sphere.catalog.match_header import moment_holds
 from sphere.catalog.plan import OFFSET, Columns, answered_keys
-from sphere.catalog.predicate import IN_HEADERS, Compare, Moment, Node
+from sphere.catalog.predicate import IN_HEADERS, Compare, Moment, Node, Predicate
 from sphere.catalog.query import ANSWERED, Key, Query
 from sphere.catalog.schema import BY_KEYWORD, TABLES, level_of
 from sphere.catalog.zones import DATE_OF, PAIRS, dated, moved
@@ -27,7 +27,7 @@ INSTANCE_COLUMNS = frozenset(TABLES["instances"].schema.names)
 @dataclass(frozen=True)
 class Question:
     """A query taken apart by the table that each part needs: `nodes` and `selected` by alias, `rest` and `header_keys`
-    for headers. Goes from process to process."""
+    for headers, and `below` by alias what is asked of lower levels. Goes from process to process."""
 
     query: Query
     keys: tuple[Key, ...]
@@ -35,6 +35,7 @@ class Question:
     selected: Mapping[str, tuple[Key, ...]]
     rest: tuple[Node, ...]
     header_keys: tuple[Key, ...]
+    below: Mapping[str, tuple[Node, ...]]
 
     @property
     def needs_header(self) -> bool:
@@ -49,6 +50,10 @@ class Question:
         """Whether everything that is asked of one table holds for a row of it."""
         return all(node_holds(node, row, self.query.timezone) for node in self.nodes.get(alias, ()))
 
+    def holds_below(self, alias: str, row: Row) -> bool:
+        """Whether everything that is asked of one table for the sake of a level above holds for a row of it."""
+        return all(node_holds(node, row, self.query.timezone) for node in self.below.get(alias, ()))
+
     def values(self, alias: str, row: Row) -> dict[int, Any]:
         """The values of the keys that one table answers, by tag."""
         return {key.tag: value_of(row, key.keyword, self.query.timezone) for key in self.selected.get(alias, ())}
@@ -57,16 +62,8 @@ class Question:
 def take_apart(query: Query) -> Question:
     """Say where each part of a query is answered."""
     columns = Columns(query.level, INSTANCE_COLUMNS)
-    nodes: dict[str, tuple[Node, ...]] = {}
-    rest: list[Node] = []
-    for node in query.predicate():
-        alias = None
-        if not isinstance(node, IN_HEADERS):
-            alias = columns.alias(node.date_keyword if isinstance(node, Moment) else node.keyword)
-        if alias is None:
-            rest.append(node)
-        else:
-            nodes[alias] = (*nodes.get(alias, ()), node)
+    nodes, rest = _by_alias(query.predicate(), columns)
+    below, _ = _by_alias(query.below(), Columns(query.of_lowest().level, INSTANCE_COLUMNS))
     selected: dict[str, tuple[Key, ...]] = {}
     header_keys: list[Key] = []
     keys = answered_keys(query)
@@ -76,7 +73,22 @@ def take_apart(query: Query) -> Question:
             selected[alias] = (*selected.get(alias, ()), key)
         elif level_of(key.keyword) in (None, query.level) and key.keyword not in ANSWERED and not key.is_creator:
             header_keys.append(key)
-    return Question(query, keys, nodes, selected, tuple(rest), tuple(header_keys))
+    return Question(query, keys, nodes, selected, rest, tuple(header_keys), below)
+
+
+def _by_alias(predicate: Predicate, columns: Columns) -> tuple[dict[str, tuple[Node, ...]], tuple[Node, ...]]:
+    """The nodes by the table that answers them, and those that none does."""
+    nodes: dict[str, tuple[Node, ...]] = {}
+    rest: list[Node] = []
+    for node in predicate:
+        alias = None
+        if not isinstance(node, IN_HEADERS):
+            alias = columns.alias(node.date_keyword if isinstance(node, Moment) else node.keyword)
+        if alias is None:
+            rest.append(node)
+        else:
+            nodes[alias] = (*nodes.get(alias, ()), node)
+    return nodes, tuple(rest)
 
 
 def value_of(row: Row, keyword: str, timezone: int | None) -> Any:

@@ -158,17 +158,22 @@ class FileQueries:
     def _rolled(
         self, question: Question, cancelled: Cancelled
     ) -> Iterator[tuple[str, tuple[dict[str, Any], dict[str, Any]]]]:
-        """(patient_key, (row of `patients`, elements of headers)) of every patient."""
+        """(patient_key, (row of `patients`, elements of headers)) of every patient; at PATIENT level of those that have
+        what is asked of lower ones."""
         spec = description("patients")
         folds: dict[str, Fold] = {}
+        having: set[str] = set()  # what is asked of levels below
         elements: dict[str, dict[str, tuple[Order, Any]]] = {}
         for found in self._run(summaries, question, None, cancelled):
             for summary in found:
                 key = summary.row["patient_key"]
                 folds.setdefault(key, Fold(spec)).add({**dict.fromkeys(spec.order), **summary.row})
                 _take_earliest(elements.setdefault(key, {}), summary)
+                if summary.holds_below or question.query.level != "PATIENT":
+                    having.add(key)
         for key, fold in {} if cancelled() else folds.items():
-            yield key, (fold.row((key,)), {name: element for name, (_, element) in elements[key].items()})
+            if key in having:
+                yield key, (fold.row((key,)), {name: element for name, (_, element) in elements[key].items()})
 
     def _studies(self, query: Query) -> list[str] | None:
         """The studies that a query's UIDs leave; None where it names none."""

@@ -14,6 +14,7 @@ from sphere.catalog.predicate import ColumnSql, Compiled, Predicate, compile_sql
 from sphere.catalog.query import ANSWERED, MODEL_LEVELS, Key, Query
 from sphere.catalog.schema import BY_KEYWORD, COMPUTED, LEVELS, TABLES, UNIQUE_KEY, Level, level_of
 from sphere.catalog.zones import DATE_OF, PAIRS, dated_sql, moved_sql
+from sphere.conf.errors import QueryError
 
 OFFSET = "TimezoneOffsetFromUTC"
 _TABLE_OF: dict[str, str] = {"p": "patients", "t": "studies", "s": "series"}
@@ -117,6 +118,24 @@ def column_sql(alias: str, keyword: str) -> ColumnSql:
 
 
 @dataclass(frozen=True)
+class Below:
+    """What a relational query asks of entities below its level, `lowest` being the lowest of theirs.
+
+    `select` begins a statement that gives what identifies the entities which have such ones (PS3.4 C.4.1.3.2.1).
+    """
+
+    lowest: Level
+    key: str
+    select: str
+    compiled: Compiled
+    of_instances: tuple[str, ...]
+
+    def condition(self, where: tuple[str, ...] = ()) -> str:
+        """The SQL condition that an entity has them; at IMAGE level with INSTANCES in place of the relation."""
+        return f"{self.key} IN ({self.select} WHERE {' AND '.join([*where, self.compiled.where])})"
+
+
+@dataclass(frozen=True)
 class Plan:
     """A query put to an index.
 
@@ -133,6 +152,7 @@ class Plan:
     source: str
     of_instances: tuple[str, ...]
     order: tuple[str, ...] = field(default=())
+    below: Below | None = None
 
     @property
     def rest(self) -> Predicate:
@@ -154,31 +174,32 @@ class Plan:
         """Whether besides no header is needed."""
         return self.has_no_join and not self.header_keys
 
-    def select(self, *, where: tuple[str, ...] = (), in_order: bool = False) -> str:
+    def select(self, *, where: tuple[str, ...] = (), also: tuple[str, ...] = (), in_order: bool = False) -> str:
         """The SQL that gives rows: the columns of `order`, the dataset (at IMAGE level, if needed), `selected`.
+        Conditions of `where` go before those of the plan, of `also` after them.
 
         Of a table whose rows are `in_order` already, the first ones come before the last is found; not so where an
         index of a key may be used.
         """
         header = ['i."dataset"'] if self.needs_header and self.query.level == "IMAGE" else []
         columns = ", ".join([*self.order, *header, *self.expressions])
-        conditions = " AND ".join([*where, self.compiled.where])
+        conditions = " AND ".join([*where, self.compiled.where, *also])
         text = f"SELECT {columns} FROM {self.source} WHERE {conditions}"
         return f"{text} ORDER BY {', '.join(self.order)}" if self.sorts(in_order=in_order) else text
 
     def sorts(self, *, in_order: bool) -> bool:
         """Whether `select` gives a statement that sorts."""
         as_stored = in_order and " " not in self.source.partition(" ")[2] and not self.by_key
-        return not as_stored or self.query.level == "IMAGE"
+        return not as_stored or self.below is not None or self.query.level == "IMAGE"
 
     @property
     def by_key(self) -> bool:
         """Whether a key with an index leaves few rows."""
         return any(isinstance(key.test, Exact) and key.keyword in KEYWORDS_INDEXED for key in self.query.keys)
 
-    def count(self, *, where: tuple[str, ...] = ()) -> str:
+    def count(self, *, where: tuple[str, ...] = (), also: tuple[str, ...] = ()) -> str:
         """The SQL that counts them."""
-        return f"SELECT count(*) FROM {self.source} WHERE {' AND '.join([*where, self.compiled.where])}"
+        return f"SELECT count(*) FROM {self.source} WHERE {' AND '.join([*where, self.compiled.where, *also])}"
 
 
 def make_plan(query: Query, instance_columns: frozenset[str]) -> Plan:
@@ -206,17 +227,56 @@ def make_plan(query: Query, instance_columns: frozenset[str]) -> Plan:
         columns.source(),
         (*columns.of_instances, "dataset"),
         ORDER[query.level],
+        _below(query, instance_columns),
     )
 
 
-def studies_sql(query: Query, limit: int) -> tuple[str, list[Any]] | None:
-    """SQL for the studies that may hold the instances that a query at IMAGE level asks for; None where any may."""
-    columns = Columns("SERIES", frozenset(), query.timezone)
-    compiled = compile_sql(query.predicate(), columns.resolve)
-    if not compiled.conditions:
+def _below(query: Query, instance_columns: frozenset[str]) -> Below | None:
+    """What the query asks of lower levels; raises QueryError where the catalog has no column for it yet."""
+    nodes = query.below()
+    if not nodes:
         return None
-    text = f"SELECT DISTINCT s.StudyInstanceUID FROM {columns.source()} WHERE {compiled.where} LIMIT {limit}"
-    return text, list(compiled.values)
+    lowest = query.of_lowest().level
+    columns = Columns(lowest, instance_columns, query.timezone)
+    compiled = compile_sql(nodes, columns.resolve)
+    if compiled.rest:
+        missing = next(key for key in query.keys_below() if columns.resolve(key.keyword) is None)
+        reason = f"{missing.name} below {query.level}: this catalog has no column of it"
+        raise QueryError(reason, offending=(missing.tag,))
+    key, found = _identity(query.level, lowest)
+    if query.level == "PATIENT":
+        columns.used.add("t")
+    # Of instances there are many for one entity, and a semi-join would hold them all.
+    select = f"SELECT {'DISTINCT ' if lowest == 'IMAGE' else ''}{found} FROM {columns.source()}"
+    return Below(lowest, key, select, compiled, tuple(columns.of_instances))
+
+
+def _identity(level: Level, lowest: Level) -> tuple[str, str]:
+    """What identifies an entity of a level, in a row of its own and in one of an entity below."""
+    if level == "PATIENT":
+        return "p.patient_key", "t.patient_key"
+    names = [name.partition(".")[2] for name in ORDER[level]]
+    row, below = (", ".join(f"{alias}.{name}" for name in names) for alias in (_BASE[level], _BASE[lowest]))
+    return (f"({row})", f"{below}") if len(names) > 1 else (row, below)
+
+
+def studies_sql(query: Query, limit: int) -> tuple[str, list[Any]] | None:
+    """SQL for the studies that may hold the instances that a query asks for at IMAGE level, or below its own; None
+    where any may."""
+    columns = Columns("SERIES", frozenset(), query.timezone)
+    compiled = compile_sql(query.of_lowest().predicate(), columns.resolve)
+    conditions, values = list(compiled.conditions), list(compiled.values)
+    if query.level == "PATIENT":
+        patients = Columns("PATIENT", frozenset(), query.timezone)
+        theirs = compile_sql(query.predicate(), patients.resolve)
+        if theirs.conditions:
+            columns.used.add("t")
+            conditions.append(f"t.patient_key IN (SELECT p.patient_key FROM {patients.source()} WHERE {theirs.where})")
+            values += theirs.values
+    if not conditions:
+        return None
+    where = " AND ".join(conditions)
+    return f"SELECT DISTINCT s.StudyInstanceUID FROM {columns.source()} WHERE {where} LIMIT {limit}", values
 
 
 def answered_keys(query: Query) -> tuple[Key, ...]:

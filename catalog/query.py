@@ -113,8 +113,8 @@ class Query:
     """A question to the query service: entities of `level` that match every key.
 
     `model` says which unique keys the answers carry. A `relational` query may leave out the unique keys above its
-    level (PS3.4 C.4.1.2.2.1). With a `timezone` (minutes east of UTC), dates and times are matched and answered as a
-    clock there shows them (see sphere.catalog.zones).
+    level, and have keys of levels below (PS3.4 C.4.1.2.2.1). With a `timezone` (minutes east of UTC), dates and times
+    are matched and answered as a clock there shows them (see sphere.catalog.zones).
     """
 
     level: Level
@@ -159,14 +159,44 @@ class Query:
         return query
 
     def predicate(self) -> Predicate:
-        """What the keys ask, as nodes that must all hold; not of the keys that the service answers itself."""
-        moments = tuple(self._moments()) if self.combined_datetime else ()
-        taken = {tag for moment in moments for tag in (moment.date_tag, moment.time_tag)}
-        keys = [key for key in self.keys if key.asks and key.tag not in taken and key.keyword not in ANSWERED]
-        return (*(node for key in keys for node in key.nodes()), *moments)
+        """What the keys of the level and those above it ask, as nodes that must all hold; not of the keys that the
+        service answers itself."""
+        return self._nodes([key for key in self.keys if key.asks and not self._is_below(key)])
 
-    def _moments(self) -> Iterable[Moment]:
-        keys = {key.keyword: key for key in self.keys}
+    def below(self) -> Predicate:
+        """What the keys of lower levels ask: that the entity has, say, a series that passes its nodes and, in this very
+        series, an instance that passes the others (PS3.4 C.4.1.3.2.1)."""
+        keys = self.keys_below()
+        return self._nodes(keys) if keys else ()
+
+    def keys_below(self) -> list[Key]:
+        """The keys of lower levels that ask something."""
+        return [key for key in self.keys if key.asks and self._is_below(key) and key.nodes()]
+
+    def of_lowest(self) -> Query:
+        """The query for entities of the lowest level that a key is of: what matches this query has one that matches
+        that. Keys are left out of which two levels may say two things: what is no column's, and attributes of a
+        patient, whose studies may differ."""
+        levels = {level_of(key.keyword) for key in self.keys_below()}
+        lowest = next((level for level in reversed(LEVELS) if level in levels), self.level)
+        return replace(self, level=lowest, keys=tuple(key for key in self.keys if self._holds_below(key)))
+
+    def _is_below(self, key: Key) -> bool:
+        level = level_of(key.keyword)
+        return level is not None and LEVELS.index(level) > LEVELS.index(self.level)
+
+    def _holds_below(self, key: Key) -> bool:
+        level = level_of(key.keyword)
+        return level is not None and (self.level != "PATIENT" or level != "PATIENT" or key.keyword == "PatientID")
+
+    def _nodes(self, keys: Sequence[Key]) -> Predicate:
+        moments = tuple(self._moments(keys)) if self.combined_datetime else ()
+        taken = {tag for moment in moments for tag in (moment.date_tag, moment.time_tag)}
+        left = [key for key in keys if key.tag not in taken and key.keyword not in ANSWERED]
+        return (*(node for key in left for node in key.nodes()), *moments)
+
+    def _moments(self, given: Sequence[Key]) -> Iterable[Moment]:
+        keys = {key.keyword: key for key in given}
         for date_keyword, time_keyword in DATE_TIME_PAIRS:
             day, time = keys.get(date_keyword), keys.get(time_keyword)
             if day and time and isinstance(day.test, DateRange) and isinstance(time.test, TimeRange):
@@ -189,8 +219,8 @@ def parse_elements(given: Sequence[Element], *, model: Model, features: Features
     """The query of the elements of a C-FIND identifier.
 
     `features` says what extended negotiation agreed on. Raises QueryError (0xA900) with the offending tags for a
-    missing or foreign QueryRetrieveLevel, missing or multiple unique keys above the level, keys with a value below it,
-    and values that their VR does not allow (PS3.4 C.4.1.1 to C.4.1.3).
+    missing or foreign QueryRetrieveLevel, missing or multiple unique keys above the level, and keys with a value below
+    it, where relational queries were not agreed on, and values that their VR does not allow (PS3.4 C.4.1.1 to C.4.1.3).
     """
     level = _level(_first_text(given, QUERY_RETRIEVE_LEVEL), model)
     zone = _zone(_first_text(given, TIMEZONE)) if features.timezone_adjustment else None
@@ -328,11 +358,14 @@ def _check(query: Query) -> None:
         raise QueryError(f"level {query.level} is not in model {query.model}", offending=(QUERY_RETRIEVE_LEVEL,))
     if not query.relational:
         _check_unique_keys(query, levels[: levels.index(query.level)])
-    depth = LEVELS.index(query.level)
-    for key in query.keys:
-        level = level_of(key.keyword) if key.asks else None
-        if level is not None and LEVELS.index(level) > depth and key.nodes():
-            raise QueryError(f"{key.name} is a key of {level}, below {query.level}", offending=(key.tag,))
+    for key in query.keys_below():
+        if not query.relational or level_of(key.keyword) not in levels:
+            raise below_level(query, key)
+
+
+def below_level(query: Query, key: Key) -> QueryError:
+    """What is said of a key that its query may not have."""
+    return QueryError(f"{key.name} is a key of {level_of(key.keyword)}, below {query.level}", offending=(key.tag,))
 
 
 def _check_unique_keys(query: Query, above: Iterable[Level]) -> None:

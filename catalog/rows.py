@@ -342,6 +342,13 @@ class RowStore:
         rows = self._names_rows[int(self._names_first[first]) : int(self._names_first[last])]
         return np.unique(rows).astype(np.int64) if len(rows) <= most else None
 
+    def studies_of(self, patients: Rows) -> Rows:
+        """The studies of some patients that have a PatientID."""
+        ids, keys = (self.tables["patients"].values(name, patients) for name in ("PatientID", "patient_key"))
+        found, wanted = self.by_key("studies", "PatientID", ids), set(keys)
+        known = self.tables["studies"].values("patient_key", found)
+        return found[[key in wanted for key in known]] if len(found) else found
+
     def series_of(self, studies: Rows) -> Rows:
         """The series of some studies."""
         spans = [np.arange(self._series_first[row], self._series_first[row + 1], dtype=np.int64) for row in studies]

@@ -53,6 +53,31 @@ class Summary:
 
     row: dict[str, Any]
     elements: dict[str, tuple[Order, Any]]
+    holds_below: bool
+
+
+class Chains:
+    """The series of a study that have an instance for which holds what is asked below the level, as far as instances
+    say."""
+
+    def __init__(self, question: Question) -> None:
+        self._question = question
+        self._series: set[str] = set()
+
+    def add(self, row: dict[str, Any]) -> None:
+        """One more instance."""
+        if row["SeriesInstanceUID"] not in self._series and self._question.holds_below("i", row):
+            self._series.add(row["SeriesInstanceUID"])
+
+    def of_series(self, row: dict[str, Any]) -> bool:
+        """Whether a series (its row of `series`) has all that is asked below it."""
+        return row["SeriesInstanceUID"] in self._series
+
+    def of_study(self, row: dict[str, Any], series: Sequence[dict[str, Any]]) -> bool:
+        """Whether a study (its row of `studies`, and those of its series) has all that is asked below it, or is what
+        a patient is asked for."""
+        ask = self._question
+        return ask.holds_below("t", row) and any(ask.holds_below("s", one) and self.of_series(one) for one in series)
 
 
 @dataclass(slots=True)
@@ -90,12 +115,15 @@ def summaries(reader: HeadersOfMembers, question: Question, studies: Sequence[St
     wanted = wanted_of(question) if question.query.level == "PATIENT" else []
     found = []
     for uid, members in studies:
-        folded, earliest = FoldedStudy(uid), Earliest(wanted)
+        folded, earliest, chains = FoldedStudy(uid), Earliest(wanted), Chains(question)
         for record, header in _headers(reader, members):
-            folded.add(_row(record, header))
+            row = _row(record, header)
+            folded.add(row)
+            chains.add(row)
             if wanted:
                 earliest.add(order(record), orjson.loads(header.dataset))
-        found += [Summary(row, earliest.elements) for row in folded.study()]
+        series = folded.series()
+        found += [Summary(row, earliest.elements, chains.of_study(row, series)) for row in folded.study()]
     return found
 
 
@@ -106,22 +134,27 @@ def matches(reader: HeadersOfMembers, question: Question, studies: Sequence[Stud
 
 
 def _studies(reader: HeadersOfMembers, question: Question, uid: str, members: list[MemberRecord]) -> Iterator[Found]:
-    folded, earliest = FoldedStudy(uid), Earliest(wanted_of(question))
+    folded, earliest, chains = FoldedStudy(uid), Earliest(wanted_of(question)), Chains(question)
     for record, header in _headers(reader, members):
-        folded.add(_row(record, header))
+        row = _row(record, header)
+        folded.add(row)
+        chains.add(row)
         if question.needs_header:
             earliest.add(order(record), orjson.loads(header.dataset))
     for row in folded.study():
-        if question.holds("t", row) and holds(question.rest, earliest.header()):
+        fits = question.holds("t", row) and chains.of_study(row, folded.series())
+        if fits and holds(question.rest, earliest.header()):
             yield Found((uid,), row["patient_key"], question.values("t", row), earliest.header())
 
 
 def _series(reader: HeadersOfMembers, question: Question, uid: str, members: list[MemberRecord]) -> Iterator[Found]:
-    folded = FoldedStudy(uid)
+    folded, chains = FoldedStudy(uid), Chains(question)
     wanted = wanted_of(question)
     earliest: dict[str, Earliest] = {}
     for record, header in _headers(reader, members):
-        folded.add(_row(record, header))
+        row = _row(record, header)
+        folded.add(row)
+        chains.add(row)
         one = earliest.setdefault(header.values["SeriesInstanceUID"], Earliest(wanted))
         if question.needs_header:
             one.add(order(record), orjson.loads(header.dataset))
@@ -131,7 +164,7 @@ def _series(reader: HeadersOfMembers, question: Question, uid: str, members: lis
         values = question.values("t", study)
         for row in folded.series():
             header_ = earliest[row["SeriesInstanceUID"]].header()
-            if question.holds("s", row) and holds(question.rest, header_):
+            if question.holds("s", row) and chains.of_series(row) and holds(question.rest, header_):
                 identity = uid, row["SeriesInstanceUID"]
                 yield Found(identity, study["patient_key"], {**values, **question.values("s", row)}, header_)
 

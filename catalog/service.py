@@ -6,7 +6,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from heapq import merge
 from operator import itemgetter
 from types import TracebackType
@@ -220,22 +220,40 @@ class QueryService:
 
 @dataclass(frozen=True, slots=True)
 class _Scope:
-    """Which instances a query reads: their relation, and the conditions and values that go before those of the plan."""
+    """Which instances a query reads: their relation, and the conditions and values that go before those of the plan
+    (`where`), or after them (`also`)."""
 
     instances: str = ""
     where: tuple[str, ...] = ()
     values: tuple[Any, ...] = ()
+    also: tuple[str, ...] = ()
+    further: tuple[Any, ...] = ()
 
     def ask(self, plan: Plan, sql: str) -> tuple[str, list[Any]]:
         """What DuckDB is to be asked for SQL of the plan, which has `where` in it."""
-        return sql.replace(INSTANCES, self.instances), [*self.values, *plan.compiled.values]
+        return sql.replace(INSTANCES, self.instances), [*self.values, *plan.compiled.values, *self.further]
 
 
 def _scope(plan: Plan, layer: Layer, cursor: duckdb.DuckDBPyConnection, names: Sequence[str]) -> _Scope | None:
-    """At IMAGE level, the columns `names` in the files that hold what the other keys leave; None where nothing is."""
-    if plan.query.level != "IMAGE":
+    """At IMAGE level, the columns `names` in the files that hold what the other keys leave; above it what is asked of
+    lower levels. None where nothing is."""
+    if plan.query.level == "IMAGE":
+        return _of_instances(plan.query, layer, cursor, names)
+    below = plan.below
+    if below is None:
         return _Scope()
-    files, studies = _files(plan.query, layer, cursor)
+    if below.lowest != "IMAGE":
+        return _Scope(also=(below.condition(),), further=below.compiled.values)
+    read = _of_instances(plan.query, layer, cursor, below.of_instances)
+    if read is None:
+        return None
+    values = (*read.values, *below.compiled.values)
+    return _Scope(read.instances, also=(below.condition(read.where),), further=values)
+
+
+def _of_instances(query: Query, layer: Layer, cursor: duckdb.DuckDBPyConnection, names: Sequence[str]) -> _Scope | None:
+    """The instances that a query looks at."""
+    files, studies = _files(query, layer, cursor)
     if studies == []:
         return None
     instances = layer.instances(files, names)
@@ -249,16 +267,17 @@ def _scope(plan: Plan, layer: Layer, cursor: duckdb.DuckDBPyConnection, names: S
 
 def _files(query: Query, layer: Layer, cursor: duckdb.DuckDBPyConnection) -> tuple[list[str], list[str] | None]:
     """The files to look into, and the studies of the layer to look for where they are few."""
-    if (known := files_of(query, layer, STUDIES_LISTED)) is not None:
+    lowest = query.of_lowest()
+    if (known := files_of(lowest, layer, STUDIES_LISTED)) is not None:
         return known
     asked = studies_sql(query, STUDIES_LISTED + 1)
     if asked:
         found = [row[0] for row in cursor.execute(*asked).fetchall()]
         if len(found) <= STUDIES_LISTED:
-            dropped = layer.dropped(query.level)
+            dropped = layer.dropped(lowest.level)
             studies = [uid for uid in found if uid not in dropped]
             return layer.instance_files(studies), studies
-    uids = next((key.test for key in query.keys if key.keyword == "SOPInstanceUID"), None)
+    uids = next((key.test for key in lowest.keys if key.keyword == "SOPInstanceUID"), None)
     return (layer.files_of_instances(uids.texts) if isinstance(uids, Exact) else layer.instance_files(None)), None
 
 
@@ -316,7 +335,8 @@ def _matches(plan: Plan, layer: Layer, cancelled: Cancelled) -> Iterator[Found |
         if sorts and in_order and not scope.where and not plan.by_key:
             over = stack.enter_context(turn(cancelled))
         with busy:
-            cursor.execute(*scope.ask(plan, plan.select(where=scope.where, in_order=in_order)))
+            sql = plan.select(where=scope.where, also=scope.also, in_order=in_order)
+            cursor.execute(*scope.ask(plan, sql))
         yield None
         dropped, width = layer.dropped(plan.query.level), len(plan.order)
         pages = kept(cursor, layer.folder, cancelled, over, busy) if sorts else streamed(cursor, cancelled, busy)
@@ -341,8 +361,8 @@ def _count(plan: Plan, layer: Layer, cancelled: Cancelled) -> int:
         dropped = sorted(layer.dropped(plan.query.level))
         if dropped:
             left = (f"{plan.order[0]} NOT IN (SELECT unnest(?::VARCHAR[]))",)
-            scope = _Scope(scope.instances, (*scope.where, *left), (*scope.values, dropped))
-        (row,) = cursor.execute(*scope.ask(plan, plan.count(where=scope.where))).fetchall()
+            scope = replace(scope, where=(*scope.where, *left), values=(*scope.values, dropped))
+        (row,) = cursor.execute(*scope.ask(plan, plan.count(where=scope.where, also=scope.also))).fetchall()
         return int(row[0])
 
 

@@ -10,7 +10,7 @@ from pydicom.datadict import dictionary_VR, keyword_for_tag
 
 from sphere.catalog.asof import AsOf, parse_as_of
 from sphere.catalog.match_parse import LISTS
-from sphere.catalog.query import Query
+from sphere.catalog.query import Query, below_level
 from sphere.catalog.schema import ATTRIBUTES, BY_KEYWORD, COMPUTED, LEVELS, UNIQUE_KEY, Level, level_of
 from sphere.conf.errors import QueryError
 from sphere.scp.identifier import tag_of
@@ -96,6 +96,8 @@ def parse_search(parameters: Sequence[tuple[str, str]], level: Level, scope: Map
         empty_values=_flag(options, "emptyvaluematching"),
         multiple_values=_flag(options, "multiplevaluematching"),
     )
+    if below := query.keys_below():  # PS3.18 10.6.1.2: attributes of the target's level and above
+        raise below_level(query, below[0])
     return Search(
         query,
         _number(options, "limit"),

@@ -85,6 +85,7 @@ class Archive:
     series: dict[str, dict[str, set[str]]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(set)))
     patients: dict[str, str] = field(default_factory=dict)  # by study
     names: dict[str, tuple[str, str]] = field(default_factory=dict)  # name and character set, by study
+    images: list[tuple[str, str, str]] = field(default_factory=list)  # study, modality, number of the instance
     places: dict[str, dict[str, str]] = field(default_factory=dict)  # unique keys of what was made, by character set
 
     def add(self, path: Path) -> None:
@@ -97,6 +98,8 @@ class Archive:
             return
         study, series, instance = uids
         self.series[study][series].add(instance)
+        number = dataset.get("InstanceNumber")
+        self.images.append((study, str(dataset.get("Modality") or ""), "" if number is None else str(number)))
         self.patients[study] = str(dataset.get("PatientID") or "")
         charset = dataset.get("SpecificCharacterSet") or ""
         name = str(dataset.get("PatientName") or "")
@@ -357,6 +360,27 @@ def test_relational_queries_are_negotiated(archive: Archive) -> None:
     ]
     assert len(found) == len(instances)
     assert set(found) == instances
+
+
+def test_relational_queries_have_keys_of_lower_levels(archive: Archive) -> None:
+    """Of pynetdicom's SCU, which negotiates them; findscu cannot."""
+    settings, peer = archive.receiver.settings, archive.receiver.peer
+    every = {study for study, _, _ in archive.images}
+    of_series = {study for study, modality, _ in archive.images if modality == "CT"}
+    of_images = {study for study, modality, number in archive.images if (modality, number) == ("CT", "1")}
+    assert every > of_series > of_images > set()
+    for keys, expected in (({"Modality": "CT"}, of_series), ({"Modality": "CT", "InstanceNumber": "1"}, of_images)):
+        asked = {"StudyInstanceUID": "", "PatientName": "", **keys}
+        answers = list(client.find(peer, asked, settings=settings, features=Features(relational=True)))
+        assert {match.StudyInstanceUID for match in answers} == expected
+        assert len(answers) == len(expected)
+        assert not any(match.get(keyword) for match in answers for keyword in keys), "of a lower level"
+        [*pending, last] = statuses(archive.receiver, build_identifier(asked, "STUDY"), STUDY_FIND, extension=b"\1")
+        assert (len(pending), last.Status) == (len(expected), 0)
+        patients = {**keys, "StudyInstanceUID": "", "PatientID": ""}
+        found = client.find(peer, patients, settings=settings, level="PATIENT", model="PATIENT_ROOT",
+                            features=Features(relational=True))  # fmt: skip
+        assert {match.PatientID or "" for match in found} == {archive.patients[study] for study in expected}
 
 
 def test_date_and_time_are_taken_together_where_it_is_negotiated(archive: Archive) -> None:

@@ -18,17 +18,24 @@ from sphere.jobs.extract import run
 from sphere.jobs.session import register_tables
 from tests.support.landing import archive, land, new_member
 from tests.support.reference import LEVEL, MULTIPLE, VR, Asked, answer
-from tests.unit.test_doors_property import PROFILE, Doors, generated, held_to_the_reference, queries
+from tests.unit.test_doors_property import PROFILE, Doors, below, generated, held_to_the_reference, queries
 
 pytestmark = [pytest.mark.spark, pytest.mark.filterwarnings("ignore")]
 
+SELECTED = "i.StudyInstanceUID, i.SeriesInstanceUID, i.SOPInstanceUID"
 FROM = {
     "PATIENT": "SELECT coalesce(p.PatientID, '') FROM patients p",
     "STUDY": "SELECT t.StudyInstanceUID FROM studies t",
     "SERIES": "SELECT s.StudyInstanceUID, s.SeriesInstanceUID FROM series s JOIN studies t USING (StudyInstanceUID)",
-    "IMAGE": "SELECT i.StudyInstanceUID, i.SeriesInstanceUID, i.SOPInstanceUID FROM instances i "
+    "IMAGE": f"SELECT {SELECTED} FROM instances i "
     "JOIN series s USING (StudyInstanceUID, SeriesInstanceUID) JOIN studies t USING (StudyInstanceUID)",
 }
+HAVING = {
+    "PATIENT": ("p.patient_key", "t.patient_key"),
+    "STUDY": ("t.StudyInstanceUID", "s.StudyInstanceUID"),
+    "SERIES": ("(s.StudyInstanceUID, s.SeriesInstanceUID)", "i.StudyInstanceUID, i.SeriesInstanceUID"),
+}
+"""By what an entity is said to have others below it that match."""
 NOT_COLUMNS = ("AcquisitionDateTime", "ProcedureCodeSequence")
 TIME = r"^([01]\\d|2[0-3])([0-5]\\d(([0-5]\\d|60)(\\.\\d{1,6})?)?)?$"
 
@@ -39,13 +46,19 @@ def sql_of(asked: Asked) -> str | None:
         return None
     if any(not isinstance(name, str) or name in NOT_COLUMNS for name in asked.keys):
         return None
-    conditions = [_condition(asked, name, text) for name, text in asked.keys.items() if text.strip("*")]
+    keys = {name: text for name, text in asked.keys.items() if text.strip("*")}
+    lower = [name for name in below(asked) if name in keys]
+    conditions = [_condition(asked, name, text) for name, text in keys.items() if name not in lower]
+    if lower:
+        key, found = HAVING[asked.level]
+        tests = " AND ".join(_condition(asked, name, keys[name]) for name in lower)
+        conditions.append(f"{key} IN ({FROM['IMAGE'].replace(SELECTED, found)} WHERE {tests})")
     return " WHERE ".join([FROM[asked.level], *([" AND ".join(conditions)] if conditions else [])])
 
 
 def _condition(asked: Asked, name: str, text: str) -> str:
     """Of a key; an attribute of a level above is that of its table."""
-    column = ("p" if asked.level == "PATIENT" else "ttsi"[LEVEL[name]]) + f".{name}"
+    column = ("p" if asked.level == "PATIENT" and LEVEL[name] == 0 else "ttsi"[LEVEL[name]]) + f".{name}"
     vr, several = VR.get(name, "LO"), name in MULTIPLE
     if asked.empty_values and text == '""':
         if several:
@@ -122,8 +135,12 @@ def _number(x: str, text: str) -> str:
     return f"{x} = CAST({_quoted(text)} AS DOUBLE)"
 
 
+def _uid(x: str, text: str) -> str:
+    return f"{x} IN ({', '.join(map(_quoted, text.split(chr(92))))})"
+
+
 _TESTS: dict[str, Callable[[str, str], str]] = {
-    "PN": _name, "DA": _day, "TM": _time, "IS": _number, "DS": _number, "LT": _long_text,
+    "UI": _uid, "PN": _name, "DA": _day, "TM": _time, "IS": _number, "DS": _number, "LT": _long_text,
 }  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date, datetime, timedelta, timezone
 from typing import Any
 
@@ -37,6 +37,7 @@ NUMBERS = ("IS", "DS", "US or SS", "US", "FD")
 MULTIPLE = {"PhysiciansOfRecord", "ImageType"}
 PAIRS = {"StudyDate": "StudyTime", "SeriesDate": "SeriesTime", "ContentDate": "ContentTime"}
 LEVELS = ("PATIENT", "STUDY", "SERIES", "IMAGE")
+UIDS = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID")
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,29 @@ class Asked:
 
 def answer(archive: Sequence[Dataset], asked: Asked) -> list[tuple[str, ...]]:
     """The unique keys (a patient's: ID and first study) of the entities that match, sorted."""
-    return sorted(identity for identity, entity in _entities(archive, asked.level) if _matches(entity, asked))
+    depth = LEVELS.index(asked.level)
+    own = replace(asked, keys={name: text for name, text in asked.keys.items() if _level(name, depth) <= depth})
+    return sorted(
+        key
+        for key, members in _groups_of(archive, asked.level)
+        if _matches(_entity(archive, members, depth), own) and any(_has_below(archive, one, asked) for one in members)
+    )
+
+
+def _level(name: Any, depth: int) -> int:
+    """The level of a key; what has none, or is private, is of the level asked for."""
+    return LEVEL.get(name, depth) if isinstance(name, str) else depth
+
+
+def _has_below(archive: Sequence[Dataset], instance: Dataset, asked: Asked) -> bool:
+    """Whether an instance, its series and its study have what is asked of the levels below (PS3.4 C.4.1.3.2.1)."""
+    depth = LEVELS.index(asked.level)
+    for level in range(depth + 1, len(LEVELS)):
+        keys = {name: text for name, text in asked.keys.items() if _level(name, depth) == level}
+        near = [one for one in archive if all(one[name] == instance[name] for name in UIDS[:level])]
+        if keys and not _matches(_entity(archive, near, level), replace(asked, keys=keys)):
+            return False
+    return True
 
 
 Entity = Callable[..., list[Any]]
@@ -62,7 +85,8 @@ Entity = Callable[..., list[Any]]
 set that counts."""
 
 
-def _entities(archive: Sequence[Dataset], level: str) -> Iterable[tuple[tuple[str, ...], Entity]]:
+def _groups_of(archive: Sequence[Dataset], level: str) -> Iterable[tuple[tuple[str, ...], list[Dataset]]]:
+    """The entities of a level, each with its instances in the order of their arrival."""
     depth = LEVELS.index(level)
     groups: dict[tuple[str, ...], list[Dataset]] = {}
     for dataset in archive:
@@ -70,8 +94,7 @@ def _entities(archive: Sequence[Dataset], level: str) -> Iterable[tuple[tuple[st
         keys = (("",), (study,), (study, series), (study, series, str(dataset.SOPInstanceUID)))
         key = _patient(archive, study) if depth == 0 else keys[depth]
         groups.setdefault(key, []).append(dataset)
-    for key, members in groups.items():
-        yield key, _entity(archive, members, depth)
+    return groups.items()
 
 
 def _patient(archive: Sequence[Dataset], study: str) -> tuple[str, ...]:

@@ -48,9 +48,28 @@ ASKED: dict[Level, tuple[str, ...]] = {
     "IMAGE": ("InstanceNumber", "ImageType", "PatientID", "ModalitiesInStudy", "NumberOfStudyRelatedInstances"),
 }  # fmt: skip
 MATCHES: dict[Level, tuple[dict[str, Any], ...]] = {
-    "PATIENT": ({}, {"NumberOfPatientRelatedStudies": 1}, {"InterpretationText": "*other*"}),
-    "STUDY": ({}, {"ModalitiesInStudy": "MR"}, {"NumberOfStudyRelatedInstances": 1}, {"PatientID": "P1"}),
-    "SERIES": ({}, {"Modality": "CT"}, {"StudyInstanceUID": "9.1"}, {"InterpretationText": "*other*"}),
+    "PATIENT": (
+        {},
+        {"NumberOfPatientRelatedStudies": 1},
+        {"InterpretationText": "*other*"},
+        {"PatientID": "P1", "StudyDate": "20250101"},
+        {"Modality": "MR", "InstanceNumber": 2},
+    ),
+    "STUDY": (
+        {},
+        {"ModalitiesInStudy": "MR"},
+        {"NumberOfStudyRelatedInstances": 1},
+        {"PatientID": "P1"},
+        {"Modality": "MR"},
+        {"Modality": "CT", "InstanceNumber": 1},
+    ),
+    "SERIES": (
+        {},
+        {"Modality": "CT"},
+        {"StudyInstanceUID": "9.1"},
+        {"InterpretationText": "*other*"},
+        {"InstanceNumber": 2},
+    ),
     "IMAGE": ({}, {"InstanceNumber": 1}, {"StudyInstanceUID": "9.1"}, {"ModalitiesInStudy": "MR"}),
 }
 

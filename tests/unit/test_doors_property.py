@@ -60,6 +60,7 @@ VALUES: dict[str, list[Any]] = {
     "StudyDescription": ["CHEST", "chest", "CHEST PA", "[abc]", ""],
     "PhysiciansOfRecord": [["House^G", "Müller^Ä"], ["House^G"], None],
     "ReferringPhysicianName": ["House^Gregory", "Meier^Eva", ""],
+    "Modality": ["CT", "MR", "SR"],
     "SeriesDate": ["20240101", "20240229", ""],
     "SeriesTime": ["2330", "000000", "1200", ""],
     "SeriesNumber": [1, 2, None],
@@ -80,7 +81,6 @@ PRIVATE_KEYS = {
     0x04: ["0.5", "-2", "0.25"],
 }  # fmt: skip
 OFFSETS = ["+0100", "-0500", "+0530", None]
-MODALITIES = ["CT", "MR", "SR"]
 
 
 def generated(seed: int) -> list[bytes]:
@@ -101,7 +101,6 @@ def _changed(data: bytes, chance: random.Random, patient: str | None, study: str
     dataset.SpecificCharacterSet = "ISO_IR 192"
     dataset.StudyInstanceUID, dataset.SeriesInstanceUID = study, series
     dataset.PatientID = patient or ""
-    dataset.Modality = chance.choice(MODALITIES)
     for keyword, values in VALUES.items():
         if keyword in dataset:
             del dataset[keyword]
@@ -217,15 +216,16 @@ def _ranges(ends: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
 
 @st.composite
 def queries(draw: st.DrawFn) -> Asked:
-    """A few keys that the level has, and what is negotiated."""
+    """A few keys that the level and, in half of the queries, lower ones have, and what is negotiated."""
     level = draw(st.sampled_from(LEVELS))
     depth = LEVELS.index(level)
-    names = [name for name in VALUES if LEVEL[name] <= depth]
-    chosen = draw(st.lists(st.sampled_from(names), max_size=2, unique=True))
+    lowest = draw(st.integers(depth, 3)) if draw(st.booleans()) else depth  # of relational queries
+    names = [name for name in VALUES if LEVEL[name] <= lowest]
+    chosen = draw(st.lists(st.sampled_from(names), max_size=2 if lowest == depth else 3, unique=True))
     keys: dict[Any, Any] = {name: draw(asked_text(name)) for name in chosen}
     combined = draw(st.booleans())
-    if combined and depth > 0 and draw(st.booleans()):
-        for keyword in draw(st.sampled_from([pair for pair in PAIRS.items() if LEVEL[pair[0]] <= depth])):
+    if combined and lowest > 0 and draw(st.booleans()):
+        for keyword in draw(st.sampled_from([pair for pair in PAIRS.items() if LEVEL[pair[0]] <= lowest])):
             keys[keyword] = draw(asked_text(keyword))
     extra = draw(st.integers(0, 5))
     if extra == 1:
@@ -236,8 +236,17 @@ def queries(draw: st.DrawFn) -> Asked:
         keys[CODES] = {"CodeValue": draw(st.sampled_from(["C1", "C?", "C3"])), "CodingSchemeDesignator": draw(schemes)}
     elif extra == 3:
         keys["PatientID"] = draw(st.sampled_from(["P1", "p?", '""', "P*"]))
+    elif extra == 4 and lowest > 0:
+        keys["StudyInstanceUID"] = draw(st.sampled_from(["9.3", "9.1\\9.4\\9.5\\9.7"]))
+    elif extra == 5 and lowest > 1:
+        keys["SeriesInstanceUID"] = draw(st.sampled_from(["9.3.0", "9.1.0\\9.4.1\\9.5.0\\9.7.0"]))
     zone = draw(st.none() | st.sampled_from([0, 60, -210]))
     return Asked(level, keys, draw(st.booleans()), True, combined, zone)
+
+
+def below(asked: Asked) -> list[str]:
+    """The keys of lower levels."""
+    return [name for name in asked.keys if LEVEL.get(name, 0) > LEVELS.index(asked.level)]
 
 
 def by_name(asked: Asked) -> dict[str, Any]:
@@ -342,7 +351,7 @@ def identities(asked: Asked, answers: list[Any]) -> list[tuple[str, ...]]:
 def by_qido(doors: Doors, asked: Asked) -> list[tuple[str, ...]] | None:
     """The query that the URL of a QIDO-RS search is; None for what QIDO-RS cannot ask."""
     private = any(not isinstance(name, str) for name in asked.keys)
-    if private or asked.level == "PATIENT" or asked.zone is not None or asked.combined_datetime:
+    if private or below(asked) or asked.level == "PATIENT" or asked.zone is not None or asked.combined_datetime:
         return None
     parameters = [
         ("emptyvaluematching", str(asked.empty_values).lower()),

@@ -172,10 +172,26 @@ def test_relational_queries_may_leave_out_keys_above(model: Model, attributes: d
     assert parse_identifier(identifier(**attributes), model=model, features=Features(relational=True)).relational
 
 
-def test_relational_queries_take_no_keys_below() -> None:
+def test_relational_queries_have_keys_below() -> None:
+    asked = identifier(QueryRetrieveLevel="STUDY", StudyDate="20240101", Modality="CT", InstanceNumber="1")
+    query = parse_identifier(asked, model="STUDY_ROOT", features=Features(relational=True))
+    assert [getattr(node, "keyword", "") for node in query.predicate()] == ["StudyDate"]
+    assert {getattr(node, "keyword", "") for node in query.below()} == {"Modality", "InstanceNumber"}
+    lowest = query.of_lowest()
+    assert (lowest.level, len(lowest.predicate()), lowest.below()) == ("IMAGE", 3, ())
+
+
+def test_what_may_differ_below_a_patient_is_not_asked_there() -> None:
+    query = Query.build("PATIENT", {"PatientID": "P", "PatientName": "DOE", "00291008": "1", "StudyDate": "20240101"})
+    lowest = query.of_lowest()
+    assert (lowest.level, [key.keyword for key in lowest.keys]) == ("STUDY", ["PatientID", "StudyDate"])
+
+
+def test_relational_queries_have_no_keys_that_are_below_the_model() -> None:
     broken = identifier(QueryRetrieveLevel="STUDY", Modality="CT")
-    with pytest.raises(QueryError, match="below STUDY"):
-        parse_identifier(broken, model="STUDY_ROOT", features=Features(relational=True))
+    with pytest.raises(QueryError, match="below STUDY") as caught:
+        parse_identifier(broken, model="PATIENT_STUDY_ONLY", features=Features(relational=True))
+    assert caught.value.offending == (0x00080060,)
 
 
 def test_return_keys_below_the_level_are_allowed() -> None:

@@ -77,6 +77,8 @@ def everything(service: QueryService, study: str, uid: str) -> dict[str, Any]:
     for level in get_args(Level):
         for match in ({}, {"PatientComments": "*other*"}, {"PatientID": "SYN*", "NumberOfPatientRelatedStudies": 1}):
             result[f"{level} {match}"] = answers(service, level, match)
+        for below in ({"SeriesInstanceUID": "1.2.3.1"}, {"Modality": "CT", "InstanceNumber": 2}):  # of relational ones
+            result[f"{level} {below}"] = answers(service, level, below)
     result["study"] = answers(service, "IMAGE", {"StudyInstanceUID": study, "InstanceNumber": 1})
     result["instance"] = answers(service, "IMAGE", {"SOPInstanceUID": uid})
     result["stored"] = list(service.lookup_instances())
