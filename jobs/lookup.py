@@ -77,11 +77,14 @@ def empty(schema: pa.Schema) -> pa.Table:
 def shaped(rows: pa.Table, schema: pa.Schema) -> pa.Table:
     """The rows with the columns of `schema`, null where they lack one."""
     there = dict(zip(rows.column_names, rows.columns, strict=True))
+    nulls: dict[pa.DataType, pa.Array] = {}
     columns = []
     for field in schema:
         column = there.get(field.name)
         if column is None:
-            column = pa.nulls(len(rows), field.type)
+            column = nulls.get(field.type)
+            if column is None:
+                column = nulls[field.type] = pa.nulls(len(rows), field.type)
         elif column.type != field.type:
             column = column.cast(field.type)
         columns.append(column)

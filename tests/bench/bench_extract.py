@@ -1,6 +1,6 @@
 """Extraction in instances per second, and the naive way beside it in the same run: ``make bench``.
 
-``python -m tests.bench.bench_extract [--sizes 10000,100000] [--repeat 3] [--cores 2]``
+``python -m tests.bench.bench_extract [--headers ct,small,naive] [--sizes 10000,100000] [--repeat 3] [--cores 2]``
 
 Instances are landed in bundles first; what is timed is `sphere extract` from the lock to the last commit into a new
 catalog, in a session that did extractions before (its start, and theirs, is printed apart). The sizes take turns, so
@@ -74,19 +74,24 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="sphere-bench-", dir=options.folder) as folder:
         bench = Bench(Path(folder), options.cores)
         bench.warm_up()
-        for kind, make in (("CT-like, 75 elements", ct_like), ("small, 14 elements", small)):
-            print(f"\n## Extraction of {kind} headers, whole job, each into a new catalog")
-            print(_Row.header())
-            bench.sizes(make, options.sizes, options.repeat)
-        print("\n## Beside the naive way, same files, same session")
-        bench.beside_naive("CT-like, 75 elements", list(ct_like(2000)))
-        if CORPUS.exists():
-            bench.beside_naive(f"real CT and MR headers, {COPIES} copies each", list(real_headers()))
+        for name, kind, make in (("ct", "CT-like, 75 elements", ct_like), ("small", "small, 14 elements", small)):
+            if name in options.headers:
+                print(f"\n## Extraction of {kind} headers, whole job, each into a new catalog")
+                print(_Row.header())
+                bench.sizes(make, options.sizes, options.repeat)
+        if "naive" in options.headers:
+            print("\n## Beside the naive way, same files, same session")
+            bench.beside_naive("CT-like, 75 elements", list(ct_like(2000)))
+            if CORPUS.exists():
+                bench.beside_naive(f"real CT and MR headers, {COPIES} copies each", list(real_headers()))
         bench.spark.stop()
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Extraction against the naive way.")
+    parser.add_argument(
+        "--headers", default="ct,small,naive", help="which of the parts", type=lambda text: text.split(",")
+    )
     parser.add_argument("--sizes", default="10000,100000", type=lambda text: [int(size) for size in text.split(",")])
     parser.add_argument("--repeat", default=3, type=int, help="runs of each size; small ones have two more")
     parser.add_argument("--cores", default=os.cpu_count() or 1, type=int, help="cores that Spark may use")
