@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from hdfs_native import Client
 
 
+_LOG_FILES = (".json", ".parquet")  # what commits and checkpoints end with, once they are there
+
+
 @dataclass(frozen=True, slots=True)
 class Snapshot:
     """One version of a table: its files as DuckDB reads them, and the columns that they have.
@@ -122,15 +125,16 @@ class CatalogTables:
         return bool(self.commit(name, version + 1))
 
     def exists(self, name: str) -> bool:
-        """Whether anything was ever committed to a table: its log has a file, be it a checkpoint. One listing.
+        """Whether anything was ever committed to a table: its log has a file, be it a checkpoint, and not only one that
+        is being written. One listing.
 
         Raises CatalogError where the storage does not answer.
         """
         path = f"{self._folder}/{name}/_delta_log"
         try:
             if self._hdfs is None:
-                return any(Path(path).iterdir())
-            return any(True for _ in self._hdfs.list_status(urlsplit(path).path))
+                return any(entry.name.endswith(_LOG_FILES) for entry in Path(path).iterdir())
+            return any(entry.path.endswith(_LOG_FILES) for entry in self._hdfs.list_status(urlsplit(path).path))
         except (FileNotFoundError, NotADirectoryError):
             return False
         except (OSError, RuntimeError) as error:
