@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import logging
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import threading
-from collections.abc import Iterable, Iterator
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -48,6 +53,7 @@ _DATA = {
     "spark.sql.catalogImplementation": "in-memory",
     "spark.python.daemon.module": "sphere.jobs.python_daemon",
 }
+_SOCKET_PATH = 103  # bytes of a path that every system takes (sockaddr_un)
 
 
 def spark_session(settings: Settings, *, app_name: str) -> SparkSession:
@@ -134,6 +140,24 @@ def register_tables(spark: SparkSession, settings: Settings, names: Iterable[str
             rows.where(lit(True)).createOrReplaceTempView(name)  # what is not the table alone can only be read
 
 
+@functools.cache
+def _sockets() -> Mapping[str, str]:
+    """Sockets of files between Python and the JVM: over TCP each job waits 40 ms for acknowledgements.
+
+    Nobody is asked for a secret there, so they are in a folder that is open to this user alone.
+    """
+    folder, process = tempfile.mkdtemp(prefix="sphere-"), os.getpid()
+
+    def remove() -> None:
+        if os.getpid() == process:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    atexit.register(remove)
+    if len(os.fsencode(folder)) + len(f"/.{uuid.uuid4()}.sock") > _SOCKET_PATH:
+        return {}
+    return {"spark.python.unix.domain.socket.enabled": "true", "spark.python.unix.domain.socket.dir": folder}
+
+
 def _options(settings: Settings) -> dict[str, str]:
     state = settings.archive.state_dir / "spark"
     options = {**_DELTA, **_QUIET, **_DATA}
@@ -144,6 +168,7 @@ def _options(settings: Settings) -> dict[str, str]:
     options["spark.sql.warehouse.dir"] = (state / "warehouse").as_uri()
     if settings.spark.master.startswith("local"):
         options["spark.driver.host"] = options["spark.driver.bindAddress"] = "127.0.0.1"
+        options.update(_sockets())
     if settings.storage.user:
         options["spark.executorEnv.HADOOP_USER_NAME"] = settings.storage.user
     return {**options, **settings.spark.conf}

@@ -1,7 +1,7 @@
 """The catalog's tables as jobs write them: made on first use, committed on the very version that was read.
 
-Commits go through delta-rs in this process, so a killed job commits nothing afterwards, and a commit that finds a
-version it has not seen fails instead of landing on top of it (see docs/decisions/0006-extraction.md).
+Commits are made by this process, so a killed job commits nothing afterwards, and a commit that finds a version it has
+not seen fails instead of landing on top of it (see docs/decisions/0006-extraction.md).
 """
 
 from __future__ import annotations
