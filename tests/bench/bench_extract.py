@@ -49,6 +49,7 @@ COPIES = 20  # of each real header, with SOP Instance UIDs of their own
 WARM_UP = 20_000  # instances of each extraction before the first that counts
 WARM_UPS = 4
 SMALL_WARM_UPS = 150  # of 1,000 instances: the JVM has compiled the job by then, as in a service of some hours
+AGAIN = 3  # runs of a small size for one of the largest, of which each lasts as long as ten: other load hits it whole
 SENDERS = 64  # threads that land members, so that many share one sync
 
 
@@ -93,7 +94,7 @@ def _options() -> argparse.Namespace:
         "--headers", default="ct,small,naive", help="which of the parts", type=lambda text: text.split(",")
     )
     parser.add_argument("--sizes", default="10000,100000", type=lambda text: [int(size) for size in text.split(",")])
-    parser.add_argument("--repeat", default=3, type=int, help="runs of each size; small ones have two more")
+    parser.add_argument("--repeat", default=3, type=int, help="runs of the largest size; others have more")
     parser.add_argument("--cores", default=os.cpu_count() or 1, type=int, help="cores that Spark may use")
     parser.add_argument("--folder", type=Path, help="where archives are made (about 700 MB); a temporary folder else")
     return parser.parse_args()
@@ -197,13 +198,13 @@ class Bench:
             print(f"warm-up   {row.timing.wall_s:.1f} s for {WARM_UP} instances", flush=True)
 
     def sizes(self, make: Callable[[int], Iterable[bytes]], sizes: Sequence[int], repeat: int) -> None:
-        """Land once for each size; extract by turns, the smaller sizes twice more; compare the medians."""
+        """Land once for each size; extract by turns, the smaller sizes AGAIN times each; compare the medians."""
         archives = {n: self._archive() for n in sizes}
         rows: dict[int, list[_Row]] = {n: [] for n in sizes}
         for n, settings in archives.items():
             land(settings, make(n))
-        turns = [n for _ in range(repeat) for n in sizes]
-        for n in (min(sizes), *turns, min(sizes)):
+        turns = [n for _ in range(repeat) for size in sizes for n in [size] * (1 if size == max(sizes) else AGAIN)]
+        for n in (*turns, min(sizes)):
             rows[n].append(self._extract(archives[n], n))
             print(rows[n][-1], flush=True)
         for n in sizes:
