@@ -39,6 +39,9 @@ _NOT_KEYS = frozenset((QUERY_RETRIEVE_LEVEL, SPECIFIC_CHARACTER_SET, TIMEZONE, Q
 ANSWERED = frozenset(("RetrieveAETitle", "InstanceAvailability"))
 """Keys that the service answers itself, at every level (PS3.4 C.4.1.1.3.2)."""
 
+NO_VALUE = "is a sequence: it has no value, what is in it has"
+"""What is said of a sequence key that has one: it would match everything."""
+
 DATE_TIME_PAIRS = (*PAIRS.items(), ("PatientBirthDate", "PatientBirthTime"))
 """Dates and times that combined date-time matching takes together (PS3.4 C.2.2.2.5.4)."""
 
@@ -317,11 +320,17 @@ def _built(name: str, value: Any, rules: Rules) -> Key:
     if tag is None or (creator and not (tag >> 16 & 1 and tag & 0xFFFF > 0xFF)):
         raise QueryError(f"{name!r} is neither a keyword of PS3.6 nor a tag GGGGEEEE, nor a private GGGGEEEE,CREATOR")
     keyword, vr = keyword_for_tag(tag), private_vr(tag, creator) or "UN" if creator else _dictionary_vr(tag)
-    if isinstance(value, Mapping):
-        items = tuple(_built(inner, one, rules) for inner, one in value.items())
-        return Key(tag, keyword, "SQ", items=items, creator=creator)
     key = Key(tag, keyword, vr, creator=creator)
-    return key if vr == "SQ" else _tested(key, _as_text(value), rules)
+    if isinstance(value, Mapping):
+        if vr not in ("SQ", "UN"):
+            raise QueryError(f"{key.name} is not a sequence: it has no items", offending=(tag,))
+        items = tuple(_built(inner, one, rules) for inner, one in value.items())
+        return replace(key, vr="SQ", items=items)
+    if vr != "SQ":
+        return _tested(key, _as_text(value), rules)
+    if value is not None and value != "":
+        raise QueryError(f"{key.name} {NO_VALUE}", offending=(tag,))
+    return key
 
 
 def _tag(name: str) -> int | None:

@@ -52,14 +52,15 @@ def delete(ctx: click.Context, /, where: tuple[str, ...], reason: str, yes: bool
     """
     from sphere import deleting
     from sphere.catalog.queries import open_queries
-    from sphere.dimse_commands import split_key
+    from sphere.dimse_commands import split_keys
+    from sphere.scp.identifier import parse_keys
 
     if bool(where) == any(uids.values()):
         raise click.UsageError("say what to delete: either --study, --series, --instance, or --where KEYWORD=VALUE")
     settings = load_archive(ctx.obj)
     with open_queries(settings) as queries:
         if where:
-            found = deleting.choose_matching(queries, dict(split_key(key) for key in where))
+            found = deleting.choose_matching(queries, parse_keys(split_keys(where)))
         else:
             found = deleting.choose(queries, uids)
         if not found:

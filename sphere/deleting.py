@@ -14,9 +14,9 @@ from sphere.catalog.queries import Queries
 from sphere.catalog.service import StoredInstance
 from sphere.catalog.tombstones import Named, Tombstone, open_tombstones
 from sphere.catalog.withdrawn import Withdrawn
-from sphere.conf.errors import BadRequest, NotThere
+from sphere.conf.errors import NotThere
 from sphere.conf.settings import Settings
-from sphere.finding import find_instances
+from sphere.finding import find_instances, instances_matching
 from sphere.ingest.storage import open_storage
 
 NAMES = {"study": "StudyInstanceUID", "series": "SeriesInstanceUID", "sop": "SOPInstanceUID"}
@@ -43,10 +43,8 @@ def _looked_up(queries: Queries, level: str, uids: Sequence[str]) -> Iterator[St
 
 
 def choose_matching(queries: Queries, keys: Mapping[str, Any]) -> list[StoredInstance]:
-    """The instances that match keys of any level, at least one of which has a value; raises BadRequest, QueryError."""
-    if not any(keys.values()):
-        raise BadRequest("a key without a value chooses everything there is: give one a value")
-    return list(find_instances(queries, keys))
+    """The instances that match keys of any level, none of which matches everything; raises BadRequest, QueryError."""
+    return list(find_instances(queries, instances_matching(keys)))
 
 
 def choose_deleted(settings: Settings, chosen: Chosen) -> list[Tombstone]:

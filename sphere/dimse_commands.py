@@ -115,7 +115,7 @@ def find(
       sphere find ward --level SERIES -k StudyInstanceUID=1.2.3 -k Modality -k NumberOfSeriesRelatedInstances
     """
     settings = load_archive(ctx.obj) if peer is None else load(ctx.obj)
-    wanted = dict(split_key(key) for key in keys)
+    wanted = split_keys(keys)
     features = Features(
         relational=relational,
         combined_datetime=combined,
@@ -135,10 +135,15 @@ def find(
     write_rows(answers_table(found), format=format_, output=output)
 
 
-def split_key(text: str) -> tuple[str, str]:
-    """KEYWORD or KEYWORD=VALUE."""
-    keyword, _, value = text.partition("=")
-    return keyword.strip(), value
+def split_keys(texts: Iterable[str]) -> dict[str, str]:
+    """Keys that are each KEYWORD or KEYWORD=VALUE; raises UsageError for one that is given twice."""
+    keys: dict[str, str] = {}
+    for text in texts:
+        keyword, _, value = text.partition("=")
+        if keyword.strip() in keys:
+            raise click.UsageError(f"{keyword.strip()} is given twice")
+        keys[keyword.strip()] = value
+    return keys
 
 
 def answers_table(answers: Iterable[Dataset]) -> pa.Table:

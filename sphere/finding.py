@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -11,9 +10,10 @@ from pydicom.dataset import Dataset
 
 from sphere.catalog.asof import parse_as_of
 from sphere.catalog.queries import Queries, open_queries
-from sphere.catalog.query import Features, Model, Query, parse_identifier
+from sphere.catalog.query import Features, Model, Query
 from sphere.catalog.schema import Level
 from sphere.catalog.service import StoredInstance
+from sphere.conf.errors import BadRequest
 from sphere.conf.peers import Peer
 from sphere.conf.settings import Settings
 
@@ -47,31 +47,66 @@ def find_here(
     timezone: str,
     as_of: str | None,
 ) -> Iterator[Dataset]:
-    """What this archive's own catalog answers, as of a version or time where one is given.
+    """What this archive's own catalog answers, as of a version or time where one is given; see `query_here`.
 
-    No unique keys above the level are needed, `""` finds what has no value, and several values what has all of them. A
-    level that the model lacks is asked in Patient Root. Raises QueryError and CatalogError.
+    Raises QueryError and CatalogError.
     """
-    from sphere.scp.identifier import DEFAULT_KEYS, build_identifier
-
-    shown = () if any(not value for value in keys.values()) else DEFAULT_KEYS[level]
-    asked = {**dict.fromkeys(shown, ""), **keys}
-    if timezone:
-        asked["TimezoneOffsetFromUTC"] = timezone
-    query = parse_identifier(
-        build_identifier(asked, level),
-        model="PATIENT_ROOT" if level == "PATIENT" else model,
-        features=replace(features, relational=True, empty_values=True, multiple_values=True),
-    )
+    query = query_here(keys, level=level, model=model, features=features, timezone=timezone)
     when = None if as_of is None else parse_as_of(as_of)
     with open_queries(settings) as queries:
         for match in queries.find(query, as_of=when):
             yield match.identifier()
 
 
-def find_instances(queries: Queries, keys: Mapping[str, Any]) -> Iterator[StoredInstance]:
-    """Where the instances are that match keys of any level; raises QueryError and CatalogError."""
-    query = Query.build("IMAGE", dict(keys), return_keys=("StudyInstanceUID", "SOPInstanceUID"))
+def query_here(keys: Mapping[str, str], *, level: Level, model: Model, features: Features, timezone: str) -> Query:
+    """What is asked of this archive itself: every key is matched, those too that a peer passes over (PS3.4
+    C.4.1.1.3.1).
+
+    No unique keys above the level are needed, `""` finds what has no value, and several values what has all of them. A
+    level that the model lacks is asked in Patient Root. Raises QueryError.
+    """
+    from sphere.scp.identifier import DEFAULT_KEYS, parse_keys
+
+    return Query.build(
+        level,
+        parse_keys(keys),
+        return_keys=() if any(not value for value in keys.values()) else DEFAULT_KEYS[level],
+        model="PATIENT_ROOT" if level == "PATIENT" else model,
+        combined_datetime=features.combined_datetime,
+        fuzzy_names=features.fuzzy_names,
+        empty_values=True,
+        multiple_values=True,
+        timezone=timezone,
+    )
+
+
+def instances_matching(keys: Mapping[str, Any]) -> Query:
+    """The query for the instances that match keys of any level, with the meaning that `query_here` gives them.
+
+    What is to be sent or deleted is chosen by this: raises BadRequest where a key matches everything, as one does that
+    was left empty, and where there is none; QueryError for what PS3.4 C.2.2.2 does not allow.
+    """
+    if not keys:
+        raise BadRequest("no key chooses everything there is: give one")
+    for name, value in keys.items():
+        query = _of_instances({name: value})
+        if not query.predicate():
+            raise BadRequest(f"{query.keys[0].name}: this value chooses everything there is; give another, or no key")
+    return _of_instances(keys)
+
+
+def every_instance() -> Query:
+    """The query for all that the archive has."""
+    return _of_instances({})
+
+
+def _of_instances(keys: Mapping[str, Any]) -> Query:
+    told = ("StudyInstanceUID", "SOPInstanceUID")
+    return Query.build("IMAGE", dict(keys), return_keys=told, empty_values=True, multiple_values=True)
+
+
+def find_instances(queries: Queries, query: Query) -> Iterator[StoredInstance]:
+    """Where the instances are that a query of IMAGE level finds; raises CatalogError."""
     identifiers = (match.identifier() for match in queries.find(query))
     found = iter([(str(one.StudyInstanceUID), str(one.SOPInstanceUID)) for one in identifiers])
     while batch := list(islice(found, BATCH)):

@@ -15,7 +15,7 @@ from sphere.catalog.schema import Level
 from sphere.conf.errors import PeerError
 from sphere.conf.peers import Peer
 from sphere.conf.settings import Settings, load, load_archive
-from sphere.dimse_commands import name_failure, split_key
+from sphere.dimse_commands import name_failure, split_keys
 from sphere.option_values import check_ae_title
 from sphere.output import write_rows
 from sphere.peer_argument import Named, peer_argument
@@ -147,7 +147,7 @@ def _targets(
         raise click.UsageError("say what to retrieve: either -k KEYWORD=VALUE, or --from FILE")
     if list_file is not None:
         return read_targets(list_file, level)
-    return find_targets(peer, dict(split_key(key) for key in keys), level, settings=settings)
+    return find_targets(peer, split_keys(keys), level, settings=settings)
 
 
 def _narrowed(

@@ -16,12 +16,13 @@ import pyarrow as pa
 from sphere.conf.errors import PeerError, StorageError
 from sphere.conf.peers import Peer
 from sphere.conf.settings import Settings, load, load_archive
-from sphere.dimse_commands import name_failure, split_key
+from sphere.dimse_commands import name_failure, split_keys
 from sphere.output import PathArgument, write_rows
 from sphere.peer_argument import Named, peer_argument
 from sphere.progress import bar
 
 if TYPE_CHECKING:
+    from sphere.catalog.query import Query
     from sphere.catalog.service import StoredInstance
     from sphere.scp.client import StoreResult
     from sphere.scp.client.sent import SentJournal
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     "--where", multiple=True, metavar="KEYWORD=VALUE",
     help="Send what the archive has of this, instead of files: keys as of `find`, of any level.",
 )  # fmt: skip
+@click.option("--all", "everything", is_flag=True, help="Send all that the archive has.")
 @click.option("--as-is", is_flag=True, help="Send nothing in another transfer syntax than it has.")
 @click.option("--tries", type=click.IntRange(min=1), default=3, show_default=True, help="Times to try.")
 @click.option("--again", is_flag=True, help="Send also what an earlier call, which did not get to its end, has sent.")
@@ -44,6 +46,7 @@ def store(
     peer: Named,
     paths: tuple[Path, ...],
     where: tuple[str, ...],
+    everything: bool,
     as_is: bool,
     tries: int,
     again: bool,
@@ -60,20 +63,23 @@ def store(
       sphere store SPHERE@127.0.0.1:11112 one.dcm two.dcm
       sphere store ward --where StudyDate=20240101- --where Modality=CT
     """
+    from sphere.finding import every_instance, instances_matching
     from sphere.scp.client.sent import SentJournal
+    from sphere.scp.identifier import parse_keys
     from sphere.scp.retrieve.transcoder import Transcoder
 
-    if bool(paths) == bool(where):
-        raise click.UsageError("say what to send: either PATH..., or --where KEYWORD=VALUE")
-    settings = load_archive(ctx.obj) if where else load(ctx.obj)
+    if bool(paths) + bool(where) + everything != 1:
+        raise click.UsageError("say what to send: either PATH..., or --where KEYWORD=VALUE, or --all")
+    settings = load(ctx.obj) if paths else load_archive(ctx.obj)
     target = peer.resolve(settings)
+    query = instances_matching(parse_keys(split_keys(where))) if where else every_instance()
     asked = [str(path.resolve()) for path in paths] or [f"where {key}" for key in where]
     with SentJournal(settings.archive.state_dir, target, asked) as journal, closing(Transcoder()) as transcoder:
         if again:
             journal.forget()
         source = _Source(settings, target, journal, None if as_is else transcoder, tries)
         report = _Report(journal)
-        results = source.files(paths) if paths else source.archived(dict(split_key(key) for key in where))
+        results = source.files(paths) if paths else source.archived(query)
         _run(results, report, source, total=_count(paths))
         if not report.failures:
             journal.done()
@@ -103,7 +109,7 @@ class _Source:
         for result in client.store(self.peer, new, settings=self.settings, **options):  # type: ignore[arg-type]
             yield file_key(Path(result.source)), result
 
-    def archived(self, keys: dict[str, str]) -> Iterator[tuple[str, StoreResult]]:
+    def archived(self, query: Query) -> Iterator[tuple[str, StoreResult]]:
         """The same of instances of the archive."""
         from sphere.catalog.queries import open_queries
         from sphere.finding import find_instances
@@ -113,7 +119,7 @@ class _Source:
         storage = open_readable(self.settings)
         options = {"converter": self.converter, "tries": self.tries}
         with open_queries(self.settings) as service:
-            new = (one for one in find_instances(service, keys) if self._is_new(self._key(one)))
+            new = (one for one in find_instances(service, query) if self._is_new(self._key(one)))
             for result in client.store_instances(
                 self.peer, new, storage, settings=self.settings, **options  # type: ignore[arg-type]
             ):  # fmt: skip

@@ -6,13 +6,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from sphere.catalog.query import Model
+from sphere.catalog.query import Model, Query
 from sphere.catalog.schema import Level
-from sphere.conf.errors import PeerError, QueryError
+from sphere.conf.errors import BadRequest, PeerError, QueryError
 from sphere.conf.peers import Peer
 from sphere.conf.settings import Settings
 from sphere.scp.client.query import find
 from sphere.scp.client.retrieve import Progress
+from sphere.scp.identifier import parse_keys
 
 KEYS: Mapping[Level, tuple[str, ...]] = {
     "PATIENT": ("PatientID",),
@@ -73,8 +74,10 @@ def read_targets(lines: Iterable[str], level: Level) -> list[Target]:
 def find_targets(peer: Peer, keys: Mapping[str, str], level: Level, *, settings: Settings) -> list[Target]:
     """The target that `keys` are, if they are unique keys; else what a C-FIND says that match them.
 
-    Raises QueryError for a bad key and PeerError.
+    Raises QueryError for a bad key, BadRequest where the keys match everything that the peer has, and PeerError.
     """
+    if not Query.build("IMAGE", parse_keys(keys), empty_values=True, multiple_values=True).predicate():
+        raise BadRequest("these keys choose everything that the peer has: give one a value, or --from a list of UIDs")
     names = KEYS[level]
     single = all(value and not set("*?") & set(value) for value in keys.values())
     if single and set(keys) == set(names):

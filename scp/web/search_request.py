@@ -140,6 +140,8 @@ def _place(tree: dict[str, Any], path: str, value: str) -> None:
             raise WebError(f"parameter {path[:100]}: {name} is no sequence")
         inner = node.setdefault(f"{tag:08X}", {})
         if not isinstance(inner, dict):
+            if inner:
+                raise WebError(f"parameter {path[:100]}: {name} has a value beside it, which a sequence has not")
             inner = node[f"{tag:08X}"] = {}
         node = inner
     name = f"{_known(last, path):08X}"

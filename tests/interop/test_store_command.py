@@ -165,6 +165,7 @@ def test_from_the_archive_by_query(tmp_path: Path) -> None:
         sent = sorted(part10_dataset(path.read_bytes()) for path in out.iterdir())
         assert sent == sorted(dataset_of(files[n - 1]) for n in (3, 4, 5))
         assert "0 sent, 0 failed" in call(config, "--where", "PatientID=NOBODY").output
+        assert "6 sent, 0 failed" in call(config, "--all").output
 
 
 def until_noted(folder: Path, count: int) -> None:

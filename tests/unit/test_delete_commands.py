@@ -8,6 +8,7 @@ from pathlib import Path
 import orjson
 import pytest
 from click.testing import CliRunner, Result
+from pydicom.dataset import Dataset
 
 import sphere
 from sphere.catalog.tombstones import open_tombstones
@@ -94,7 +95,7 @@ def test_it_says_how_many_annotations_refer_to_it(config: Path, records: list[Me
         (["delete"], 2, "say what to delete"),
         (["delete", "--study", "1.2", "--where", "PatientID=1", "--yes"], 2, "say what to delete"),
         (["delete", "--study", "1.2*", "--yes"], 2, "is not a UID"),
-        (["delete", "--where", "PatientID", "--yes"], 2, "a key without a value chooses everything"),
+        (["delete", "--where", "PatientID", "--yes"], 2, "PatientID: this value chooses everything"),
         (["delete", "--where", "NoSuchKey=1", "--yes"], 2, "sphere: "),
         (["delete", "--study", "1.2.3", "--yes"], 1, "there is nothing here of StudyInstanceUID 1.2.3"),
         (["undelete"], 2, "say what to show again"),
@@ -114,6 +115,40 @@ def test_one_wrong_uid_deletes_nothing(config: Path, records: list[MemberRecord]
     there = ["--instance", records[0].SOPInstanceUID]
     assert call(config, "delete", *there, "--instance", "1.2.3", "--yes").exit_code == 1
     assert deleted(config) == {}
+
+
+@pytest.mark.parametrize(
+    "key", ["PatientName= ", "PatientName=^", "PatientName====", "PatientName=**", "PatientSex=*",
+            "ModalitiesInStudy=\\", "RequestAttributesSequence", "RequestAttributesSequence.RequestedProcedureID=",
+            "RetrieveAETitle=SPHERE", "00091001=*", "0009,1001="],
+)  # fmt: skip
+def test_a_value_that_matches_everything(config: Path, records: list[MemberRecord], key: str) -> None:
+    for keys in (["--where", key], ["--where", "PatientID=4711", "--where", key]):
+        result = call(config, "delete", *keys, "--yes")
+        assert (result.exit_code, "chooses everything" in result.output) == (2, True), result.output
+    assert deleted(config) == {}
+
+
+@pytest.mark.parametrize(
+    ("key", "count"),
+    [("TimezoneOffsetFromUTC=+0100", 1), ("SpecificCharacterSet=ISO_IR 144", 1), ("PatientComments=\"\"", 5),
+     ("RequestAttributesSequence.RequestedProcedureID=R*", 1), ("ImageType=OTHER\\DERIVED", 2)],
+)  # fmt: skip
+def test_find_is_its_preview(config: Path, records: list[MemberRecord], key: str, count: int) -> None:
+    """The same keys find the same instances, those too that C-FIND passes over."""
+    item = Dataset()
+    item.RequestedProcedureID = "R1"
+    one, two = slices(2, seed=9)
+    types = {"ImageType": ["DERIVED", "PRIMARY", "OTHER"]}
+    sequence = {"RequestAttributesSequence": [item]}
+    changes = {"TimezoneOffsetFromUTC": "+0100", "SpecificCharacterSet": "ISO_IR 144", "PatientComments": "A1"}
+    land(load(config, environ={}), [new_member(changed(one, **types, **sequence, **changes)),
+                                    new_member(changed(two, **types, PatientComments="A2"))])  # fmt: skip
+    found = call(config, "find", "--level", "IMAGE", "-k", key, "-k", "SOPInstanceUID", "--format", "json")
+    assert len(orjson.loads(found.stdout)) == count, found.output
+    result = call(config, "delete", "--where", key, "--yes")
+    assert result.stdout.startswith(f"{count} instances"), result.output
+    assert set(deleted(config)) == {one["SOPInstanceUID"] for one in orjson.loads(found.stdout)}
 
 
 def test_without_a_terminal_it_needs_yes(config: Path, records: list[MemberRecord]) -> None:

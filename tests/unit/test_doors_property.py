@@ -8,6 +8,7 @@ import random
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from sphere.catalog.query import Features, Query
 from sphere.catalog.schema import Level
 from sphere.conf.errors import QueryError
 from sphere.conf.settings import Settings
+from sphere.finding import find_instances, instances_matching, query_here
 from sphere.scp import client
 from sphere.scp.find import PENDING, FindAnswer, FindRequest, FindService
 from sphere.scp.web.search_request import parse_search
@@ -365,6 +367,25 @@ def by_qido(doors: Doors, asked: Asked) -> list[tuple[str, ...]] | None:
     return identities(asked, told(doors.tables, parse_search(parameters, level, {}).query))
 
 
+def by_command(doors: Doors, asked: Asked) -> list[Any] | None:
+    """`sphere find` without a peer; None where it is not what is asked, as it takes two quotes for no value."""
+    if not (asked.empty_values and asked.multiple_values):
+        return None
+    keys: dict[str, str] = {}
+    for name, value in asked.keys.items():
+        if isinstance(name, tuple):
+            keys |= {f"{name[0]:04X},0010": name[2], f"{name[0]:04X},10{name[1]:02X}": value}
+        elif isinstance(value, dict):
+            keys |= {f"{name}.{inner}": text for inner, text in value.items()}
+        else:
+            keys[name] = value
+    level: Any = asked.level
+    query = query_here(
+        keys, level=level, model="PATIENT_ROOT", features=features(asked), timezone=zone_text(asked.zone)
+    )  # fmt: skip
+    return told(doors.tables, query)
+
+
 PROFILE = settings(
     database=None, deadline=None, print_blob=True, phases=[Phase.generate, Phase.shrink],
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.large_base_example,
@@ -407,8 +428,33 @@ def held_to_the_reference(doors: Doors, asked: Asked) -> None:
         assert identities(asked, by_sql) == patients, "reference"
     else:
         assert identities(asked, by_sql) == expected, "reference"
+    commanded = by_command(doors, asked)
+    assert commanded is None or identities(asked, commanded) == identities(asked, by_sql), "sphere find"
     by_url = by_qido(doors, asked)
     assert by_url is None or by_url == expected, "QIDO-RS"
+
+
+PASSED_OVER = [
+    ("TimezoneOffsetFromUTC", "+0100"), ("TimezoneOffsetFromUTC", '""'), ("TimezoneOffsetFromUTC", "-0?00"),
+    ("SpecificCharacterSet", "ISO_IR 192"), ("SpecificCharacterSet", "ISO_IR 100"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("keyword", "text"), PASSED_OVER)
+def test_what_a_network_passes_over_is_matched_here(doors: Doors, keyword: str, text: str) -> None:
+    """Where it is typed it is a condition, at every door; C-FIND has no such key (PS3.4 C.4.1.1.3.1)."""
+    stored = {str(one.SOPInstanceUID): str(one.get(keyword) or '""') for one in doors.datasets}
+    wanted = sorted(uid for uid, value in stored.items() if fnmatchcase(value, text))
+    asked = Asked("IMAGE", {keyword: text}, True, True)
+    query = built(asked)
+    url = parse_search([(keyword, text), ("emptyvaluematching", "true")], "IMAGE", {}).query
+    for answers in (told(doors.tables, query), told(doors.bundles, query), told(doors.tables, url)):
+        assert sorted(one["00080018"]["Value"][0] for one in answers) == wanted
+    commanded = by_command(doors, asked)
+    assert commanded is not None and sorted(one["00080018"]["Value"][0] for one in commanded) == wanted
+    chosen = find_instances(doors.tables, instances_matching({keyword: text}))
+    assert sorted(one.SOPInstanceUID for one in chosen) == wanted
+    assert len(by_find(doors, asked)) == len(stored)
 
 
 NAMES = ["PatientName", "PhysiciansOfRecord", "ReferringPhysicianName"]

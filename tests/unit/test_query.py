@@ -246,6 +246,23 @@ def test_build() -> None:
     assert (query.model, query.relational) == ("STUDY_ROOT", True)
 
 
+@pytest.mark.parametrize("value", ["1", " ", 1, 0, "*", [{"RequestedProcedureID": "1"}]])
+def test_a_sequence_with_a_value(value: Any) -> None:
+    """It would match everything; without a value it does."""
+    with pytest.raises(QueryError, match="RequestAttributesSequence is a sequence") as caught:
+        Query.build("SERIES", {"RequestAttributesSequence": value})
+    assert caught.value.offending == (0x00400275,)
+    with pytest.raises(QueryError, match="RequestAttributesSequence is a sequence"):
+        Query.build("STUDY", {"ProcedureCodeSequence": {"RequestAttributesSequence": value}})
+    assert Query.build("SERIES", {"RequestAttributesSequence": ""}).predicate() == ()
+    assert Query.build("SERIES", {"RequestAttributesSequence": None}).predicate() == ()
+
+
+def test_items_of_what_is_no_sequence() -> None:
+    with pytest.raises(QueryError, match="PatientID is not a sequence"):
+        Query.build("STUDY", {"PatientID": {"CodeValue": "1"}})
+
+
 @pytest.mark.parametrize("name", ["PatientNmae", "0010", "0010xx20", ""])
 def test_unknown_keyword(name: str) -> None:
     with pytest.raises(QueryError, match="neither a keyword"):

@@ -108,6 +108,11 @@ def test_keys(web: Web, query: str, expected: bool) -> None:
         ("/studies?count=FALSE", "count must be true or false in lower case"),
         ("/instances?after=9.1%5C9.1.1", "after must be"),
         ("/studies?includefield=Nonsense", "Nonsense"),
+        ("/series?RequestAttributesSequence=1", "RequestAttributesSequence is a sequence: it has no value"),
+        (
+            "/series?RequestAttributesSequence=1&RequestAttributesSequence.RequestedProcedureID=R1",
+            "RequestAttributesSequence has a value beside it",
+        ),
         ("/studies/9.1/series?StudyInstanceUID=9.2", "StudyInstanceUID is in the path"),
         ("/studies/..%2F..%2Fetc/series", "not a UID|no such resource"),
         ("/studies/9.1%00/series", "not a UID"),
