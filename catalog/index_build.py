@@ -166,7 +166,7 @@ def _replace(
     condition, values = overlay.among("StudyInstanceUID", affected)
     holding = files.of_studies(db, affected, rows)
     if holding and instances is not None:
-        there = {row[0] for row in db.execute("SELECT DISTINCT name FROM parquet_schema(?)", [holding]).fetchall()}
+        there = _columns_of(db, holding)
         columns = {name: None for name in columns if name in there or name not in optional}
         source, bound = instances_sql(columns, grant), [holding]
     else:
@@ -192,24 +192,37 @@ def _granted_studies(db: duckdb.DuckDBPyConnection, added: Sequence[str], grant:
 
 
 def _roll_up_granted(db: duckdb.DuckDBPyConnection, instances: Snapshot | None, grant: Grant) -> None:
-    """Make the roll-ups of the granted instances, as extraction makes those of all."""
-    columns = source_columns("series") | source_columns("studies")
+    """Make the roll-ups of the granted instances, as extraction makes those of all; columns that no file has are left
+    out, as by `_replace`."""
+    files = instances.files if instances else ()
+    pieces = [list(files[start : start + FILES_AT_ONCE]) for start in range(0, len(files), FILES_AT_ONCE)]
+    there = {name for some in pieces for name in _columns_of(db, some)}
+    optional = optional_columns("series", "studies")
+    columns = [
+        name for name in source_columns("series") | source_columns("studies") if name in there or name not in optional
+    ]
+    absent = optional.difference(columns)
     db.register("no_rows", TABLES["instances"].schema.empty_table())
     listed = ", ".join(f'"{name}"' for name in columns)
     db.execute("SET TimeZone = 'UTC'")
     db.execute(f"CREATE TEMP TABLE granted_rows AS SELECT {listed} FROM no_rows")
     db.unregister("no_rows")
-    files = instances.files if instances else ()
-    for start in range(0, len(files), FILES_AT_ONCE):
-        some = list(files[start : start + FILES_AT_ONCE])
+    for some in pieces:
         db.execute(f"INSERT INTO granted_rows SELECT {listed} FROM {instances_sql(columns, grant)}", [some])
     for name, source in (("series", "granted_rows"), ("studies", "granted_rows"), ("patients", "studies_rolled")):
-        db.execute(f"CREATE TEMP TABLE {name}_rolled AS {roll_up_sql(name, source)}")
+        rolled = roll_up_sql(name, source, absent=absent & optional_columns(name))
+        db.execute(f"CREATE TEMP TABLE {name}_rolled AS {rolled}")
         kept = ", ".join(selected(column) for column in TABLES[name].schema.names)
         order = ", ".join(f'"{key}"' for key in TABLES[name].key)
         db.execute(f"CREATE TABLE {name} AS SELECT {kept} FROM {name}_rolled ORDER BY {order}")
     for name in ("granted_rows", "series_rolled", "studies_rolled", "patients_rolled"):
         db.execute(f"DROP TABLE {name}")
+
+
+def _columns_of(db: duckdb.DuckDBPyConnection, files: Sequence[str]) -> set[str]:
+    """What some Parquet files have, be it one of them."""
+    found = db.execute("SELECT DISTINCT name FROM parquet_schema(?)", [list(files)]).fetchall()
+    return {row[0] for row in found}
 
 
 def _copy_table(

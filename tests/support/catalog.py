@@ -93,16 +93,21 @@ def write_catalog(
 
 
 def write_table(settings: Settings, table: Table, rows: Iterable[Row], mode: Any = "overwrite") -> None:
-    """What is appended to `instances` has only the columns that say something, as what extraction writes has."""
+    """What is written to `instances` has only the columns that say something, as what extraction writes has."""
     data = pa.Table.from_pylist([dict(row) for row in rows], schema=table.schema)
-    if (table.name, mode) != ("instances", "append"):
+    if table.name != "instances" or not len(data):
         write_deltalake(f"{settings.catalog_root}/{table.name}", data, mode=mode)
         return
     writer, tables = FileWriter(table), Tables(settings)
     for batch in data.to_batches():
         writer.add(batch)
     file = writer.finish(open_storage(settings.catalog_root), table.name)
-    tables.append(table.name, [file], onto=tables.ensure(table.name))
+    onto = tables.ensure(table.name) if mode == "append" else tables.open(table.name)
+    removed: dict[str, int] = {}
+    if onto is not None and mode == "overwrite":
+        before = pa.table(onto.get_add_actions(flatten=True)).select(["path", "size_bytes"]).to_pylist()
+        removed = {one["path"]: one["size_bytes"] for one in before}
+    tables.append(table.name, [file], removed=removed, onto=onto)
 
 
 def roll_up(spec: RollUp | None, rows: Sequence[Row]) -> list[Row]:

@@ -7,11 +7,14 @@ import socket
 import ssl
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import httpx
 
+from sphere.catalog.index_folder import IndexFolder
+from sphere.catalog.tables import CatalogTables
+from sphere.conf.errors import CatalogError
 from sphere.conf.settings import Settings
 from sphere.scp.web.app import Services
 from sphere.scp.web.server import listen, make_server, services_of
@@ -40,6 +43,7 @@ class Web:
 def serving_web(settings: Settings, change: Callable[[Services], Services] = lambda same: same) -> Iterator[Web]:
     """HTTP on a free port of 127.0.0.1, stopped at the end; `change` puts other services in place."""
     settings = settings.model_copy(update={"web": settings.web.model_copy(update={"port": 0})})
+    _index_made(settings)
     listener = listen(settings)
     port = int(listener.getsockname()[1])
     ready = threading.Event()
@@ -54,6 +58,15 @@ def serving_web(settings: Settings, change: Callable[[Services], Services] = lam
         server.should_exit = True
         thread.join(30)
         assert not thread.is_alive()
+
+
+def _index_made(settings: Settings) -> None:
+    """Have the index of what is catalogued there: who serves would start a process to make it, which takes three times
+    as long, and is the subject of tests of its own."""
+    tables = CatalogTables(settings)
+    if settings.catalog.mode == "delta" and tables.is_local and tables.exists("bundles"):
+        with suppress(CatalogError):
+            IndexFolder(settings).make()
 
 
 @functools.cache

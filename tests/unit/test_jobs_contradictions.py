@@ -16,7 +16,7 @@ from sphere.conf.settings import Settings
 from sphere.jobs import rollup
 from sphere.jobs.contradictions import conflicts, contradicted
 from sphere.jobs.tables import Tables
-from tests.support.catalog import instance
+from tests.support.catalog import instance, write_table
 from tests.support.landing import archive, table_rows
 
 pytestmark = pytest.mark.unit
@@ -72,8 +72,7 @@ def found(settings: Settings) -> Found:
 
 def extracted(settings: Settings, batches: Sequence[Sequence[dict[str, Any]]]) -> Found:
     for batch in batches:
-        table = Tables(settings).ensure("instances")
-        write_deltalake(table, pa.Table.from_pylist(list(batch), schema=TABLES["instances"].schema), mode="append")
+        write_table(settings, TABLES["instances"], batch, "append")
         rollup.refresh(Tables(settings), settings, on_step=lambda name: None)
     return found(settings)
 

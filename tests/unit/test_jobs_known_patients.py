@@ -10,7 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from deltalake import DeltaTable, write_deltalake
+from deltalake import DeltaTable
 
 from sphere.catalog.schema import TABLES
 from sphere.conf.settings import Settings
@@ -20,7 +20,7 @@ from sphere.jobs import tables as module
 from sphere.jobs.rolling import COLUMNS, Rolled
 from sphere.jobs.rolling import roll_up as roll_up_rows
 from sphere.jobs.tables import Tables
-from tests.support.catalog import EPOCH, instance, roll_up
+from tests.support.catalog import EPOCH, instance, roll_up, write_table
 from tests.support.landing import archive, table_rows
 
 pytestmark = pytest.mark.unit
@@ -38,11 +38,9 @@ def instances_of(number: int, patient: str | None, **attributes: Any) -> list[Ro
 
 def extract(settings: Settings, rows: list[Row], *, rolled: bool) -> None:
     """One batch: rows into `instances`, and the roll-ups, by way of what tasks rolled up or of the change feed."""
-    tables = Tables(settings)
-    table = tables.ensure("instances")
-    onto = table.version()
+    onto = Tables(settings).ensure("instances").version()
+    write_table(settings, TABLES["instances"], rows, "append")
     found = pa.Table.from_pylist(rows, schema=TABLES["instances"].schema)
-    write_deltalake(table, found, mode="append")
     piece = Rolled.unpack(**roll_up_rows(found.select(COLUMNS)).pack())
     added = rollup.Added(onto, [piece]) if rolled else None
     rollup.refresh(Tables(settings), settings, on_step=lambda name: None, added=added)

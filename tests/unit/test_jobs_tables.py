@@ -9,7 +9,7 @@ from urllib.parse import unquote
 
 import pyarrow as pa
 import pytest
-from deltalake import DeltaTable, write_deltalake
+from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError
 
 from sphere.catalog.schema import TABLES
@@ -21,7 +21,7 @@ from sphere.jobs.parquet import NewFile
 from sphere.jobs.rolling import COLUMNS, Rolled
 from sphere.jobs.rolling import roll_up as roll_up_rows
 from sphere.jobs.tables import Tables, changed
-from tests.support.catalog import instance, roll_up
+from tests.support.catalog import instance, roll_up, write_table
 from tests.support.landing import archive, table_rows
 
 pytestmark = pytest.mark.unit
@@ -145,9 +145,7 @@ AFTER = [BEFORE[1], BEFORE[4], *MOVED]
 
 def write(settings: Settings, rows: list[dict[str, Any]]) -> None:
     """Make `instances` hold these rows."""
-    tables = Tables(settings)
-    table = tables.ensure("instances")
-    write_deltalake(table, pa.Table.from_pylist(rows, schema=TABLES["instances"].schema), mode="overwrite")
+    write_table(settings, TABLES["instances"], rows)
 
 
 def refresh(settings: Settings) -> list[str]:
@@ -206,11 +204,9 @@ def test_roll_ups_cut_short_are_completed(settings: Settings, after: str) -> Non
 
 def add(settings: Settings, *tasks: list[dict[str, Any]], split: tuple[str, ...] = ()) -> rollup.Added:
     """Append the rows in one commit, and roll them up as tasks that have these rows do."""
-    tables = Tables(settings)
-    table = tables.ensure("instances")
+    onto = Tables(settings).ensure("instances").version()
+    write_table(settings, TABLES["instances"], [row for rows in tasks for row in rows], "append")
     pieces = [pa.Table.from_pylist(rows, schema=TABLES["instances"].schema) for rows in tasks]
-    onto = table.version()
-    write_deltalake(table, pa.concat_tables(pieces), mode="append")
     rolled = (roll_up_rows(piece.select(COLUMNS), split=split) for piece in pieces)
     return rollup.Added(onto, [Rolled.unpack(**one.pack()) for one in rolled])
 

@@ -72,7 +72,8 @@ def check(paths: list[Path]) -> int:
     with duckdb.connect() as database:
         table = pa.Table.from_batches([builder.batch()])
         for number, (name, header, nodes) in enumerate(asked):
-            database.register("i", table.slice(number, 1))
+            said = [keyword for keyword in table.column_names if keyword in header.values]
+            database.register("i", table.slice(number, 1).select(said))
             dataset = orjson.loads(header.dataset)
             missed += [f"{name} header {node}" for node in nodes if not holds((node,), dataset)]
             compiled = compile_sql(nodes, lambda keyword: column_sql("i", keyword))
