@@ -146,6 +146,8 @@ def _sockets() -> Mapping[str, str]:
 
     Nobody is asked for a secret there, so they are in a folder that is open to this user alone.
     """
+    if len(os.fsencode(tempfile.gettempdir())) + len(f"/sphere-{'x' * 8}/.{uuid.uuid4()}.sock") > _SOCKET_PATH:
+        return {}
     folder, process = tempfile.mkdtemp(prefix="sphere-"), os.getpid()
 
     def remove() -> None:
@@ -153,8 +155,6 @@ def _sockets() -> Mapping[str, str]:
             shutil.rmtree(folder, ignore_errors=True)
 
     atexit.register(remove)
-    if len(os.fsencode(folder)) + len(f"/.{uuid.uuid4()}.sock") > _SOCKET_PATH:
-        return {}
     return {"spark.python.unix.domain.socket.enabled": "true", "spark.python.unix.domain.socket.dir": folder}
 
 

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import zipimport
 from collections.abc import Iterable, Iterator
@@ -21,6 +22,7 @@ from pyspark.sql import SparkSession
 
 from sphere.catalog.schema import TABLES
 from sphere.conf.errors import StatementError
+from sphere.jobs import session
 from sphere.jobs.extract import run
 from sphere.jobs.session import register_tables
 from sphere.jobs.statements import check_asks
@@ -52,6 +54,19 @@ def test_a_catalog_of_its_own_is_closed_to_others(spark: SparkSession, tmp_path:
     finally:
         os.umask(before)
     assert (tmp_path / "tables" / "here").stat().st_mode & 0o777 == 0o750
+
+
+def test_sockets_of_the_session_are_for_its_user_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They ask for no secret. Where the path of a socket would be too long there are none."""
+    monkeypatch.setattr(tempfile, "tempdir", "/tmp")
+    folder = Path(session._sockets.__wrapped__()["spark.python.unix.domain.socket.dir"])
+    assert folder.stat().st_mode & 0o777 == 0o700
+    folder.rmdir()
+    far = tmp_path / ("x" * 100)
+    far.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(far))
+    assert session._sockets.__wrapped__() == {}
+    assert not list(far.iterdir())
 
 
 def test_tables_that_are_not_there_are_unknown(spark: SparkSession, tmp_path: Path) -> None:
