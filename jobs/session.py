@@ -142,7 +142,7 @@ def register_tables(spark: SparkSession, settings: Settings, names: Iterable[str
 
 @functools.cache
 def _sockets() -> Mapping[str, str]:
-    """Sockets of files between Python and the JVM: over TCP each job waits 40 ms for acknowledgements.
+    """Unix domain sockets between Python and the JVM: over TCP each job waits 40 ms for acknowledgements.
 
     Nobody is asked for a secret there, so they are in a folder that is open to this user alone.
     """
