@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 import secrets
 import struct
 import threading
@@ -25,9 +26,11 @@ from pathlib import Path
 from typing import Any, Final, Literal, Protocol
 
 from sphere.catalog.tail import JournalTail
+from sphere.catalog.versions import order
 from sphere.conf.errors import Refused, SphereError
 from sphere.conf.logs import hashed
 from sphere.conf.settings import OnConflict, Settings
+from sphere.conf.uids import UID
 from sphere.ingest.folders import BUNDLES
 from sphere.ingest.members import NewMember, with_digest
 from sphere.ingest.records import MemberRecord
@@ -45,6 +48,7 @@ TAIL = 10_000  # members taken from the journals at a time
 PATIENCE_S = 0.5  # seconds that a sender to a spool waits for storage and catalog: they may be away for hours
 READ_S = 20e6  # bytes of a copy that a storage reads in a second, or is not waited for
 AWAY_S = 10.0  # seconds after a look that failed in which a sender to a spool waits for no other one
+_UIDS = re.compile(" ".join([UID.pattern] * 3), re.ASCII)  # that make a row of `instances`
 _PACKED = struct.Struct("<32sIQQI")  # sha256, number of the bundle, offset, length, dataset_offset
 
 Meeting = Literal["new", "copy", "lost copy", "other", "refused copy"]
@@ -58,7 +62,7 @@ DUPLICATE_INSTANCE = 0x0111  # duplicate SOP instance (PS3.7 C.5.7)
 
 @dataclass(frozen=True, slots=True)
 class KnownVersion:
-    """Some bytes of an instance: their digest (hexadecimal), and where they are."""
+    """Some bytes of an instance (as of `identity`): their digest (hexadecimal), and where they are."""
 
     SOPInstanceUID: str
     sha256: str
@@ -66,6 +70,13 @@ class KnownVersion:
     offset: int
     length: int
     dataset_offset: int
+
+
+def identity(one: NewMember | MemberRecord) -> str:
+    """What makes two members versions of one instance: the SOPInstanceUID of the data set. What extraction will put
+    into quarantine, for a UID that is missing or none, is a version of nothing, and known by its digest alone."""
+    uids = f"{one.SOPInstanceUID} {one.StudyInstanceUID} {one.SeriesInstanceUID}"
+    return one.SOPInstanceUID if _UIDS.fullmatch(uids) else one.sha256
 
 
 class Writer(Protocol):
@@ -116,10 +127,10 @@ class KnownInstances:
         Of one SOPInstanceUID one instance at a time is stored on this host. Raises StorageError.
         """
         member = with_digest(member)
-        with self._reservations.hold(member.SOPInstanceUID) as place:
-            meeting = self.meet(
-                member.SOPInstanceUID, member.StudyInstanceUID, member.sha256, sender=sender, place=place
-            )
+        uid = identity(member)
+        study = member.StudyInstanceUID if uid == member.SOPInstanceUID else ""
+        with self._reservations.hold(uid) as place:
+            meeting = self.meet(uid, study, member.sha256, sender=sender, place=place)
             if meeting in ("copy", "refused copy"):
                 log.info("not stored again instance=%s: its bytes are", hashed(member.SOPInstanceUID))
                 return meeting, None
@@ -161,7 +172,8 @@ class KnownInstances:
         """Remember versions, in front of the others where `first`, in the place of the same bytes where `moved`."""
         with self._adding:
             for version in versions:
-                key, packed = self._key(version.SOPInstanceUID), self._pack(version)
+                uid = identity(version) if isinstance(version, MemberRecord) else version.SOPInstanceUID
+                key, packed = self._key(uid), self._pack(version)
                 known = self._versions.get(key)
                 if known is None:
                     self._versions[key] = packed
@@ -240,6 +252,7 @@ class KnownInstances:
     def _catch_up(self, tail: _Tail) -> None:
         now = time.time_ns()
         while records := tail.take():
+            records.sort(key=order)  # of several journals
             self._add(records)
         if tail is self._tail:
             self._looked_at = now

@@ -15,6 +15,7 @@ from sphere.conf.memo import remembered
 
 PREAMBLE_LENGTH: Final = 128
 PREFIX: Final = b"DICM"
+MAX_SHORT: Final = 0xFFFE  # bytes of a value whose length has 16 bits (PS3.5 7.1.2)
 IMPLEMENTATION_CLASS_UID: Final = "2.25.158931550105414851696770425707499901973"  # of UUID kind (PS3.5 B.2)
 IMPLEMENTATION_VERSION_NAME: Final = "SPHERE"
 
@@ -29,7 +30,8 @@ _GROUP_LENGTH = 0x0000
 def file_meta(*, sop_class_uid: str, sop_instance_uid: str, transfer_syntax_uid: str, source_aet: str = "") -> bytes:
     """The 128-byte preamble, "DICM" and group 0002 that precede a data set in a Part 10 file (PS3.10 7.1).
 
-    `source_aet` is the calling AE title, left out where empty. Characters outside ASCII become "?".
+    `source_aet` is the calling AE title, left out where empty. Characters outside ASCII become "?"; what no UID or AE
+    title can be long enough for is cut.
     """
     before, after = _around(sop_class_uid, transfer_syntax_uid, source_aet)
     instance = _short(_MEDIA_STORAGE_SOP_INSTANCE, b"UI", sop_instance_uid, b"\0")
@@ -46,7 +48,7 @@ def _around(sop_class_uid: str, transfer_syntax_uid: str, source_aet: str) -> tu
 
 
 def _short(element: int, vr: bytes, text: str, pad: bytes) -> bytes:
-    value = text.encode("ascii", "replace")
+    value = text.encode("ascii", "replace")[:MAX_SHORT]
     value += pad * (len(value) % 2)
     return struct.pack("<HH2sH", 2, element, vr, len(value)) + value
 

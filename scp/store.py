@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import struct
 import threading
 import time
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from math import inf
@@ -15,6 +13,7 @@ from sphere.catalog.known import KnownInstances, OnceWriter, Writer
 from sphere.conf.errors import SphereError
 from sphere.conf.logs import hashed
 from sphere.conf.settings import OnConflict
+from sphere.conf.uids import UID
 from sphere.ingest.bundle import FileRange, NewMember
 from sphere.ingest.header import Identifier, Identity
 from sphere.ingest.members import Dataset
@@ -56,10 +55,11 @@ class StoreRequest:
     preamble: bytes = b""  # what came before the data set, to be kept; b"": made from the UIDs (PS3.10 7.1)
     origin: str = ""  # where it came from; "": from the calling AE title
     abstract_syntax: str = ""  # of its presentation context; "": there was none
-    not_deleted_at: float = -inf  # monotonic time of a look that said so
+    head: bytes = b""  # `meta`, made ahead
+    not_deleted_at: float = -inf  # monotonic time of a look that said so of the command's instance
 
     def meta(self) -> bytes:
-        """What is put before its data set (PS3.10 7.1)."""
+        """What is put before a data set that names what it asks for (PS3.10 7.1)."""
         return file_meta(
             sop_class_uid=self.AffectedSOPClassUID,
             sop_instance_uid=self.AffectedSOPInstanceUID,
@@ -99,8 +99,7 @@ class StoreService:
     def begin(self, request: StoreRequest) -> StoreRequest:
         """Itself, with all that can be made of it while its data set is still to come."""
         request.origin = request.origin or f"dimse:{request.calling_ae}@{request.address}"
-        with suppress(struct.error):  # a UID of 64 KiB: it is refused when it is landed
-            request.preamble = request.preamble or request.meta()
+        request.head = b"" if request.preamble else request.meta()
         if self._policy is not None and not self._policy.was_deleted(request.AffectedSOPInstanceUID):
             request.not_deleted_at = time.monotonic()
         return request
@@ -108,7 +107,8 @@ class StoreService:
     def land(self, request: StoreRequest) -> StoreAnswer:
         """Store the bytes as they came; never raises.
 
-        Success and warnings mean that they are durable. The warning 0xB007 says that the data set names another
+        The instance is the one that the data set names; the command's UIDs count only where it names none. Success and
+        warnings mean that the bytes are durable. The warning 0xB007 says that the data set names another
         instance or class than the command, that its identifying UIDs cannot be read, or that its presentation context
         is of another class: it is kept all the same.
         """
@@ -123,7 +123,8 @@ class StoreService:
                     via=request.via,
                     called_ae=request.called_ae,
                     address=request.address,
-                    not_deleted=time.monotonic() - request.not_deleted_at < LOOK_S,
+                    not_deleted=member.SOPInstanceUID == request.AffectedSOPInstanceUID
+                    and time.monotonic() - request.not_deleted_at < LOOK_S,
                 )
             if self._once is None:
                 self._writer.store(member)
@@ -182,9 +183,10 @@ def _first(dataset: Dataset, length: int) -> bytes:
 
 
 def _member(request: StoreRequest, found: Identity) -> NewMember:
-    """What the bundle gets: the UIDs of the data set where they can be read, those of the command otherwise."""
+    """What the bundle gets, and every decision is made of: the UIDs of the data set where they can be read, as in the
+    catalog, those of the command otherwise."""
     return NewMember(
-        SOPInstanceUID=request.AffectedSOPInstanceUID,
+        SOPInstanceUID=found.SOPInstanceUID or request.AffectedSOPInstanceUID,
         SOPClassUID=found.SOPClassUID or request.AffectedSOPClassUID,
         StudyInstanceUID=found.StudyInstanceUID,
         SeriesInstanceUID=found.SeriesInstanceUID,
@@ -192,10 +194,24 @@ def _member(request: StoreRequest, found: Identity) -> NewMember:
         source_aet=request.calling_ae,
         origin=request.origin or f"dimse:{request.calling_ae}@{request.address}",
         received_at=datetime.now(timezone.utc),
-        preamble=request.preamble or request.meta(),
+        preamble=request.preamble or _head(request, found),
         dataset=request.dataset,
         sha256=request.sha256,
     )
+
+
+def _head(request: StoreRequest, found: Identity) -> bytes:
+    """The File Meta Information: it names what the data set after it is (PS3.10 7.1), by the command where that does
+    not say so."""
+    sop_class, instance = request.AffectedSOPClassUID, request.AffectedSOPInstanceUID
+    if found.SOPInstanceUID == instance and found.SOPClassUID == sop_class:
+        return request.head or request.meta()
+    named = replace(
+        request,
+        AffectedSOPClassUID=found.SOPClassUID if UID.fullmatch(found.SOPClassUID) else sop_class,
+        AffectedSOPInstanceUID=found.SOPInstanceUID if UID.fullmatch(found.SOPInstanceUID) else instance,
+    )
+    return named.meta()
 
 
 def _judge(request: StoreRequest, found: Identity) -> StoreAnswer:

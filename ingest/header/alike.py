@@ -10,7 +10,7 @@ from typing import Final
 
 from sphere.ingest.header.dictionary import UNDEFINED
 from sphere.ingest.header.element import EXPLICIT_LE, IMPLICIT_LE, Encoding, read_head
-from sphere.ingest.header.identity import SERIES, SOP_CLASS, SOP_INSTANCE, STUDY, Identity, identify
+from sphere.ingest.header.identity import SERIES, SOP_CLASS, SOP_INSTANCE, STUDY, Identity, first_uid, identify
 from sphere.ingest.header.layout import DEFLATED, expected_encoding
 
 _MAX_ELEMENTS: Final = 1_000  # before SeriesInstanceUID; with more it is not worth it
@@ -40,7 +40,7 @@ class _Pattern:
     def read(self, prefix: bytes) -> Identity:
         """What `identify` would find."""
         instance, sop_class, study, series = (
-            prefix[self.places[tag]].decode("latin-1").strip("\0 ") if tag in self.places else ""
+            first_uid(prefix[self.places[tag]]) if tag in self.places else ""
             for tag in (SOP_INSTANCE, SOP_CLASS, STUDY, SERIES)
         )
         return Identity(instance, sop_class, study, series, self.syntax, 0, True)

@@ -34,7 +34,7 @@ _MAX_INFLATED: Final = 4 * 1024 * 1024  # bytes of a deflated data set looked at
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """UIDs as they stand in the bytes, "" where absent or not within them; nothing is validated.
+    """UIDs as they stand in the bytes, the first of several, "" where absent or not within them; nothing is validated.
 
     ``dataset_offset`` counts bytes from the first one given. ``complete`` is True when the elements were followed to
     SeriesInstanceUID or beyond where it would be, so that more bytes would add nothing.
@@ -83,6 +83,11 @@ def identify(prefix: bytes, *, transfer_syntax_uid: str | None = None, size: int
     )
 
 
+def first_uid(value: bytes) -> str:
+    """The UID of an element, the first where it has several: as it is read for the catalog."""
+    return value.decode("latin-1").partition("\\")[0].strip("\0 ")
+
+
 def _walk(layout: Layout) -> tuple[dict[int, str], bool]:
     """UIDs by tag, and whether the walk went as far as it had to."""
     found: dict[int, str] = {}
@@ -112,7 +117,7 @@ def _walk(layout: Layout) -> tuple[dict[int, str], bool]:
             value = window.buf[index : index + head.length]
             if len(value) < head.length:
                 return found, False
-            found[head.tag] = value.decode("latin-1").strip("\0 ")
+            found[head.tag] = first_uid(value)
             if head.tag == SERIES:
                 return found, True
         pos += head.length

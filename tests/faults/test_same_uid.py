@@ -6,6 +6,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from sphere.ingest.storage import open_storage
 from tests.support.raw_peer import RawPeer, identifying, p_data, pdv, store_rq
 from tests.support.serving import running_supervisor
 
-SUCCESS, DUPLICATE = 0x0000, 0x0111
+SUCCESS, DUPLICATE, WARNING = 0x0000, 0x0111, 0xB007
 PEERS = 12
 
 
@@ -24,13 +25,15 @@ def dataset(uid: str, number: int) -> bytes:
     return identifying(uid) + bytes([number, number]) * 50
 
 
-def at_once(peers: list[RawPeer], uid: str, number_of: Callable[[int], int]) -> Counter[int]:
-    """Statuses of C-STOREs whose last bytes are sent at the same moment."""
+def at_once(
+    peers: list[RawPeer], uid: str, number_of: Callable[[int], int], *, commanded: Callable[[int], str] | None = None
+) -> Counter[int]:
+    """Statuses of C-STOREs whose last bytes are sent at the same moment; `commanded` gives their commands' UIDs."""
     gate = threading.Barrier(len(peers))
     statuses: list[int] = []
 
     def run(number: int, peer: RawPeer) -> None:
-        peer.send(p_data(pdv(3, 3, store_rq(uid, message_id=60))))
+        peer.send(p_data(pdv(3, 3, store_rq(commanded(number) if commanded else uid, message_id=60))))
         gate.wait()
         peer.send(p_data(pdv(3, 2, dataset(uid, number_of(number)))))
         statuses.append(peer.response()["Status"])
@@ -55,6 +58,7 @@ def in_turn(peers: list[RawPeer], uid: str, number_of: Callable[[int], int]) -> 
 def test_it_is_stored_once_and_other_bytes_as_the_policy_says(tmp_path: Path, policy: str) -> None:
     """Associations that were open before: 12, over two receivers, which the kernel spreads."""
     others = {SUCCESS: 1, DUPLICATE: PEERS - 1} if policy == "reject" else {SUCCESS: PEERS}
+    warned = {WARNING if status == SUCCESS else status: count for status, count in others.items()}
     with running_supervisor(tmp_path, workers=2, ingest={"on_conflict": policy}) as serving:
         peers = []
         for number in range(PEERS):
@@ -66,6 +70,9 @@ def test_it_is_stored_once_and_other_bytes_as_the_policy_says(tmp_path: Path, po
         for turn in range(10):
             assert at_once(peers, f"1.2.8.3.{turn}", lambda number: 1) == {SUCCESS: PEERS}
             assert at_once(peers, f"1.2.8.4.{turn}", lambda number: number) == others
+            said = partial("1.2.6.{}.{}".format, turn)  # by each command another UID
+            assert at_once(peers, f"1.2.8.5.{turn}", lambda number: 1, commanded=said) == {WARNING: PEERS}
+            assert at_once(peers, f"1.2.8.6.{turn}", lambda number: number, commanded=said) == warned
         for peer in peers:
             with suppress(OSError):
                 peer.release()
@@ -79,4 +86,7 @@ def test_it_is_stored_once_and_other_bytes_as_the_policy_says(tmp_path: Path, po
     assert stored["1.2.8.1"] == 1 and stored["1.2.8.2"] == PEERS  # what is refused is kept: see decision 0012
     assert {stored[f"1.2.8.3.{turn}"] for turn in range(10)} == {1}
     assert {stored[f"1.2.8.4.{turn}"] for turn in range(10)} == {PEERS}
+    assert {stored[f"1.2.8.5.{turn}"] for turn in range(10)} == {1}
+    assert {stored[f"1.2.8.6.{turn}"] for turn in range(10)} == {PEERS}
+    assert not [uid for uid in stored if uid.startswith("1.2.6.")]
     assert sum(stored.values()) == len({(record.SOPInstanceUID, record.sha256) for record in records})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import struct
 from pathlib import Path
 from typing import Any, cast
 
@@ -62,6 +63,12 @@ def encoded(**changes: Any) -> bytes:
     return buffer.getvalue()
 
 
+def encoded_implicitly() -> bytes:
+    """Study and series of one in Implicit VR Little Endian."""
+    uids = {0x000D: b"1.2.3.2\0", 0x000E: b"1.2.3.3\0"}
+    return b"".join(struct.pack("<HHI", 0x0020, element, len(uid)) + uid for element, uid in uids.items())
+
+
 def request(data: bytes, **changes: Any) -> StoreRequest:
     fields: dict[str, Any] = {
         "AffectedSOPClassUID": CT, "AffectedSOPInstanceUID": "1.2.3.1", "TransferSyntaxUID": EXPLICIT,
@@ -84,24 +91,46 @@ def test_the_bytes_are_handed_on_as_they_came() -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "comment"),
+    ("data", "uid", "comment"),
     [
-        (encoded(SOPInstanceUID="1.2.3.9"), "names another instance"),
-        (encoded(SOPInstanceUID=None), "no readable SOP Instance UID"),
-        (encoded(SOPClassUID="1.2.840.10008.5.1.4.1.1.4"), "names another SOP class"),
-        (encoded(SOPClassUID=None), "no readable SOP Class UID"),
-        (encoded(StudyInstanceUID=None), "Study or Series Instance UID is not readable"),
-        (b"\xff" * 300, "no readable SOP Instance UID"),
-        (b"", "no readable SOP Instance UID"),
+        (encoded(SOPInstanceUID="1.2.3.9"), "1.2.3.9", "names another instance"),
+        (encoded(SOPInstanceUID=None), "1.2.3.1", "no readable SOP Instance UID"),
+        (encoded(SOPClassUID="1.2.840.10008.5.1.4.1.1.4"), "1.2.3.1", "names another SOP class"),
+        (encoded(SOPClassUID=None), "1.2.3.1", "no readable SOP Class UID"),
+        (encoded(StudyInstanceUID=None), "1.2.3.1", "Study or Series Instance UID is not readable"),
+        (b"\xff" * 300, "1.2.3.1", "no readable SOP Instance UID"),
+        (b"", "1.2.3.1", "no readable SOP Instance UID"),
     ],
 )
-def test_a_data_set_that_contradicts_the_command_is_kept_with_a_warning(data: bytes, comment: str) -> None:
+def test_a_data_set_that_contradicts_the_command_is_kept_with_a_warning(data: bytes, uid: str, comment: str) -> None:
+    """As what it says itself; as what the command says where it says nothing."""
     writer = FakeWriter()
     answer = StoreService(writer).land(request(data))
     assert answer.status == MISMATCH
     assert comment in answer.comment
     assert len(answer.comment) <= 64
-    assert writer.members[0].SOPInstanceUID == "1.2.3.1"  # as the command says
+    assert writer.members[0].SOPInstanceUID == uid
+    assert read_file_meta(writer.members[0].preamble + data).MediaStorageSOPInstanceUID == uid
+
+
+@pytest.mark.parametrize(
+    ("written", "uid", "meta"),
+    [
+        ("1.2.3.9\\1.2.3.1", "1.2.3.9", "1.2.3.9"),
+        ("unknown", "unknown", "1.2.3.1"),
+        ("9" * 70_000, "9" * 70_000, "1.2.3.1"),
+    ],
+    ids=["several", "no UID", "long"],
+)
+def test_a_uid_that_is_none_or_several(written: str, uid: str, meta: str) -> None:
+    """Nothing of it is taken for another instance's, and the File Meta Information has a UID at any rate."""
+    writer = FakeWriter()
+    syntax = "1.2.840.10008.1.2"
+    data = struct.pack("<HHI", 0x0008, 0x0018, len(written)) + written.encode() + encoded_implicitly()
+    assert StoreService(writer).land(request(data, TransferSyntaxUID=syntax)).status == MISMATCH
+    [member] = writer.members
+    assert (member.SOPInstanceUID, member.StudyInstanceUID) == (uid, "1.2.3.2")
+    assert read_file_meta(member.preamble + data).MediaStorageSOPInstanceUID == meta
 
 
 def test_a_presentation_context_of_another_class_is_a_warning() -> None:
