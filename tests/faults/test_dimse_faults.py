@@ -214,15 +214,14 @@ def test_uids_that_are_none_reach_no_path(receiver: Receiver, tmp_path: Path, in
     """They are kept as bytes with a warning, for quarantine; no name of a file or of a member has anything of them."""
     base = receiver.log_path.parent
     around = set(base.parent.iterdir())
-    assoc = associated(receiver.port, CT_STORAGE)
-    request = C_STORE()
-    request.MessageID, request.Priority = 1, 0
-    request.AffectedSOPClassUID = CT_STORAGE
-    request._AffectedSOPInstanceUID = instance
-    request.DataSet = BytesIO(dataset_of(make_instance(tmp_path / "one.dcm")))
-    assert exchange(assoc, request).Status == MISMATCH
-    record = receiver.members()[-1]
-    assert record.SOPInstanceUID == instance
+    peer = RawPeer.connect(receiver.port)
+    peer.associate()
+    for commanded, named in ((instance, ""), ("1.2.3.6", instance)):  # by the command alone, then by the data set
+        data = identifying(named) + instance.encode()  # bytes of their own
+        assert peer.store(commanded, [data + bytes(len(data) % 2)]) == MISMATCH
+        record = receiver.members()[-1]
+        assert record.SOPInstanceUID == (named.partition("\\")[0] or commanded)
+    peer.release()
     root = base / "storage"
     with tarfile.open(root / record.bundle, ignore_zeros=True) as tar:
         names = tar.getnames()
