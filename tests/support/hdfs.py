@@ -46,8 +46,9 @@ class HdfsCluster:
     """Starts on construction and returns when it takes writes; raises TimeoutError with the end of a log when it fails.
 
     `folder` keeps data, settings and logs (an existing NameNode image in it is used again). `rpc_port` and `http_port`
-    0 take free ones. A DataNode that is silent for 2 * `recheck_s` + 10 seconds is taken for dead. Every process is
-    ended by `stop`, or by the kernel when this process dies.
+    0 take free ones. A DataNode that is silent for 2 * `recheck_s` + 10 seconds is taken for dead, and the file of a
+    writer that is silent for `lease_s` is closed. Every process is ended by `stop`, or by the kernel when this process
+    dies.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class HdfsCluster:
         datanodes: int = 2,
         block_mib: int = 128,
         recheck_s: int = 2,
+        lease_s: int = 1200,
         wait_s: float = 120.0,
     ) -> None:
         self.folder = folder
@@ -68,6 +70,7 @@ class HdfsCluster:
         self._datanodes = datanodes
         self._block_mib = block_mib
         self._recheck_s = recheck_s
+        self._lease_s = lease_s
         self._java = java()
         self._jars = ":".join(str(path) for path in jars.paths("hdfs"))
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
@@ -160,6 +163,7 @@ class HdfsCluster:
             "dfs.namenode.safemode.extension": "0",
             "dfs.namenode.heartbeat.recheck-interval": str(1000 * self._recheck_s),
             "dfs.heartbeat.interval": "1",
+            "dfs.namenode.lease-hard-limit-sec": str(self._lease_s),
             "dfs.permissions.enabled": "false",
             "dfs.replication": str(self._datanodes),
             "dfs.blocksize": f"{self._block_mib}m",
@@ -203,8 +207,12 @@ class HdfsCluster:
             time.sleep(0.1)
         raise TimeoutError(f"HDFS was not ready within {wait_s:.0f} s: {self._log_end('namenode')}")
 
-    def _state(self) -> dict[str, object]:
-        url = f"http://127.0.0.1:{self.http_port}/jmx?qry=Hadoop:service=NameNode,name=FSNamesystemState"
+    def open_files(self) -> object:
+        """How many files somebody writes to; None while the NameNode does not say so."""
+        return self._state("FSNamesystem").get("NumFilesUnderConstruction")
+
+    def _state(self, bean: str = "FSNamesystemState") -> dict[str, object]:
+        url = f"http://127.0.0.1:{self.http_port}/jmx?qry=Hadoop:service=NameNode,name={bean}"
         try:
             with urllib.request.urlopen(url, timeout=5) as answer:
                 beans: list[dict[str, object]] = json.load(answer)["beans"]
