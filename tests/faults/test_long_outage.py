@@ -110,8 +110,8 @@ def test_an_hour_without_the_storage(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.fixture
 def forgetful_hdfs_cluster(tmp_path: Path) -> Iterator[HdfsCluster]:
-    """One that takes a file from who has not been heard of for 3 s: by HDFS's own defaults, for 20 minutes."""
-    with hdfs_for_test(tmp_path / "hdfs", lease_s=3) as cluster:
+    """One that takes a file from who has not been heard of for 10 s: by HDFS's own defaults, for 20 minutes."""
+    with hdfs_for_test(tmp_path / "hdfs", lease_s=10) as cluster:
         yield cluster
 
 

@@ -207,12 +207,14 @@ class HdfsCluster:
             time.sleep(0.1)
         raise TimeoutError(f"HDFS was not ready within {wait_s:.0f} s: {self._log_end('namenode')}")
 
-    def open_files(self) -> object:
-        """How many files somebody writes to; None while the NameNode does not say so."""
-        return self._state("FSNamesystem").get("NumFilesUnderConstruction")
+    def open_files(self) -> int:
+        """How many files somebody writes to, as `hdfs fsck` tells it."""
+        url = f"http://127.0.0.1:{self.http_port}/fsck?ugi=test&path=/&openforwrite=1"
+        with urllib.request.urlopen(url, timeout=30) as answer:
+            return int(answer.read().count(b"OPENFORWRITE:"))
 
-    def _state(self, bean: str = "FSNamesystemState") -> dict[str, object]:
-        url = f"http://127.0.0.1:{self.http_port}/jmx?qry=Hadoop:service=NameNode,name={bean}"
+    def _state(self) -> dict[str, object]:
+        url = f"http://127.0.0.1:{self.http_port}/jmx?qry=Hadoop:service=NameNode,name=FSNamesystemState"
         try:
             with urllib.request.urlopen(url, timeout=5) as answer:
                 beans: list[dict[str, object]] = json.load(answer)["beans"]
