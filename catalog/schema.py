@@ -132,8 +132,8 @@ class RollUp:
 class Table:
     """A Delta table below the catalog root. `key` is unique; MERGE is by it.
 
-    Of one that is `sparse`, a file has only the columns that say something in it, and the first of the schema, which
-    have statistics: whoever reads it takes a column that a file lacks as null.
+    Of one that is `sparse`, a file has only the columns that say something in it, those of its key, and of `instances`
+    the first of the schema, which have statistics: whoever reads it takes a column that a file lacks as null.
     """
 
     name: str
@@ -419,7 +419,7 @@ TABLES: Mapping[str, Table] = {
             _STUDIES.keys,
             _STUDIES,
         ),
-        Table("patients", _rolled(_PATIENTS, _PATIENT_FIRST), _PATIENTS.keys, _PATIENTS),
+        Table("patients", _rolled(_PATIENTS, _PATIENT_FIRST), _PATIENTS.keys, _PATIENTS, sparse=True),
         Table("quarantine", _QUARANTINE, ("bundle", "offset")),
         Table("conflicts", _CONFLICTS, ("bundle", "offset", "kind")),
         Table("tombstones", _TOMBSTONES, ("bundle", "offset")),

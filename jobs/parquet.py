@@ -52,7 +52,8 @@ class FileWriter:
     def __init__(self, table: Table) -> None:
         self._schema = table.schema
         self._names: list[str] = table.schema.names
-        self._kept = frozenset(self._names[:INDEXED] if table.sparse else self._names)
+        always = self._names[:INDEXED] if table.name == "instances" else table.key
+        self._kept = frozenset(always if table.sparse else self._names)
         self._distinct = _DISTINCT | frozenset(_DISTINCT_OF.get(table.name, ()))
         self._pieces: list[pa.Table] = []
         self.rows = 0
