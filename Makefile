@@ -20,8 +20,8 @@ viewer: $(VENV)/.ready ## fetch the OHIF viewer, shown under /viewer; needs npm
 	@$(BIN)/python -m sphere.conf.viewer
 
 test: $(VENV)/.ready-test ## set up, then every check and test (SPHERE_REQUIRE_ALL=1: a missing tool is a failure)
-	@# beside each other: programs of others, bytecode for the hundreds of processes that are started, lint
-	@$(BIN)/python -m tests.support.install & tools=$$!; \
+	@# beside each other: programs of others, Spark's classes and bytecode for the hundreds of processes that are started, lint
+	@$(BIN)/python -m tests.support.install & tools=$$!; $(BIN)/python -m sphere.jobs.class_archive >/dev/null & \
 	($(BIN)/python -m compileall -q sphere tests/support tests/bench; $(BIN)/python -m pytest --collect-only -q >/dev/null) & \
 	$(MAKE) --no-print-directory lint; lint=$$?; wait $$tools && wait && exit $$lint
 	$(BIN)/python -m pytest $(LANES) $(PYTEST)
@@ -77,6 +77,7 @@ define environment
 @$(PYTHON) -m sphere.conf.java
 @test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "install it with: apt-get install python3-venv"; exit 1; }
 endef
+export DIST_EXTRA_CONFIG := $(CURDIR)/conf/wheels.cfg
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 $(VENV)/.ready: $(PINS)
@@ -87,8 +88,12 @@ $(VENV)/.ready: $(PINS)
 
 $(VENV)/.ready-test: $(PINS)
 	$(environment)
-	$(PIP) pyspark 'tomli; python_version < "3.11"'  # what fetching JARs needs
-	$(BIN)/python -m sphere.conf.jars spark hdfs & jars=$$!; $(PIP) -e '.[test]'; pip=$$?; wait $$jars && exit $$pip
+	@# beside each other: PySpark, which is the largest, then JARs, which need it; all else that setup.cfg names
+	$(BIN)/python -m tests.support.requirements >$(VENV)/others.txt
+	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || $(PIP) tomli
+	($(PIP) pyspark && $(BIN)/python -m sphere.conf.jars spark hdfs) & spark=$$!; \
+	$(PIP) -r $(VENV)/others.txt; others=$$?; wait $$spark && exit $$others
+	$(PIP) -e '.[test]'
 	@touch $(VENV)/.ready $@
 
 clean: ## remove the virtual environment and what demos left

@@ -28,6 +28,7 @@ from sphere.conf.errors import JobFailed
 from sphere.conf.java import java
 from sphere.conf.private import MASK, make_private
 from sphere.conf.settings import Settings
+from sphere.jobs import class_archive
 from sphere.jobs.tables import Tables, become_hdfs_user
 
 _DELTA = {
@@ -70,7 +71,7 @@ def spark_session(settings: Settings, *, app_name: str) -> SparkSession:
     become_hdfs_user(settings)
     logging.getLogger("SQLQueryContextLogger").disabled = True  # PySpark prints every error that it raises as well
     builder = SparkSession.builder.appName(app_name).master(settings.spark.master)
-    for key, value in _options(settings).items():
+    for key, value in {**class_archive.options(program), **_options(settings)}.items():
         builder = builder.config(key, value)
     log_file = settings.archive.state_dir / "spark" / "driver.log"
     with _errors_to(log_file) as log, _none_left_behind(), _handler_of_ctrl_c():

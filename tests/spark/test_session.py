@@ -16,13 +16,16 @@ from pathlib import Path
 
 import psutil
 import pyarrow as pa
+import pyspark
 import pytest
 from pyspark.errors import AnalysisException, PySparkException
 from pyspark.sql import SparkSession
 
 from sphere.catalog.schema import TABLES
+from sphere.conf import jars
 from sphere.conf.errors import StatementError
-from sphere.jobs import session
+from sphere.conf.java import java
+from sphere.jobs import class_archive, session
 from sphere.jobs.extract import run
 from sphere.jobs.session import register_tables
 from sphere.jobs.statements import check_asks
@@ -181,6 +184,38 @@ def test_python_workers_have_everything_before_their_first_task_and_open_no_arch
 
     rows = spark.range(0, 2, 1, 2).mapInArrow(seen, "opened bigint, here boolean").collect()
     assert [(row["opened"], row["here"]) for row in rows] == [(0, True)] * 2
+
+
+MAIN = "org.apache.spark.deploy.SparkSubmit"
+
+
+def loaded(options: dict[str, str], folder: Path) -> list[str]:
+    """Where a JVM that Spark starts with these options has its first class from; it says nothing of them."""
+    log = folder / "loaded"
+    conf = {**options, "spark.driver.extraJavaOptions": f"-Xlog:class+load:file={log}"}
+    settings = [word for key, value in conf.items() for word in ("--conf", f"{key}={value}")]
+    command = [str(Path(pyspark.__file__).parent / "bin" / "spark-submit"), *settings, "--version"]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert not run.stdout
+    assert "version" in run.stderr and "warning" not in run.stderr
+    return [line for line in log.read_text().splitlines() if f" {MAIN} " in line]
+
+
+def test_classes_come_from_an_archive_that_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of another build, or no archive at all: as if there were none, and not a word of it."""
+    subprocess.run([sys.executable, "-m", "sphere.jobs.class_archive"], check=True, capture_output=True)
+    kept = class_archive.archive_of(java())
+    assert "shared objects file" in loaded(class_archive.options(java()), tmp_path)[0]
+    monkeypatch.setenv("SPHERE_JARS", str(tmp_path / "a folder"))
+    assert class_archive.options(java()) == {}
+    other = class_archive.archive_of(java())
+    assert (other.name, other.parent) == (kept.name, jars.folder())
+    other.parent.mkdir()
+    with kept.open("rb") as file:
+        head = file.read(1 << 20)
+    for wrong in (b"", b"no archive", b"\0" * 4096 + head[4096:]):
+        other.write_bytes(wrong)
+        assert "shared objects file" not in loaded(class_archive.options(java()), tmp_path)[0]
 
 
 def _is_spark(process: psutil.Process) -> bool:
