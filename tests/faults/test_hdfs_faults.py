@@ -82,7 +82,7 @@ def test_hdfs_hangs(forgetful_hdfs_cluster: HdfsCluster, tmp_path: Path, kind: L
     ledger = Ledger()
     root = f"{forgetful_hdfs_cluster.hdfs_url}/faults/hangs"
     with running_supervisor(tmp_path, root=root, workers=1, web=True) as serving:
-        with Senders(ledger, serving.port, count=3, pause_s=0.01):  # they wait 20 s for an answer, and for no more
+        with Senders(ledger, serving.port, count=3, pause_s=0.1):  # they wait 20 s for an answer, and for no more
             ledger.wait_for_count(50)
             with forgetful_hdfs_cluster.stopped(kind):
                 time.sleep(HANG_S)
