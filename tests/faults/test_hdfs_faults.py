@@ -119,9 +119,12 @@ def _wait_for_readyz(serving: Serving, wanted: tuple[int, dict[str, Any]]) -> No
 KILLS = 4  # of the shipper while it drains
 
 
-def test_the_spool_outlasts_hdfs(expendable_hdfs_cluster: HdfsCluster, tmp_path: Path) -> None:
+def test_the_spool_outlasts_hdfs(
+    expendable_hdfs_cluster: HdfsCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The NameNode is away while instances arrive: every one is answered with Success, and what waits drains by itself,
     each instance once, although the shipper is killed again and again."""
+    monkeypatch.setenv("SPHERE_STORAGE__SEAL_MIB", "4")  # the shipper needs one that is sealed to miss HDFS
     ledger = Ledger()
     root = f"{expendable_hdfs_cluster.hdfs_url}/faults/spool"
     spooled = {"durability": "spool", "spool_seal_s": 1}

@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from xml.sax.saxutils import escape
 import pytest
 
 from sphere.conf import jars
+from sphere.conf.alone import alone
 from sphere.conf.errors import ExternalMissing
 from sphere.conf.java import java
 from tests.support.ports import free_port
@@ -46,9 +48,9 @@ class HdfsCluster:
     """Starts on construction and returns when it takes writes; raises TimeoutError with the end of a log when it fails.
 
     `folder` keeps data, settings and logs (an existing NameNode image in it is used again). `rpc_port` and `http_port`
-    0 take free ones. A DataNode that is silent for 2 * `recheck_s` + 10 seconds is taken for dead, and the file of a
-    writer that is silent for `lease_s` is closed. Every process is ended by `stop`, or by the kernel when this process
-    dies.
+    0 take free ones. `image` is of a formatted NameNode, to be copied: a JVM less to start; it is made where it is not
+    there. A DataNode that is silent for 2 * `recheck_s` + 10 seconds is taken for dead; the file of a writer that is
+    silent for `lease_s` is closed. Every process is ended by `stop`, or by the kernel when this process dies.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class HdfsCluster:
         recheck_s: int = 2,
         lease_s: int = 1200,
         wait_s: float = 120.0,
+        image: Path | None = None,
     ) -> None:
         self.folder = folder
         self.rpc_port, self.http_port = rpc_port or free_port(), http_port or free_port()
@@ -71,6 +74,7 @@ class HdfsCluster:
         self._block_mib = block_mib
         self._recheck_s = recheck_s
         self._lease_s = lease_s
+        self._image = image
         self._java = java()
         self._jars = ":".join(str(path) for path in jars.paths("hdfs"))
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
@@ -150,9 +154,22 @@ class HdfsCluster:
         (self.folder / "conf" / "log4j.properties").write_text(_LOG4J)
         self._write_settings()
         if not (self.folder / "name" / "current").exists():
-            self._run_format()
+            self._format()
         self._spawn("namenode", _NAMENODE)
         self.start_datanodes(wait_s=wait_s)
+
+    def _format(self) -> None:
+        if self._image is None:
+            self._run_format()
+            return
+        with alone(self._image.with_suffix(".lock")):
+            if self._image.exists():
+                shutil.copytree(self._image, self.folder / "name")
+                return
+            self._run_format()
+            with tempfile.TemporaryDirectory(dir=self._image.parent) as work:
+                shutil.copytree(self.folder / "name", Path(work) / "name")
+                (Path(work) / "name").rename(self._image)
 
     def _write_settings(self) -> None:
         common = {
@@ -237,11 +254,17 @@ def _write_xml(path: Path, properties: Mapping[str, str]) -> None:
 def hdfs_for_test(folder: Path, **options: int) -> HdfsCluster:
     """A cluster; where there can be none the test is skipped, or fails with SPHERE_REQUIRE_ALL=1."""
     try:
-        return HdfsCluster(folder, **options)
+        return HdfsCluster(folder, image=_image(), **options)
     except ExternalMissing as error:
         if os.environ.get("SPHERE_REQUIRE_ALL") == "1":
             raise
         pytest.skip(str(error))
+
+
+def _image() -> Path:
+    """Where the image of an empty NameNode is, beside the JARs that made it, or will be."""
+    version = next(jar.version for jar in jars.pinned("hdfs") if jar.name == "hadoop-hdfs")
+    return jars.folder() / "hdfs" / f"formatted-{version}"
 
 
 @pytest.fixture

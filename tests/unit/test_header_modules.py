@@ -4,6 +4,7 @@ standard's text.
 
 from __future__ import annotations
 
+import functools
 import json
 from importlib.resources import files
 from typing import Any
@@ -68,6 +69,7 @@ CONTENT_ITEMS = {
 COLUMN_NAMES = {column.keyword for column in COLUMNS}
 
 
+@functools.cache  # every worker reads this module in
 def _table(name: str) -> Any:
     return json.loads(files("highdicom").joinpath("_standard", f"{name}.json").read_text(encoding="utf-8"))
 
