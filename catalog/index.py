@@ -238,8 +238,9 @@ class IndexCache:
             self._drop_rows(index)
 
     def _drop_rows(self, index: Index) -> None:
-        """Until they are opened anew DuckDB answers."""
-        log.warning("the rows beside index %s have changed", index.paths[0].name)
+        """Until they are opened anew DuckDB answers. Those of a base that is gone went with it: a newer one is there."""
+        if index.paths[0].exists():
+            log.warning("the rows beside index %s have changed", index.paths[0].name)
         self._past.pop(index.path, None)
         if self._index is not None and self._index.rows is index.rows:
             self._index = replace(self._index, rows=None)

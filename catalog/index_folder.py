@@ -225,13 +225,16 @@ class IndexFolder:
             shutil.rmtree(rows.folder_of(path), ignore_errors=True)
 
     def _remove_others(self, kept: set[Path]) -> None:
-        """Delete files of other versions; a process that has one open keeps reading it."""
+        """Delete files of other versions, the rows after their base: a process that has them open keeps reading it, and
+        takes rows that went alone for damaged."""
         stays = kept | {rows.folder_of(path) for path in kept}
-        for other in self.path.glob(f"catalog-{_digest(self._tables.root)[:8]}-*"):
-            if other not in stays and other.suffix == rows.SUFFIX:
-                shutil.rmtree(other, ignore_errors=True)
-            elif other not in stays and not other.is_dir():
+        others = [one for one in self.path.glob(f"catalog-{_digest(self._tables.root)[:8]}-*") if one not in stays]
+        for other in others:
+            if not other.is_dir():
                 other.unlink(missing_ok=True)
+        for other in others:
+            if other.suffix == rows.SUFFIX:
+                shutil.rmtree(other, ignore_errors=True)
 
     def _alone(self) -> AbstractContextManager[None]:
         """One process of the host builds, the others wait for its result."""

@@ -21,6 +21,8 @@ from sphere.catalog.service import QueryService
 from sphere.conf.errors import CatalogError
 from sphere.conf.settings import Settings
 from tests.bench import hospital, hospital_catalog
+from tests.support.catalog import archive, write_catalog
+from tests.support.makers import count, rows
 
 pytestmark = pytest.mark.unit
 
@@ -281,3 +283,22 @@ def test_index_files_deleted_while_serving(made: Made, right: list[Any]) -> None
         with QueryService(made[0]) as other:
             assert asked(other, made[1]) == right
         assert asked(service, made[1]) == right
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_what_goes_with_its_base_is_not_damaged(
+    tmp_path: Path, damaged: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who makes a new base takes the one before away, which others still have open: that is no warning."""
+    monkeypatch.setattr(index_module, "REFRESH_WAIT_S", PATIENCE_S)
+    settings = archive(tmp_path)
+    write_catalog(settings, rows(4))
+    with QueryService(settings) as one, QueryService(settings) as other:
+        wait(lambda: rows_of(one) is not None, one)
+        if damaged:
+            shutil.rmtree(folder(settings))
+        write_catalog(settings, rows(400))
+        assert count(other) == 400
+        time.sleep(index_module.ROWS_LOOK_S)
+        assert count(one) == 400
+    assert ("have changed" in caplog.text) == damaged
