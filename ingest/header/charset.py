@@ -5,16 +5,18 @@ One decoder for what is stored and for what is asked.
 
 from __future__ import annotations
 
+import codecs
 import re
 from dataclasses import dataclass
 from typing import Final
 
 from sphere.conf.memo import remembered
 
+JIS_X_0201: Final = "jis_x_0201"  # no codec of Python's
 DEFAULT_CODEC: Final = "iso8859"  # the default repertoire, and as Latin-1 what should not be in it
 _SINGLE: Final = {  # by ISO-IR number (PS3.3 Tables C.12-2 to C.12-4): the codec of G1 with ASCII in G0
     6: DEFAULT_CODEC,
-    13: "shift_jis",
+    13: JIS_X_0201,
     100: "latin_1",
     101: "iso8859_2",
     109: "iso8859_3",
@@ -30,7 +32,9 @@ _SINGLE: Final = {  # by ISO-IR number (PS3.3 Tables C.12-2 to C.12-4): the code
 _MULTI: Final = {58: "gb2312", 87: "iso2022_jp", 149: "euc_kr", 159: "iso2022_jp_2"}
 _ALONE: Final = {"ISO_IR 192": "UTF8", "GB18030": "GB18030", "GBK": "GBK"}  # Table C.12-5: without code extensions
 _CODECS: Final = {**_SINGLE, **_MULTI, 192: "UTF8"}
-_TERM: Final = re.compile(r"ISO_IR \d+|ISO 2022 IR \d+")
+_TERMS: Final = frozenset(f"ISO_IR {number}" for number in _SINGLE) | {
+    f"ISO 2022 IR {number}" for number in (*_SINGLE, *_MULTI)
+}  # of two bytes there are none without code extensions (Table C.12-4), and UTF-8 has none (Table C.12-5)
 _LIKELY: Final = re.compile(r"ISO[ _.-]*(?:2022)?[ _.-]*(?:IR)?[ _.-]*(\d+)", re.IGNORECASE)
 
 _ROMAN: Final = (b"\x1b(B", b"\x1b(J")  # to ISO 646 and to its Japanese version in G0; they need not be named
@@ -47,7 +51,7 @@ _G1: Final = {
     b"\x1b-M": "iso8859_9",
     b"\x1b-T": "iso8859_11",
     b"\x1b-b": "iso8859_15",
-    b"\x1b)I": "shift_jis",
+    b"\x1b)I": JIS_X_0201,
     b"\x1b$)A": "gb2312",
     b"\x1b$)C": "euc_kr",
 }
@@ -97,7 +101,7 @@ def _codec(term: str) -> tuple[str, bool]:
         return DEFAULT_CODEC, True
     if likely := _LIKELY.fullmatch(term):
         codec = _CODECS.get(int(likely[1][:4]), "")
-        return codec, bool(codec) and _TERM.fullmatch(term) is not None
+        return codec, term in _TERMS
     return _ALONE.get(term.upper(), "UTF8" if re.fullmatch("utf-?8", term, re.IGNORECASE) else ""), False
 
 
@@ -113,10 +117,29 @@ def decode(value: bytes, charset: Charset, vr: str = "LO") -> tuple[str, bool]:
 
 
 def _plain(value: bytes, encoding: str) -> tuple[str, bool]:
+    if encoding == JIS_X_0201:
+        return _jis_x_0201(value)
     try:
         return value.decode(encoding), True
     except UnicodeError:
         return value.decode(encoding, "replace"), False
+
+
+_KATAKANA: Final = "".join(map(chr, range(0xFF61, 0xFFA0)))  # A1 to DF
+_NONE: Final = "\ufffe"  # what codecs take for a byte without a meaning
+_CELLS: Final = bytes(range(0x80)).decode("ascii") + _NONE * 0x21 + _KATAKANA + _NONE * 0x20
+
+
+def _jis_x_0201(value: bytes) -> tuple[str, bool]:
+    """Romaji and katakana, a byte each (PS3.5 6.1.2.3); 5C and 7E as in ASCII, as 5C is the delimiter of values.
+
+    Other bytes mean nothing there. Many who write them mean Shift-JIS, so that they are read as that, but for 5C, which
+    a character of two bytes may end with there.
+    """
+    try:
+        return codecs.charmap_decode(value, "strict", _CELLS)[0], True
+    except UnicodeError:
+        return "\\".join(part.decode("shift_jis", "replace") for part in value.split(b"\\")), False
 
 
 class _Extended:

@@ -184,3 +184,33 @@ def test_any_bytes_are_text() -> None:
             for lead in (b"\x1b$B", b"\x1b$(D", b"\x1b$)A", b"\x1b", b"\x1b$B;3="):
                 for vr in ("PN", "LT"):
                     decode(lead + bytes((first, 0x5C, first, 0x21, 0xA1)), charset_of(charset.encode()), vr)
+
+
+@pytest.mark.parametrize(
+    ("raw", "text", "clean"),
+    [
+        (bytes(range(0xA1, 0xE0)), "".join(map(chr, range(0xFF61, 0xFFA0))), True),
+        (bytes(range(0x20, 0x7F)), bytes(range(0x20, 0x7F)).decode(), True),
+        (b"\xd4\xcf\\\xc0\xde", "ﾔﾏ\\ﾀﾞ", True),
+        (b"\x8e\x52\x93\x63", "山田", False),  # Shift-JIS, as some write under this term
+        (b"\x81\x5c\x95\x5c\x5cX", "\ufffd\\\ufffd\\\\X", False),  # which must not take in a delimiter
+        (b"\xe0\\\xd4", "\ufffd\\ﾔ", False),
+        (b"A\x80\xa0\xff", "A\ufffd\ufffd\ufffd", False),
+    ],
+)
+def test_jis_x_0201_has_one_byte_a_character(raw: bytes, text: str, clean: bool) -> None:
+    for term in (b"ISO_IR 13", b"ISO 2022 IR 13\\ISO 2022 IR 87"):
+        for vr in ("LO", "LT", "PN"):
+            assert decode(raw, charset_of(term), vr) == (text, clean)
+    found = header(instance(*data_set("ISO_IR 13", raw)))
+    assert any("has bytes that are not jis_x_0201" in one for one in found.warnings) != clean
+
+
+NO_TERMS = ["ISO 2022 IR 192", "ISO_IR 58", "ISO_IR 87", "ISO_IR 149", "ISO_IR 159", "ISO_IR 014", "ISO_IR 0100",
+            "ISO 2022 IR 999", "ISO_IR 14"]  # fmt: skip
+
+
+@pytest.mark.parametrize("term", NO_TERMS)
+def test_terms_that_no_table_defines(term: str) -> None:
+    """PS3.3 Tables C.12-2 to C.12-5: what they look like is read, and said."""
+    assert "unknown or misspelt" in charset_of(term.encode()).problem
