@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -153,9 +152,8 @@ class Archive:
         is not known.
         """
         from sphere.catalog.query import Query
+        from sphere.finding import part_of
 
-        if offset < 0 or (limit is not None and limit < 0):
-            raise QueryError("offset and limit count answers: they are not negative")
         query = Query.build(
             level,
             dict(keys or {}),
@@ -167,7 +165,7 @@ class Archive:
             timezone=timezone,
         )
         found = self.queries().find(query, as_of=as_of)
-        for match in islice(found, offset, None if limit is None else offset + limit):
+        for match in part_of(found, offset=offset, limit=limit):
             yield plain_values(match.identifier())
 
     def import_files(self, paths: Iterable[Path], *, only_dicom: bool = False) -> Iterator[Imported]:

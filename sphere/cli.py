@@ -180,7 +180,8 @@ def serve(ctx: click.Context) -> None:
 def import_(ctx: click.Context, paths: tuple[Path, ...], only_dicom: bool) -> None:
     """Store files and whole folders, byte for byte; `sphere extract` then catalogues them.
 
-    A file that cannot be stored is named, the others go on, and the exit status is 1.
+    A file that cannot be stored is named, the others go on, and the exit status is 1. What is stored already, byte for
+    byte, is skipped, and with --only-dicom what is no DICOM.
 
     \b
     Examples:

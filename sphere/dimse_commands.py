@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,7 +14,7 @@ from pydicom.dataset import Dataset
 from sphere.catalog.query import Features, Model
 from sphere.catalog.schema import Level
 from sphere.conf.settings import load, load_archive
-from sphere.finding import find_here, find_there
+from sphere.finding import find_here, find_there, part_of
 from sphere.option_values import check_as_of, check_timezone
 from sphere.output import Format, format_options, write_rows
 from sphere.peer_argument import Named, peer_argument
@@ -131,7 +130,7 @@ def find(
     else:
         answers = find_there(peer.resolve(settings), wanted, settings=settings, level=level, model=MODELS[model],
                              features=features, timezone=timezone)  # fmt: skip
-    found = list(islice(answers, offset, None if limit is None else offset + limit))
+    found = list(part_of(answers, offset=offset, limit=limit))
     write_rows(answers_table(found), format=format_, output=output)
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 from pydicom.dataset import Dataset
 
@@ -13,11 +13,21 @@ from sphere.catalog.queries import Queries, open_queries
 from sphere.catalog.query import Features, Model, Query
 from sphere.catalog.schema import Level
 from sphere.catalog.service import StoredInstance
-from sphere.conf.errors import BadRequest
+from sphere.conf.errors import BadRequest, QueryError
 from sphere.conf.peers import Peer
 from sphere.conf.settings import Settings
 
 BATCH = 2000  # instances looked up at once
+MOST = 10**12 - 1
+"""Answers that an offset or a limit may count, as in a search of QIDO-RS (twelve digits)."""
+T = TypeVar("T")
+
+
+def part_of(answers: Iterable[T], *, offset: int, limit: int | None) -> Iterator[T]:
+    """At most `limit` answers after the first `offset`; raises QueryError for numbers that count nothing."""
+    if not 0 <= offset <= MOST or not 0 <= (limit or 0) <= MOST:
+        raise QueryError(f"offset and limit count answers: they are not negative, nor above {MOST}")
+    return islice(answers, offset, None if limit is None else offset + limit)
 
 
 def find_there(
