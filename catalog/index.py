@@ -238,7 +238,7 @@ class IndexCache:
             self._drop_rows(index)
 
     def _drop_rows(self, index: Index) -> None:
-        """Until they are opened anew DuckDB answers. Those of a base that is gone went with it: a newer one is there."""
+        """Until they are opened anew DuckDB answers. Those of a base that is gone went with it, for a newer one."""
         if index.paths[0].exists():
             log.warning("the rows beside index %s have changed", index.paths[0].name)
         self._past.pop(index.path, None)

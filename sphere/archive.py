@@ -13,7 +13,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sphere.conf.errors import QueryError, SettingsError, StatementError
+from sphere.conf.errors import SettingsError, StatementError
 from sphere.conf.settings import Settings, load_archive
 
 if TYPE_CHECKING:
