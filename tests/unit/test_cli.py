@@ -58,7 +58,7 @@ def test_every_verb_has_help_with_an_example(verb: str) -> None:
         (["find", "-k", "PatientNam=x"], "did you mean PatientName?"),
         (["find", "X@127.0.0.1:1", "-k", "PatientNam=x"], "did you mean PatientName?"),
         (["find", "-k", "StudyDate=foo"], "StudyDate: "),
-        (["find", "-k", "Modality=CT"], "Modality is a key of SERIES, below STUDY"),
+        (["find", "--model", "patient-study", "-k", "Modality=CT"], "Modality is a key of SERIES, below STUDY"),
         (["find", "--timezone", "foo"], "Invalid value for '--timezone': 'foo' is not an offset from UTC"),
         (
             ["find", "X@127.0.0.1:1", "--timezone", "foo"],
