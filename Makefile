@@ -20,10 +20,11 @@ viewer: $(VENV)/.ready ## fetch the OHIF viewer, shown under /viewer; needs npm
 	@$(BIN)/python -m sphere.conf.viewer
 
 test: $(VENV)/.ready-test ## set up, then every check and test (SPHERE_REQUIRE_ALL=1: a missing tool is a failure)
-	@# beside each other: programs of others, Spark's classes and bytecode for the hundreds of processes that are started, lint
-	@$(BIN)/python -m tests.support.install & tools=$$!; $(BIN)/python -m sphere.jobs.class_archive >/dev/null & \
+	@# beside each other: programs of others, HDFS, Spark's classes and bytecode for the hundreds of processes that are started, lint
+	@$(BIN)/python -m tests.support.install & tools=$$!; $(BIN)/python -m sphere.conf.jars hdfs & jars=$$!; \
+	$(BIN)/python -m sphere.jobs.class_archive >/dev/null & \
 	($(BIN)/python -m compileall -q sphere tests/support tests/bench; $(BIN)/python -m pytest --collect-only -q >/dev/null) & \
-	$(MAKE) --no-print-directory lint; lint=$$?; wait $$tools && wait && exit $$lint
+	$(MAKE) --no-print-directory lint; lint=$$?; wait $$tools && wait $$jars && wait && exit $$lint
 	$(BIN)/python -m pytest $(LANES) $(PYTEST)
 
 test-long: export SPHERE_TEST_EXAMPLES ?= 10
@@ -88,11 +89,13 @@ $(VENV)/.ready: $(PINS)
 
 $(VENV)/.ready-test: $(PINS)
 	$(environment)
-	@# beside each other: PySpark, which is the largest, then JARs, which need it; all else that setup.cfg names
-	$(BIN)/python -m tests.support.requirements >$(VENV)/others.txt
+	@# beside each other: programs of others; PySpark, which is the largest, then JARs, which need it; all else that is pinned
+	$(BIN)/python -m tests.support.requirements 2 $(VENV)
 	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || $(PIP) tomli
-	($(PIP) pyspark && $(BIN)/python -m sphere.conf.jars spark hdfs) & spark=$$!; \
-	$(PIP) -r $(VENV)/others.txt; others=$$?; wait $$spark && exit $$others
+	$(PYTHON) -m tests.support.packages & packages=$$!; \
+	($(PIP) pyspark && $(BIN)/python -m sphere.conf.jars spark) & spark=$$!; \
+	$(PIP) --no-deps -r $(VENV)/pins-1.txt & pins=$$!; \
+	$(PIP) --no-deps -r $(VENV)/pins-2.txt; others=$$?; wait $$packages; wait $$spark && wait $$pins && exit $$others
 	$(PIP) -e '.[test]'
 	@touch $(VENV)/.ready $@
 

@@ -27,8 +27,9 @@ from sphere.conf.java import java
 
 Group = Literal["spark", "hdfs"]
 PINS = Path(__file__).with_name("jars.toml")
-FETCHERS = 4
+FETCHERS = 6
 """Ivys at once."""
+_SHORT = ("-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC")  # a JVM of some seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +103,8 @@ def _run_ivy(wanted: list[Jar], work: Path) -> None:
     module = work / "ivy.xml"
     module.write_text(_ivy_module(wanted), encoding="utf-8")
     options = ["-ivy", str(module), "-cache", str(work / "cache"), "-types", "jar", "bundle", "-confs", "default"]
-    command = [str(java()), "-jar", str(_ivy()), *options, "-retrieve", str(work / "[artifact]-[revision].jar")]
+    options += ["-retrieve", str(work / "[artifact]-[revision].jar")]
+    command = [str(java()), *_SHORT, "-jar", str(_ivy()), *options]
     try:
         run = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     except subprocess.TimeoutExpired:

@@ -17,7 +17,7 @@ from typing import Any
 import pydicom
 import pytest
 
-from tests.support.install import PACKAGES, program
+from tests.support.packages import PACKAGES, program
 from tests.support.ports import free_port
 
 START_S = 30  # seconds that a server may take to listen
