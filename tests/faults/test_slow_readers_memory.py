@@ -25,12 +25,12 @@ from tests.support.receiver import running_receiver
 
 pytestmark = pytest.mark.faults
 
-STUDIES = 2_000
+STUDIES = 1_000
 READERS = 16
 FIRST = 4
 """Readers that are there before: the allocator keeps what sorts at the same time took."""
 GROWTH_MIB = 8 * READERS
-"""A page as objects, as bytes and on its way to the socket, and a thread; all that a reader asks for takes 25."""
+"""A page as objects, as bytes and on its way to the socket, and a thread; all that they ask for takes 200."""
 KEYS = ("SOPInstanceUID", "InstanceNumber", "PatientID", "StudyDescription", "SeriesDescription", "Modality")
 
 
