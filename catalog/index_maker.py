@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import pickle
 import socket
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from sphere.catalog.index_folder import FORMAT
 from sphere.catalog.index_process import IndexProcess, path_in
 from sphere.conf.alone import alone
 from sphere.conf.errors import CatalogError
+from sphere.conf.handed import handed
 from sphere.conf.private import make_private
 from sphere.conf.settings import Settings
 
@@ -155,7 +155,7 @@ class IndexMaker:
         threading.Thread(target=process.wait, daemon=True, name="index-maker").start()  # leaves no zombie
         assert process.stdin is not None
         with suppress(BrokenPipeError), process.stdin as to:
-            to.write(pickle.dumps((logging.getLogger("sphere").getEffectiveLevel(), self._settings)))
+            to.write(handed(self._settings))
         log.info("maker of indexes started pid=%d", process.pid)
 
 

@@ -8,7 +8,6 @@ sphere.catalog.index_maker.
 
 from __future__ import annotations
 
-import logging
 import os
 import pickle
 import signal
@@ -22,9 +21,8 @@ from typing import TYPE_CHECKING
 
 import orjson
 
-from sphere.conf import logs
 from sphere.conf.errors import CatalogError
-from sphere.conf.footprint import keep_small
+from sphere.conf.handed import handed, take_over
 from sphere.conf.settings import Settings
 
 if TYPE_CHECKING:  # what a process is to do without, it must not have loaded before it says so
@@ -48,14 +46,13 @@ class IndexProcess:
         self._asked(None, base)
 
     def _asked(self, as_of: AsOf | None, mend: Path | None) -> Path:
-        level = logging.getLogger("sphere").getEffectiveLevel()
         process = subprocess.Popen([sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert process.stdin is not None and process.stdout is not None
         said = b""
         self._running.add(process)
         try:
             with suppress(BrokenPipeError), process:
-                process.stdin.write(pickle.dumps((level, self._settings)) + pickle.dumps((self._grant, as_of, mend)))
+                process.stdin.write(handed(self._settings) + pickle.dumps((self._grant, as_of, mend)))
                 process.stdin.flush()
                 said = process.stdout.read()
         finally:
@@ -78,10 +75,7 @@ def path_in(answer: bytes, *, otherwise: str) -> Path:
 
 def main() -> None:
     """Make what is asked for, or stay and make what others ask for."""
-    level, settings = pickle.load(sys.stdin.buffer)
-    logs.configure("info")
-    logging.getLogger("sphere").setLevel(level)
-    keep_small(settings)  # a quarter of its start is what pydicom would load and it never uses
+    settings = take_over(sys.stdin.buffer)
     if len(sys.argv) == 1:
         _make(settings)
         return

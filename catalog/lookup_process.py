@@ -7,7 +7,6 @@ line of JSON.
 
 from __future__ import annotations
 
-import logging
 import os
 import pickle
 import select
@@ -23,9 +22,8 @@ from typing import IO, TYPE_CHECKING, Any, Final
 import orjson
 
 from sphere.catalog.stored import StoredInstance
-from sphere.conf import logs
 from sphere.conf.errors import CatalogError, SphereError, StorageError
-from sphere.conf.footprint import keep_small
+from sphere.conf.handed import handed, take_over
 from sphere.conf.settings import Settings
 
 if TYPE_CHECKING:  # what a process is to do without, it must not have loaded before it says so
@@ -89,7 +87,7 @@ class LookupProcess:
         threading.Thread(target=process.wait, daemon=True, name="lookup").start()  # it ends by itself
         assert process.stdin is not None
         with suppress(BrokenPipeError):
-            process.stdin.write(pickle.dumps((logging.getLogger("sphere").getEffectiveLevel(), self._settings)))
+            process.stdin.write(handed(self._settings))
         return process
 
 
@@ -97,10 +95,7 @@ def main() -> None:
     """Answer until standard input ends, or nothing comes for IDLE_S."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; who asks decides
     requests = os.fdopen(0, "rb", buffering=0)
-    level, settings = pickle.load(requests)
-    logs.configure("info")
-    logging.getLogger("sphere").setLevel(level)
-    keep_small(settings)
+    settings = take_over(requests)
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print is no answer
     from sphere.catalog.queries import open_queries

@@ -16,9 +16,10 @@ from pyspark.sql import SparkSession
 from sphere.catalog.queries import open_queries
 from sphere.jobs.extract import run
 from sphere.jobs.session import register_tables
+from tests.support.doors import Doors, held_to_the_reference
+from tests.support.drawn import PROFILE, below, generated, queries
 from tests.support.landing import archive, land, new_member
 from tests.support.reference import LEVEL, MULTIPLE, VR, Asked, answer
-from tests.unit.test_doors_property import PROFILE, Doors, below, generated, held_to_the_reference, queries
 
 pytestmark = [pytest.mark.spark, pytest.mark.filterwarnings("ignore")]
 
