@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from time import monotonic
 from typing import Any
 
 import numpy as np
 import pytest
-from playwright.sync_api import Page, Response
+from playwright.sync_api import Locator, Page, Response
 
 from sphere.conf import viewer
 from sphere.ingest.storage import open_storage
@@ -82,6 +83,21 @@ def lines(page: Page, viewport: int = 0) -> tuple[Any, Any]:
     return np.array(row).reshape(-1, 4), np.array(column).reshape(-1, 4)
 
 
+def redrawn_until(page: Page, drawn: Locator) -> None:
+    """Waits for annotations. OHIF draws them with their image: what is loaded after it, on a busy machine, with the next redraw.
+
+    So the image, the last one of its stack, is left and returned to now and then, as a user would.
+    """
+    page.mouse.move(760, 500)
+    until = monotonic() + WAIT_MS / 1000
+    while not drawn.count():
+        assert monotonic() < until, "the annotation is not drawn"
+        page.wait_for_timeout(1000)
+        for there_and_back in (-100, 100) if not drawn.count() else ():
+            page.mouse.wheel(0, there_and_back)
+            page.wait_for_timeout(500)
+
+
 def differences(row: Any, width: int, height: int, number: int) -> Any:
     """By how much the grey levels of a row differ from those of slice `number`, drawn as high as the canvas is."""
     scale = height / SIZE
@@ -121,7 +137,7 @@ def test_a_segmentation_and_a_report_are_shown(opened: Page) -> None:
 
     others.filter(has_text="SR").dblclick()
     line = opened.locator("svg.svg-layer g[data-annotation-uid]")
-    line.first.wait_for(state="attached", timeout=WAIT_MS)
+    redrawn_until(opened, line)
     ends = opened.locator("svg.svg-layer line").first
     length = float(ends.get_attribute("x2") or 0) - float(ends.get_attribute("x1") or 0)
     assert abs(length / 842 - 40 / SIZE) < 0.01, "from column 10 to column 50"
