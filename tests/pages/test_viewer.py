@@ -84,7 +84,7 @@ def lines(page: Page, viewport: int = 0) -> tuple[Any, Any]:
 
 
 def redrawn_until(page: Page, drawn: Locator) -> None:
-    """Waits for annotations. OHIF draws them with their image: what is loaded after it, on a busy machine, with the next redraw.
+    """Waits for annotations. OHIF draws them with their image: what is loaded after it comes with the next redraw.
 
     So the image, the last one of its stack, is left and returned to now and then, as a user would.
     """
