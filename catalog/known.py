@@ -294,8 +294,6 @@ class OnceWriter:
 
         `sender` is what it came with, as an association.
         """
-        if not member.SOPInstanceUID:
-            return self._writer.store(member)
         meeting, record = self._known.store(member, self._writer.store, sender=sender)
         if self._on_conflict == "reject" and meeting in REFUSED:
             raise Refused("another version of this instance is stored", status=DUPLICATE_INSTANCE)

@@ -51,10 +51,22 @@ class Verbs(click.Group):
         except OSError as error:  # a folder that cannot be written to, a full disk
             if interrupts.came() or error.errno == errno.EPIPE:  # who read our output went away: click ends quietly
                 raise
-            logging.getLogger("sphere").debug("where it happened", exc_info=True)
-            where = f"{error.filename}: " if error.filename else ""
-            click.echo(f"sphere: {where}{error.strerror or error}", err=True)
+            _name(error)
             ctx.exit(1)
+
+    def main(self, *arguments: Any, **options: Any) -> Any:
+        """As click has it; what the system refuses before there is a verb (--help onto a full disk) is one line too."""
+        try:
+            return super().main(*arguments, **options)
+        except OSError as error:
+            _name(error)
+            sys.exit(1)
+
+
+def _name(error: OSError) -> None:
+    logging.getLogger("sphere").debug("where it happened", exc_info=True)
+    where = f"{error.filename}: " if error.filename else ""
+    click.echo(f"sphere: {where}{error.strerror or error}", err=True)
 
 
 class Late(click.Command):

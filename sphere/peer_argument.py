@@ -59,6 +59,6 @@ def _decorated(command: Command, *, required: bool) -> Command:
         options: dict[str, Any] = {"tls": True} if tls or tls_ca or tls_verify else {}
         options |= {"tls_ca": str(tls_ca.resolve())} if tls_ca else {}
         options |= {"tls_verify": tls_verify} if tls_verify else {}
-        return command(*args, peer=Named(peer, options) if peer else None, **kwargs)  # fmt: skip
+        return command(*args, peer=None if peer is None else Named(peer, options), **kwargs)  # fmt: skip
 
     return wrapped  # type: ignore[return-value]

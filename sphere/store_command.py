@@ -17,7 +17,7 @@ from sphere.conf.errors import PeerError, StorageError
 from sphere.conf.peers import Peer
 from sphere.conf.settings import Settings, load, load_archive
 from sphere.dimse_commands import name_failure, split_keys
-from sphere.output import PathArgument, write_rows
+from sphere.output import PathArgument, printable, write_rows
 from sphere.peer_argument import Named, peer_argument
 from sphere.progress import bar
 
@@ -151,12 +151,12 @@ class _Report:
     def note(self, key: str, result: StoreResult) -> None:
         """Count a result, and keep in mind what was sent."""
         if not result.stored:
-            self.failures.append({"what": str(result.source), "why": result.error})
+            self.failures.append({"what": printable(str(result.source)), "why": result.error})
             return
         self.sent += 1
         self.size += result.size
         if result.error:
-            name_failure(f"{result.source}: stored, {result.error}")
+            name_failure(printable(f"{result.source}: stored, {result.error}"))
         if self.resumable and key:
             try:
                 self.journal.add(key)

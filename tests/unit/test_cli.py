@@ -159,6 +159,9 @@ def test_an_archive_is_named_by_a_file_here_or_by_variables(tmp_path: Path, monk
     ("arguments", "status", "message"),
     [
         (["echo", "nobody"], 2, "sphere: peer 'nobody' is neither a name in the settings (none) nor AET@HOST:PORT"),
+        (["echo", ""], 2, "sphere: peer '' is neither a name in the settings (none) nor AET@HOST:PORT"),
+        (["store", "", "--all"], 2, "sphere: peer '' is neither a name"),
+        (["find", ""], 2, "sphere: peer '' is neither a name"),  # a variable of a script that is empty is not this archive
         (["echo", "X@127.0.0.1:1"], 1, "sphere: peer X at 127.0.0.1:1"),
     ],
 )
@@ -260,6 +263,28 @@ def test_import_names_what_failed_and_goes_on(config: Path, tmp_path: Path) -> N
         contents = {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
     assert real.read_bytes() in contents.values()
     assert b"not DICOM at all" in contents.values()
+
+
+def test_what_is_no_dicom_is_stored_once_as_well(config: Path, tmp_path: Path) -> None:
+    (tmp_path / "note.txt").write_text("not DICOM at all")
+    (tmp_path / "empty").touch()
+    for answer in ("2 stored, 0 skipped, 0 failed", "0 stored, 2 skipped, 0 failed"):
+        assert answer in call("import", tmp_path / "note.txt", tmp_path / "empty", config=config).output
+
+
+def test_files_of_any_name_that_cannot_be_sent_are_named(tmp_path: Path) -> None:
+    (tmp_path / os.fsdecode(b"not\xffutf-8\x1b[31m.txt")).write_text("not DICOM at all")
+    result = call("store", "X@127.0.0.1:1", tmp_path)
+    assert (result.exit_code, result.exception.__class__) == (1, SystemExit), result.output
+    assert r"not\udcffutf-8\x1b[31m.txt" in result.output
+
+
+def test_help_that_cannot_be_written_is_one_line() -> None:
+    with Path("/dev/full").open("w") as full:
+        run = subprocess.run(
+            [sys.executable, "-m", "sphere.cli", "--help"], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert (run.returncode, run.stderr) == (1, "sphere: No space left on device\n")
 
 
 def test_import_can_leave_out_what_is_not_dicom(config: Path, tmp_path: Path) -> None:
