@@ -45,4 +45,6 @@ class Section(BaseModel):
     def _no_number_is_true(cls, value: Any, info: ValidationInfo) -> Any:
         if isinstance(value, bool) and cls.model_fields[info.field_name or ""].annotation in (int, float):
             raise ValueError("is a number, not true or false")
+        if isinstance(value, str) and "\0" in value:
+            raise ValueError("has a NUL character")
         return value

@@ -49,7 +49,7 @@ class Dimse(Section):
     )
     dimse_timeout_s: Seconds = Field(60.0, description="Seconds to wait for the next DIMSE message of an exchange.")
     network_timeout_s: Seconds = Field(300.0, description="Seconds that an idle association is kept.")
-    commitment_h: Annotated[float, Field(ge=0)] = Field(
+    commitment_h: Annotated[float, Field(ge=0, le=YEAR_S / 3600)] = Field(
         72.0, description="Hours for which the report of a Storage Commitment is tried to be delivered."
     )
     tls_port: Port = Field(
@@ -124,7 +124,7 @@ class Web(Section):
         description="Searches (QIDO-RS) at once of one caller, known by its token, else by its address; further ones "
         "are answered 429; 0: any number.",
     )
-    idle_s: Annotated[float, Field(ge=1)] = Field(
+    idle_s: Annotated[float, Field(ge=1, le=YEAR_S)] = Field(
         30.0, description="Seconds to wait for the head of a request, for more of its body, or for a client that reads."
     )
 
@@ -141,6 +141,20 @@ class Web(Section):
         return value.rstrip("/")
 
 
+def _root(value: str) -> str:
+    """A URL of a folder; raises ValueError for any other text."""
+    parts = urlsplit(value)
+    if parts.scheme not in ("file", "hdfs", "webhdfs"):
+        raise ValueError("must begin with file:, hdfs:// or webhdfs://")
+    if parts.scheme == "file" and parts.netloc:
+        raise ValueError("names a host where a path is meant: file:///PATH, or file:PATH beside the settings file")
+    if parts.scheme != "file" and not (parts.hostname and parts.port != 0):  # a port that is none raises ValueError
+        raise ValueError(f"must be such as {parts.scheme}://NAMENODE:PORT/PATH")
+    if "\0" in unquote(value):
+        raise ValueError("has a NUL character")
+    return value.rstrip("/") if value != "file:///" else value
+
+
 class Storage(Section):
     root: str = Field(
         "file:storage",
@@ -154,12 +168,8 @@ class Storage(Section):
 
     @field_validator("root")
     @classmethod
-    def _known_scheme(cls, value: str) -> str:
-        if urlsplit(value).scheme not in ("file", "hdfs", "webhdfs"):
-            raise ValueError("must begin with file:, hdfs:// or webhdfs://")
-        if value.startswith("file:") and urlsplit(value).netloc:
-            raise ValueError("names a host where a path is meant: file:///PATH, or file:PATH beside the settings file")
-        return value.rstrip("/") if value != "file:///" else value
+    def _root_url(cls, value: str) -> str:
+        return _root(value)
 
 
 class Annotations(Section):
@@ -176,6 +186,11 @@ class Catalog(Section):
         2, ge=0, le=64, description="Processes per serving process that read headers in mode files; 0: none beside it."
     )
     root: str = Field("", description="URL of the Delta tables (file:/// or hdfs://); empty: <storage.root>/catalog.")
+
+    @field_validator("root")
+    @classmethod
+    def _root_url(cls, value: str) -> str:
+        return _root(value) if value else ""
 
 
 OnConflict = Literal["keep-first", "replace", "reject"]
@@ -213,7 +228,7 @@ class Ingest(Section):
         "against its journal. What is not as promised is named by `sphere status`, counted, and kept. With durability "
         "spool, bundles are read back as they are shipped.",
     )
-    verify_mib_s: Annotated[float, Field(gt=0)] = Field(
+    verify_mib_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
         32.0, description="MiB that are read back in a second, at most."
     )
 
@@ -252,6 +267,13 @@ class Snapshot(Section):
         description="A version of table `bundles`, which counts batches of extraction, or a time (UTC where it has no "
         "zone): the last batch complete by then."
     )
+
+    @field_validator("as_of", mode="before")
+    @classmethod
+    def _version_or_time(cls, value: object) -> object:
+        if isinstance(value, bool | float) or (isinstance(value, int) and value < 0):
+            raise ValueError("is neither a version (0, 1, ...) nor a time")
+        return value
 
 
 class Forwarding(Section):
@@ -343,7 +365,7 @@ def _read(path: Path | None) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        data: dict[str, Any] = toml.loads(path.read_text(encoding="utf-8"))
+        data: dict[str, Any] = toml.loads(path.read_text(encoding="utf-8-sig"))
         return data
     except FileNotFoundError:
         raise SettingsError(f"settings file {path} does not exist; `sphere init DIR` makes one") from None
@@ -351,6 +373,8 @@ def _read(path: Path | None) -> dict[str, Any]:
         raise SettingsError(f"settings file {path} cannot be read: {error.strerror}") from None
     except (toml.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SettingsError(f"settings file {path} is not valid TOML: {error}") from None
+    except RecursionError:
+        raise SettingsError(f"settings file {path} cannot be read: values within values, too deep") from None
 
 
 def _overlay(data: dict[str, Any], environ: Mapping[str, str]) -> dict[str, str]:
@@ -360,13 +384,14 @@ def _overlay(data: dict[str, Any], environ: Mapping[str, str]) -> dict[str, str]
         if not name.startswith("SPHERE_") or "__" not in name:
             continue
         section, _, key = name[len("SPHERE_") :].lower().partition("__")
+        if section in LISTS:
+            raise SettingsError(f"variable {name}: [[{section}]] is a list and cannot be set by a variable")
         variables[f"{section}.{key}"] = name
         if section not in data:
             variables[section] = name
         table = data.setdefault(section, {})
-        if not isinstance(table, dict):
-            raise SettingsError(f"variable {name}: [[{section}]] is a list and cannot be set by a variable")
-        table[key] = value
+        if isinstance(table, dict):  # anything else is told of the file
+            table[key] = value
     return variables
 
 
@@ -384,6 +409,10 @@ def _explain(item: Any, where: str, variables: Mapping[str, str]) -> str:
     key = ".".join(parts)
     if variable := variables.get(".".join(parts[:2])):
         where = f"variable {variable}"
+    if key in LISTS:
+        return f"{where}: {key}: is a list of tables, each under a line [[{key}]]"
+    if key in Settings.model_fields and not isinstance(item.get("input"), Mapping):
+        return f"{where}: {key}: is a table, under a line [{key}]"
     if item["type"] == "extra_forbidden":
         return f"{where}: unknown key {key!r}; the nearest known key is {nearest_key(key)!r}"
     return f"{where}: {key}: {item['msg'].removeprefix('Value error, ')} (got {item.get('input')!r})"

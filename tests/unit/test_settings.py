@@ -67,6 +67,22 @@ def test_the_file_is_found_by_variable(tmp_path: Path) -> None:
         ('[ingest]\non_conflict = "maybe"\n', r"ingest\.on_conflict: .*keep-first"),
         ('[[peers]]\nname = "a"\n', r"peers\.0\.ae_title"),
         ("[dimse\n", r"sphere\.toml is not valid TOML"),
+        ("a = " + 2000 * "[", r"sphere\.toml cannot be read: values within values, too deep"),
+        ("dimse = 5\n", r"dimse: is a table, under a line \[dimse\]"),
+        ("[[dimse]]\nport = 5\n", r"dimse: is a table, under a line \[dimse\]"),
+        ('[peers]\nname = "a"\n', r"peers: is a list of tables, each under a line \[\[peers\]\]"),
+        ('[catalog]\nroot = "s3://bucket"\n', r"catalog\.root: must begin with file:, hdfs:// or webhdfs://"),
+        ('[catalog]\nroot = "/a/path"\n', r"catalog\.root: must begin with"),
+        ('[catalog]\nroot = "hdfs:///c"\n', r"catalog\.root: must be such as hdfs://NAMENODE:PORT/PATH"),
+        ('[storage]\nroot = "hdfs:///x"\n', r"storage\.root: must be such as hdfs://NAMENODE:PORT/PATH"),
+        ('[storage]\nroot = "hdfs://nn:99999/x"\n', r"storage\.root: Port out of range"),
+        ('[storage]\nroot = "file:a%00b"\n', r"storage\.root: has a NUL character"),
+        ('[archive]\nstate_dir = "a\\u0000b"\n', r"archive\.state_dir: has a NUL character"),
+        ("[web]\nidle_s = inf\n", r"web\.idle_s: .*31622400"),
+        ("[dimse]\ncommitment_h = inf\n", r"dimse\.commitment_h: .*8784"),
+        ("[ingest]\nverify_mib_s = inf\n", r"ingest\.verify_mib_s: .*finite"),
+        ('[[snapshots]]\nae_title = "X"\nas_of = true\n', r"snapshots\.0\.as_of: is neither a version .* nor a time"),
+        ('[[snapshots]]\nae_title = "X"\nas_of = -5\n', r"snapshots\.0\.as_of: is neither a version"),
     ],
 )
 def test_errors_name_key_file_and_remedy(tmp_path: Path, text: str, message: str) -> None:
@@ -81,11 +97,19 @@ def test_errors_name_key_file_and_remedy(tmp_path: Path, text: str, message: str
         ("SPHERE_DIMSEE__PORT", "1", r"unknown key 'dimsee'; the nearest known key is 'dimse"),
         ("SPHERE_DIMSE__PROT", "1", r"unknown key 'dimse\.prot'; the nearest known key is 'dimse\.port'"),
         ("SPHERE_DIMSE__PORT", "70000", r"dimse\.port: .*65535.*got"),
+        ("SPHERE_PEERS__NAME", "ward", r"\[\[peers\]\] is a list and cannot be set by a variable"),
     ],
 )
 def test_errors_of_variables_name_the_variable(tmp_path: Path, name: str, value: str, message: str) -> None:
     with pytest.raises(SettingsError, match=f"^variable {name}: {message}"):
         load(write(tmp_path, "[dimse]\nhost = '127.0.0.1'\n"), environ={name: value})
+
+
+def test_a_mark_of_the_byte_order_is_no_part_of_the_settings(tmp_path: Path) -> None:
+    """Editors of Windows put one in front of UTF-8."""
+    file = tmp_path / "sphere.toml"
+    file.write_bytes(b"\xef\xbb\xbf[dimse]\r\nport = 104\r\n")
+    assert load(file, environ={}).dimse.port == 104
 
 
 def test_two_peers_of_one_name_are_refused(tmp_path: Path) -> None:
