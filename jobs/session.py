@@ -21,6 +21,7 @@ from pyspark import SparkContext
 from pyspark.errors import PySparkException
 from pyspark.sql import SparkSession
 from pyspark.sql.functions import lit
+from pyspark.sql.pandas.types import from_arrow_schema
 
 from sphere.catalog.schema import TABLES
 from sphere.conf import jars
@@ -131,14 +132,14 @@ def _errors_to(log: Path) -> Iterator[Path]:
 
 
 def register_tables(spark: SparkSession, settings: Settings, names: Iterable[str] = tuple(TABLES)) -> None:
-    """Make the tables of these names that exist temporary views, as of now."""
+    """Make the tables of these names temporary views, as of now; one that nothing was ever written to has no rows."""
     tables = Tables(settings)
     for name in names:
         if tables.open(name) is None:
-            spark.catalog.dropTempView(name)
+            rows = spark.createDataFrame([], from_arrow_schema(TABLES[name].schema))
         else:
             rows = spark.read.format("delta").load(tables.spark_url(name))
-            rows.where(lit(True)).createOrReplaceTempView(name)  # what is not the table alone can only be read
+        rows.where(lit(True)).createOrReplaceTempView(name)  # what is not the table alone can only be read
 
 
 @functools.cache

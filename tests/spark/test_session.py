@@ -18,7 +18,7 @@ import psutil
 import pyarrow as pa
 import pyspark
 import pytest
-from pyspark.errors import AnalysisException, PySparkException
+from pyspark.errors import PySparkException
 from pyspark.sql import SparkSession
 
 from sphere.catalog.schema import TABLES
@@ -72,11 +72,21 @@ def test_sockets_of_the_session_are_for_its_user_alone(tmp_path: Path, monkeypat
     assert not list(far.iterdir())
 
 
-def test_tables_that_are_not_there_are_unknown(spark: SparkSession, tmp_path: Path) -> None:
-    register_tables(spark, archive(tmp_path))
-    for name in TABLES:
-        with pytest.raises(AnalysisException, match="TABLE_OR_VIEW_NOT_FOUND"):
-            spark.sql(f"SELECT * FROM {name}")
+def test_tables_that_nothing_was_written_to_have_no_rows(spark: SparkSession, tmp_path: Path) -> None:
+    """`SELECT reason, detail FROM quarantine` is answered where nothing is wrong."""
+    settings = archive(tmp_path)
+    register_tables(spark, settings)
+    empty = {name: spark.table(name) for name in TABLES}
+    assert all(rows.isEmpty() for rows in empty.values())
+    land(settings, [new_member(data) for data in slices(1)])
+    run(spark, settings)
+    register_tables(spark, settings)
+    for name, rows in empty.items():
+        assert [(one.name, one.dataType) for one in spark.table(name).schema] == [
+            (one.name, one.dataType) for one in rows.schema
+        ]
+    with pytest.raises(PySparkException):
+        spark.sql("INSERT INTO quarantine SELECT * FROM quarantine").collect()
 
 
 @pytest.mark.parametrize(
