@@ -161,7 +161,7 @@ def test_an_archive_is_named_by_a_file_here_or_by_variables(tmp_path: Path, monk
         (["echo", "nobody"], 2, "sphere: peer 'nobody' is neither a name in the settings (none) nor AET@HOST:PORT"),
         (["echo", ""], 2, "sphere: peer '' is neither a name in the settings (none) nor AET@HOST:PORT"),
         (["store", "", "--all"], 2, "sphere: peer '' is neither a name"),
-        (["find", ""], 2, "sphere: peer '' is neither a name"),  # a variable of a script that is empty is not this archive
+        (["find", ""], 2, "sphere: peer '' is neither a name"),  # an empty variable of a script is not this archive
         (["echo", "X@127.0.0.1:1"], 1, "sphere: peer X at 127.0.0.1:1"),
     ],
 )
