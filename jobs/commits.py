@@ -20,6 +20,7 @@ from deltalake import DeltaTable, Schema
 from sphere.catalog.schema import TABLES
 from sphere.conf.errors import StorageError
 from sphere.ingest.storage.base import Storage
+from sphere.jobs.joining import NOTHING, Joined
 from sphere.jobs.parquet import NewFile
 
 CHECKPOINTS: Final = 100
@@ -48,18 +49,20 @@ def commit(
     added: Sequence[NewFile],
     removed: Mapping[str, int],
     *,
+    joined: Joined = NOTHING,
     mark: tuple[str, int] | None = None,
     properties: Mapping[str, str | None] | None = None,
 ) -> None:
     """Make files part of the table `name`, and those at the paths `removed`, with their sizes, no longer.
 
-    `mark` is an application's name and version. Version 0 makes the table, with `properties`. Raises Overtaken where
-    there is a commit of this version, StorageError.
+    Of those that are `joined` rows only moved. `mark` is an application's name and version. Version 0 makes the table,
+    with `properties`. Raises Overtaken where there is a commit of this version, StorageError.
     """
     now = int(time.time() * 1000)
     actions = [_info(now, version), *(_made(name, now, properties or {}) if not version else ())]
-    actions += [_add(file) for file in added]
-    actions += [_remove(path, size, now) for path, size in removed.items()]
+    for files, gone, change in ((added, removed, True), (joined.files, joined.removed, False)):
+        actions += [_add(file, change) for file in files]
+        actions += [_remove(path, size, now, change) for path, size in gone.items()]
     if mark:
         actions.append({"txn": {"appId": mark[0], "version": mark[1]}})
     _publish(storage, f"{name}/_delta_log", version, b"".join(orjson.dumps(one) + b"\n" for one in actions))
@@ -115,25 +118,25 @@ def _schema_string(name: str) -> str:
     return found
 
 
-def _add(file: NewFile) -> _Action:
+def _add(file: NewFile, change: bool) -> _Action:
     return {
         "add": {
             "path": file.path,
             "partitionValues": {},
             "size": file.size,
             "modificationTime": file.modified_ms,
-            "dataChange": True,
+            "dataChange": change,
             "stats": file.stats,
         }
     }
 
 
-def _remove(path: str, size: int, now: int) -> _Action:
+def _remove(path: str, size: int, now: int, change: bool) -> _Action:
     return {
         "remove": {
             "path": path,
             "deletionTimestamp": now,
-            "dataChange": True,
+            "dataChange": change,
             "extendedFileMetadata": True,
             "partitionValues": {},
             "size": size,

@@ -222,7 +222,8 @@ class _Extraction:
         if found.files:
             self._steps.begin("instances")
             rollup.foresee(self._tables, found.rolled)
-            self._tables.append("instances", found.files, onto=instances)
+            joined = self._tables.join_small(instances)
+            self._tables.append("instances", found.files, joined=joined, onto=instances)
         elif instances is None:
             self._tables.ensure("instances")
         rejected = self._quarantine(batch, planned, found)

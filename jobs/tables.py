@@ -25,6 +25,7 @@ from sphere.conf.private import make_private
 from sphere.conf.settings import Settings
 from sphere.ingest.storage import open_storage
 from sphere.jobs.commits import Overtaken, commit, delta_schema, is_plain
+from sphere.jobs.joining import NOTHING, Joined, due, join
 from sphere.jobs.keys import KeyFiles
 from sphere.jobs.lookup import empty, files, find, open_parquet, shaped
 from sphere.jobs.merge import Merge
@@ -287,11 +288,13 @@ class Tables:
         files: Sequence[NewFile],
         *,
         removed: Mapping[str, int] | None = None,
+        joined: Joined = NOTHING,
         onto: DeltaTable | None,
         mark: tuple[str, int] | None = None,
     ) -> None:
         """Make `files` part of the table, those at the paths `removed` (with their sizes) no longer, in one commit,
-        which carries `mark` as that of `merge` does, and makes the table where `onto` is None.
+        which carries `mark` as that of `merge` does, and makes the table where `onto` is None. What `join_small` gave
+        for `onto` is part of it.
 
         Raises JobFailed where the table is no longer as in `onto`.
         """
@@ -301,13 +304,18 @@ class Tables:
                 commit(self._storage, name, 0, files, removed, mark=mark, properties=_properties(name))
                 self._checked.add(name)
             elif is_plain(onto, removed):
-                commit(self._storage, name, onto.version() + 1, files, removed, mark=mark)
+                commit(self._storage, name, onto.version() + 1, files, removed, joined=joined, mark=mark)
             else:
                 _commit(onto, name, files, removed, mark)
         except (Overtaken, CommitFailedError) as error:
             raise JobFailed(f"table {name} was changed by another process meanwhile; run the job again") from error
         if onto is not None:
-            self._note(name, onto, files, removed)
+            self._note(name, onto, [*files, *joined.files], {**removed, **joined.removed})
+
+    def join_small(self, onto: DeltaTable | None) -> Joined:
+        """Small files of `instances` as it is in `onto`, joined where that is due and the next commit can say so."""
+        sizes = self._files_of("instances", onto) if onto else {}
+        return join(self._storage, sizes) if onto and is_plain(onto, due(sizes)) else NOTHING
 
     def _note(self, name: str, onto: DeltaTable, files: Sequence[NewFile], removed: Mapping[str, int]) -> None:
         """Remember what the table is after a commit of ours onto `onto`."""
