@@ -13,7 +13,7 @@ from pyspark.sql import SparkSession
 
 from sphere.conf.settings import Settings
 from sphere.ingest.header import identify
-from sphere.jobs import headers
+from sphere.jobs import headers, joining
 from sphere.jobs import tables as module
 from sphere.jobs.extract import run
 from tests.support.landing import archive, changed, land, new_member, slices, table_rows
@@ -101,6 +101,7 @@ def test_merges_touch_the_files_that_they_must(
     monkeypatch.setattr(headers, "TASK_MEMBERS", IN_A_FILE * OF_A_STUDY)
     monkeypatch.setattr(module, "file_rows", lambda name: IN_A_FILE)
     monkeypatch.setattr(module, "SMALL", 0)  # no file is joined with others
+    monkeypatch.setattr(joining, "SIZES", ())
     small, large = (_touched(Archive.of(count, tmp_path / f"{count}", spark)) for count in (16, 48))
     assert small == large
 
