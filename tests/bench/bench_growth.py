@@ -3,12 +3,12 @@
 ``python -m tests.bench.bench_growth [--studies 4000,200000] [--cores 2] [--folder DIR] [--rounds 1]``
 
 A study has 25 instances on average: 4,000 studies are 100,000 instances, 1,000,000 are 25 million. The catalogs are
-generated (tests.bench.hospital_catalog) and kept in the folder, if one is given. Per catalog: a first small batch,
-which makes what is kept of the keys from nothing; then batches of new instances, which are the figure: of new patients,
-a series more for each study of that batch, and new studies of patients from all over the catalog, twice; all this as
-often as there are rounds, with the medians in the end; then the instances of a batch once more. "read" counts files and
-bytes of the catalog that the driver opened: tasks read bundles only. "merged" are the files that a batch took out of a
-table (-) and put in (+).
+generated (tests.bench.hospital_catalog) and kept in the folder, if one is given. There is a first small batch, which
+makes what is kept of the keys from nothing; then batches of new instances, which are the figure: of new patients, a
+series more for each study of that batch, and new studies of patients from all over the catalog, twice; all this as
+often as there are rounds, with the medians in the end; then the instances of a batch once more. The catalogs take
+turns: each batch goes to all of them before the next one. "read" counts files and bytes of the catalog that the driver
+opened: tasks read bundles only. "merged" are the files that a batch took out of a table (-) and put in (+).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import shutil
 import statistics
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import date
 from itertools import chain, islice
 from pathlib import Path
@@ -31,6 +31,7 @@ from pyspark.sql import SparkSession
 from sphere.conf.settings import Settings, from_dict
 from sphere.ingest.storage.local import LocalStorage
 from sphere.jobs.extract import run
+from sphere.jobs.report import Report
 from sphere.jobs.rollup import MARK
 from sphere.jobs.session import spark_session
 from sphere.jobs.synthetic import ct_series
@@ -55,15 +56,14 @@ def main() -> None:
     print(machine(options.cores, "tests.bench.bench_growth"))
     with tempfile.TemporaryDirectory(prefix="sphere-growth-") as temporary:
         folder = options.folder or Path(temporary)
-        spark: SparkSession | None = None
+        archives = []
         for studies in options.studies:
             catalog, hospital = kept(folder / f"{studies}", studies)
             settings = _archive(catalog, Path(temporary) / f"archive-{studies}", options.cores)
-            spark = spark or _warm(settings, Path(temporary) / "warm", options.cores)
-            print(f"\n## {studies} studies, {hospital.instances} instances", flush=True)
-            _batches(spark, settings, hospital, options.rounds)
-        if spark is not None:
-            spark.stop()
+            archives.append(_Growing(settings, hospital))
+        spark = _warm(archives[0].settings, Path(temporary) / "warm", options.cores)
+        _by_turns(spark, archives, options.rounds)
+        spark.stop()
 
 
 def _archive(catalog: Settings, folder: Path, cores: int) -> Settings:
@@ -133,18 +133,52 @@ def _number(seed: int) -> int:
     return 1000 * (seed + 1)
 
 
-def _planned(hospital: Hospital, rounds: int) -> Iterator[tuple[str, _Series]]:
-    yield "first batch", _Series(10, FIRST)
+def _planned(rounds: int) -> Iterator[tuple[str, _Series, bool]]:
+    """What batches there are, and whether their patients are those of the hospital."""
+    yield "first batch", _Series(10, FIRST), False
     for seed in range(11, 11 + 10 * rounds, 10):
-        yield "new patients", _Series(seed, BATCH)
-        yield "new patients", _Series(seed + 1, BATCH)
-        yield "series more", _Series(seed + 2, BATCH, studies=seed)
-        yield "known patients", _Series(seed + 3, BATCH, patients=hospital, slices=25)
-        yield "known patients", _Series(seed + 4, BATCH, patients=hospital, slices=25)
-    yield "the same again", _Series(14, BATCH, patients=hospital, slices=25)
+        yield "new patients", _Series(seed, BATCH), False
+        yield "new patients", _Series(seed + 1, BATCH), False
+        yield "series more", _Series(seed + 2, BATCH, studies=seed), False
+        yield "known patients", _Series(seed + 3, BATCH, slices=25), True
+        yield "known patients", _Series(seed + 4, BATCH, slices=25), True
+    yield "the same again", _Series(14, BATCH, slices=25), True
 
 
-def _batches(spark: SparkSession, settings: Settings, hospital: Hospital, rounds: int) -> None:
+@dataclass
+class _Growing:
+    """A catalog, and what its batches took: us an instance by the clock, of CPU, of it the driver's, and by the clock
+    besides the reading of headers; and the steps' seconds."""
+
+    settings: Settings
+    hospital: Hospital
+    figures: dict[str, list[tuple[float, ...]]] = field(default_factory=dict)
+    steps: dict[str, list[Mapping[str, float]]] = field(default_factory=dict)
+
+
+def _by_turns(spark: SparkSession, archives: Sequence[_Growing], rounds: int) -> None:
+    """Each batch goes to one catalog after the other, and the next one the other way round: so what else the machine
+    does, and whatever is warm by then, meets all of them."""
+    turn = list(archives)
+    for what, batch, known in _planned(rounds):
+        for one in turn:
+            _batch(spark, one, what, replace(batch, patients=one.hospital) if known else batch)
+        turn.reverse()
+    for one in archives:
+        print(f"\n## {one.hospital.studies} studies, {one.hospital.instances} instances")
+        for what, found in one.figures.items():
+            *each, rest = _medians(found)
+            print(f"median of {len(found)}  {what:16}  {_each(each)}; {rest:.0f} us by the clock besides headers")
+            names = dict.fromkeys(name for steps in one.steps[what] for name in steps)
+            print(f"    {_steps({name: statistics.median(s.get(name, 0) for s in one.steps[what]) for name in names})}")
+    first, last = archives[0], archives[-1]
+    print(f"\n## {last.hospital.studies} studies to {first.hospital.studies}")
+    for what, found in first.figures.items():
+        ratios = [few and many / few for few, many in zip(_medians(found), _medians(last.figures[what]), strict=True)]
+        print("{:16}  {:.2f} by the clock, {:.2f} by CPU".format(what, *ratios))
+
+
+def _batch(spark: SparkSession, one: _Growing, what: str, batch: _Series) -> None:
     opened: Counter[str] = Counter()
     read = LocalStorage.read
 
@@ -154,28 +188,32 @@ def _batches(spark: SparkSession, settings: Settings, hospital: Hospital, rounds
             opened[path] += len(data)
         return data
 
-    figures: dict[str, list[tuple[float, ...]]] = {}
+    land(one.settings, batch)
+    before = _files(one.settings)
     LocalStorage.read = counted  # type: ignore[method-assign]
     try:
-        for what, batch in _planned(hospital, rounds):
-            land(settings, batch)
-            opened.clear()
-            before = _files(settings)
-            timing, report = timed(lambda: run(spark, settings))
-            steps = ", ".join(f"{name} {s:.2f}" for name, s in report.seconds.items() if s >= 0.01)  # type: ignore[attr-defined]
-            each = [s / batch.count * 1e6 for s in (timing.wall_s, timing.cpu_s, timing.driver_s)]
-            headers = report.seconds.get("headers", 0.0) / batch.count * 1e6  # type: ignore[attr-defined]
-            figures.setdefault(what, []).append((*each, each[0] - headers))
-            print(
-                f"{what:16}  {batch.count:>6}  {_each(each)}; read {len(opened)} files, "
-                f"{sum(opened.values()) / 1e6:.1f} MB; {steps}; merged {_merged(before, _files(settings))}",
-                flush=True,
-            )
+        timing, report = timed(lambda: run(spark, one.settings))
     finally:
         LocalStorage.read = read  # type: ignore[method-assign]
-    for what, found in figures.items():
-        *each, rest = (statistics.median(one) for one in zip(*found, strict=True))
-        print(f"median of {len(found)}  {what:16}  {_each(each)}; {rest:.0f} us by the clock besides headers")
+    assert isinstance(report, Report)
+    each = [s / batch.count * 1e6 for s in (timing.wall_s, timing.cpu_s, timing.driver_s)]
+    headers = report.seconds.get("headers", 0.0) / batch.count * 1e6
+    one.figures.setdefault(what, []).append((*each, each[0] - headers))
+    one.steps.setdefault(what, []).append(report.seconds)
+    merged = _merged(before, _files(one.settings))
+    print(
+        f"{one.hospital.studies:>7} {what:16}  {batch.count:>6}  {_each(each)}; read {len(opened)} files, "
+        f"{sum(opened.values()) / 1e6:.1f} MB; {_steps(report.seconds)}; merged {merged}",
+        flush=True,
+    )
+
+
+def _medians(rows: Sequence[Sequence[float]]) -> list[float]:
+    return [statistics.median(one) for one in zip(*rows, strict=True)]
+
+
+def _steps(seconds: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {s:.3f}" for name, s in seconds.items() if s >= 0.001)
 
 
 def _each(us: Sequence[float]) -> str:
