@@ -15,12 +15,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import orjson
-from deltalake import DeltaTable, Schema
+from deltalake import Schema
 
 from sphere.catalog.schema import TABLES
 from sphere.conf.errors import StorageError
 from sphere.ingest.storage.base import Storage
 from sphere.jobs.joining import NOTHING, Joined
+from sphere.jobs.opened import At
 from sphere.jobs.parquet import NewFile
 
 CHECKPOINTS: Final = 100
@@ -34,7 +35,7 @@ class Overtaken(Exception):
     """There is a commit of that version already."""
 
 
-def is_plain(table: DeltaTable, removed: Iterable[str]) -> bool:
+def is_plain(table: At, removed: Iterable[str]) -> bool:
     """Whether what is written here may be the commit after this version of a table."""
     protocol = table.protocol()
     due = (table.version() + 2) % CHECKPOINTS == 0 or "delta.checkpointInterval" in table.metadata().configuration
@@ -52,8 +53,9 @@ def commit(
     joined: Joined = NOTHING,
     mark: tuple[str, int] | None = None,
     properties: Mapping[str, str | None] | None = None,
-) -> None:
-    """Make files part of the table `name`, and those at the paths `removed`, with their sizes, no longer.
+) -> bytes:
+    """Make files part of the table `name`, and those at the paths `removed`, with their sizes, no longer; returns what
+    the commit says.
 
     Of those that are `joined` rows only moved. `mark` is an application's name and version. Version 0 makes the table,
     with `properties`. Raises Overtaken where there is a commit of this version, StorageError.
@@ -65,7 +67,9 @@ def commit(
         actions += [_remove(path, size, now, change) for path, size in gone.items()]
     if mark:
         actions.append({"txn": {"appId": mark[0], "version": mark[1]}})
-    _publish(storage, f"{name}/_delta_log", version, b"".join(orjson.dumps(one) + b"\n" for one in actions))
+    said = b"".join(orjson.dumps(one) + b"\n" for one in actions)
+    _publish(storage, f"{name}/_delta_log", version, said)
+    return said
 
 
 def _publish(storage: Storage, folder: str, version: int, data: bytes) -> None:

@@ -14,11 +14,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import pyarrow as pa
-from deltalake import DeltaTable
 
 from sphere.catalog.schema import TABLES
 from sphere.catalog.versions import Order
 from sphere.jobs.lookup import shaped
+from sphere.jobs.opened import At
 from sphere.jobs.tables import Tables, read
 
 Row = Mapping[str, Any]
@@ -131,7 +131,7 @@ def doubted(tables: Tables, heard: pa.Table, studies: pa.Table, patients: pa.Tab
 
 def record(
     tables: Tables,
-    instances: DeltaTable,
+    instances: At,
     *,
     heard: pa.Table,
     studies: pa.Table,

@@ -16,7 +16,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from typing import Any
 
-import pyarrow.compute as pc
 from deltalake.exceptions import DeltaError
 from pyspark.errors import PySparkException
 from pyspark.sql import SparkSession
@@ -31,11 +30,12 @@ from sphere.ingest.recovery import recover
 from sphere.ingest.storage import open_storage
 from sphere.jobs import conflicts, rollup
 from sphere.jobs.annotations import follow
+from sphere.jobs.catalogued import Catalogued
 from sphere.jobs.headers import STAGING, HeadersRead, read_headers
 from sphere.jobs.plan import Batch, Members, Plan, batches, known_instances, plan
 from sphere.jobs.progress import watched
 from sphere.jobs.report import Report
-from sphere.jobs.tables import Tables, read
+from sphere.jobs.tables import Tables
 from sphere.jobs.tombstones import Deletions
 from sphere.jobs.versions import place
 
@@ -64,14 +64,23 @@ STEPS = (
 Where something was deleted or restored there is "tombstones" too, and steps of a batch come before "discover".
 """
 
-_SEALED: dict[str, Any] = {"sealed": True}
 _log = logging.getLogger(__name__)
 
 
-def run(spark: SparkSession, settings: Settings, *, on_step: OnStep | None = None) -> Report:
+class Kept:
+    """What a run leaves to the next one of the same process and archive: the tables stay open, and what `bundles` says
+    is known."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.tables = Tables(settings)
+        self.catalogued = Catalogued(self.tables)
+
+
+def run(spark: SparkSession, settings: Settings, *, on_step: OnStep | None = None, kept: Kept | None = None) -> Report:
     """Catalogue everything that landed; `on_step` is called with the name of each step as it begins.
 
-    While headers are read it is called as ``on_step("headers", done, total)`` again and again, in members.
+    While headers are read it is called as ``on_step("headers", done, total)`` again and again, in members. With `kept`,
+    which several runs are given, nothing is opened that an earlier one has opened.
 
     Raises LockHeld while another process writes the catalog (after waiting ``extract.lock_wait_s``), JobFailed when a
     step failed: what was not finished will be by the next run.
@@ -79,7 +88,9 @@ def run(spark: SparkSession, settings: Settings, *, on_step: OnStep | None = Non
     steps = Steps(on_step or (lambda *_: None))
     steps.begin("lock")
     with CatalogLock(settings, job="extract") as lock, _failures(), _garbage_later():
-        job = _Extraction(spark, settings, steps, lock)
+        kept = kept or Kept(settings)
+        kept.tables.look_again()
+        job = _Extraction(spark, settings, steps, lock, kept)
         report = job.run()
         steps.begin("done")
     return report + Report(seconds=steps.finish())
@@ -138,12 +149,12 @@ def _garbage_later() -> Iterator[None]:
 class _Extraction:
     """One run, under the lock."""
 
-    def __init__(self, spark: SparkSession, settings: Settings, steps: Steps, lock: CatalogLock) -> None:
+    def __init__(self, spark: SparkSession, settings: Settings, steps: Steps, lock: CatalogLock, kept: Kept) -> None:
         self._spark = spark
         self._settings = settings
         self._steps = steps
         self._lock = lock
-        self._tables = Tables(settings)
+        self._tables, self._catalogued = kept.tables, kept.catalogued
         self._storage = open_storage(settings.storage.root, user=settings.storage.user)
         self._catalog = open_storage(settings.catalog_root, user=settings.storage.user)
         self._deletions = Deletions(settings, self._tables)
@@ -156,7 +167,7 @@ class _Extraction:
     def _run(self) -> Report:
         self._steps.begin("recover")
         with ThreadPoolExecutor(1) as beside:
-            reading = beside.submit(self._catalogued)
+            reading = beside.submit(self._catalogued.rows)
             recover(self._storage, self._settings)
             self._sweep()
             rollup.refresh(self._tables, self._settings, on_step=self._steps.begin)  # what a killed run left behind
@@ -191,14 +202,6 @@ class _Extraction:
             self._tables.append("bundles", [], onto=self._tables.ensure("bundles"))
         return report
 
-    def _catalogued(self) -> dict[str, dict[str, Any]]:
-        """The rows of `bundles`; of sealed ones, which are many, only that they are."""
-        done: dict[str, dict[str, Any]] = {}
-        for piece in read(self._tables.open("bundles"), ("bundle", "journal_bytes", "members", "sealed")):
-            done |= dict.fromkeys(piece.filter(piece["sealed"])["bundle"].to_pylist(), _SEALED)
-            done |= {row["bundle"]: row for row in piece.filter(pc.invert(piece["sealed"])).to_pylist()}
-        return done
-
     def _sweep(self) -> None:
         """Remove what earlier batches staged."""
         for entry in list(self._catalog.walk(STAGING)):
@@ -209,7 +212,7 @@ class _Extraction:
         self._steps.begin("plan")
         came = len(batch.records)
         batch = batch.without(self._deletions.bury((one, one.SOPInstanceUID) for one in batch.records))
-        instances = self._tables.current("instances")
+        instances = self._tables.latest("instances")
         onto = instances.version() if instances else -1
         known = known_instances(self._tables, instances, (record.SOPInstanceUID for record in batch.records))
         planned = plan(batch.records, known)

@@ -6,10 +6,9 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from deltalake import DeltaTable
-
 from sphere.ingest.journal import Landed
 from sphere.ingest.records import Member, MemberRecord
+from sphere.jobs.opened import At
 from sphere.jobs.tables import Tables
 from sphere.jobs.versions import Order, Place, order, place
 
@@ -65,11 +64,10 @@ class Plan:
 def batches(landed: Landed, done: Mapping[str, Mapping[str, Any]], size: int) -> Iterator[Batch]:
     """What landed and is not catalogued, in the order of the bundles, `size` members at a time.
 
-    `done` has the rows of `bundles` by bundle; those of the batches that are given out are put into it.
+    `done` has the rows of `bundles` by bundle.
     """
-    sealed = {bundle for bundle, row in done.items() if row["sealed"]}
     batch = Batch()
-    for state in landed.bundles(skip=sealed):
+    for state in landed.bundles(skip=_Sealed(done)):
         before = done.get(state.bundle, {"journal_bytes": 0, "members": 0})
         position, members = before["journal_bytes"], before["members"]
         if state.journal_size <= position:
@@ -92,6 +90,17 @@ def batches(landed: Landed, done: Mapping[str, Mapping[str, Any]], size: int) ->
         yield batch
 
 
+@dataclass(frozen=True, slots=True)
+class _Sealed:
+    """The bundles that are catalogued to their ends."""
+
+    rows: Mapping[str, Mapping[str, Any]]
+
+    def __contains__(self, bundle: object) -> bool:
+        row = self.rows.get(bundle) if isinstance(bundle, str) else None
+        return row is not None and row["sealed"]
+
+
 def _there(members: Iterable[Member]) -> list[MemberRecord]:
     """Those whose bytes did not go at compaction."""
     return [one for one in members if isinstance(one, MemberRecord)]
@@ -101,7 +110,7 @@ def _row(bundle: str, journal_bytes: int, members: int, sealed: bool) -> dict[st
     return {"bundle": bundle, "journal_bytes": journal_bytes, "members": members, "sealed": sealed}
 
 
-def known_instances(tables: Tables, instances: DeltaTable | None, uids: Iterable[str]) -> dict[str, Known]:
+def known_instances(tables: Tables, instances: At | None, uids: Iterable[str]) -> dict[str, Known]:
     """By SOP Instance UID, the member that `instances` shows, for those of `uids` that have a row."""
     rows = tables.find("instances", _KNOWN, key="SOPInstanceUID", values=set(uids) - {""}, at=instances)
     columns = (column.to_pylist() for column in rows.columns)

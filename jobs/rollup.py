@@ -24,6 +24,7 @@ from sphere.catalog.rollup import MARK, roll_up_sql, source_columns
 from sphere.catalog.schema import TABLES
 from sphere.conf.settings import Settings
 from sphere.jobs import contradictions
+from sphere.jobs.opened import At
 from sphere.jobs.rolling import COLUMNS, Rolled, compute, grow, join
 from sphere.jobs.tables import Prepared, Tables, changed, read
 
@@ -48,7 +49,7 @@ def refresh(tables: Tables, settings: Settings, *, on_step: Callable[[str], None
 
     Works in MEMORY_LIMIT, and beyond it in the archive's state folder. Raises JobFailed where another process writes.
     """
-    instances = tables.current("instances")
+    instances = tables.latest("instances")
     if instances is None:
         return
     rolled = {name: tables.current(name) for name in ("patients", "studies", "series")}
@@ -99,34 +100,40 @@ def _seen(table: DeltaTable | None) -> int:
 
 
 def _touched(
-    tables: Tables, instances: DeltaTable, rolled: Mapping[str, DeltaTable | None], added: Added | None
+    tables: Tables, instances: At, rolled: Mapping[str, DeltaTable | None], added: Added | None
 ) -> tuple[set[str], Rolled | None]:
     """Studies to be rolled up from the table, and the others that changed, rolled up already."""
-    if added is None or not added.rolled or not _show(instances, rolled.values(), added.onto):
-        return set(_changed_studies(instances, rolled, min(map(_seen, rolled.values())))), None
+    if added is None or not added.rolled or not _show(tables, rolled.values(), added.onto):
+        return set(_changed_studies(tables, rolled, min(map(_seen, rolled.values())))), None
     new, touched = join(added.rolled)
     uids = new.studies[_STUDY].to_pylist()
     # The studies show every row of the version before: a study that they do not have had none.
     touched |= set(tables.find("studies", (_STUDY,), key=_STUDY, values=uids, at=rolled["studies"])[_STUDY].to_pylist())
     if instances.version() > added.onto + 1:
-        touched |= set(_changed_studies(instances, rolled, added.onto + 1))
+        touched |= set(_changed_studies(tables, rolled, added.onto + 1))
     kept = {name: _without(getattr(new, name), touched) for name in ("series", "studies", "said")}
     return touched, Rolled(**kept, rows=new.rows)
 
 
-def _show(instances: DeltaTable, rolled: Iterable[DeltaTable | None], version: int) -> bool:
+def _show(tables: Tables, rolled: Iterable[DeltaTable | None], version: int) -> bool:
     """Whether the roll-ups show what `instances` had in a version."""
     seen = set(map(_seen, rolled))
     if seen == {version}:
         return True
     try:  # commits in between that changed no row: the table was made, columns were added
-        return len(seen) == 1 and not len(changed(instances, (_STUDY,), since=min(seen), until=version))
+        return len(seen) == 1 and not len(changed(_instances(tables), (_STUDY,), since=min(seen), until=version))
     except DeltaError:
         return False
 
 
-def _changed_studies(instances: DeltaTable, rolled: Mapping[str, DeltaTable | None], since: int) -> list[str]:
+def _instances(tables: Tables) -> DeltaTable:
+    """The table itself, whose log is asked."""
+    return tables.ensure("instances")
+
+
+def _changed_studies(tables: Tables, rolled: Mapping[str, DeltaTable | None], since: int) -> list[str]:
     """Studies that changed after a version; every study where the change feed no longer reaches so far back."""
+    instances = _instances(tables)
     try:
         found = changed(instances, (_STUDY,), since=since)
     except DeltaError:
@@ -154,7 +161,7 @@ class _News:
 def _roll_up(
     tables: Tables,
     settings: Settings,
-    instances: DeltaTable,
+    instances: At,
     rolled: Mapping[str, DeltaTable | None],
     touched: set[str],
     new: Rolled | None,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from urllib.parse import unquote, urlsplit
 
 import pyarrow as pa
 from deltalake import CommitProperties, DeltaTable, Field, QueryBuilder, Transaction
-from deltalake.exceptions import CommitFailedError, TableNotFoundError
+from deltalake.exceptions import CommitFailedError
 from deltalake.transaction import AddAction, RemoveAction
 
 from sphere.catalog.schema import TABLES
@@ -27,8 +27,9 @@ from sphere.ingest.storage import open_storage
 from sphere.jobs.commits import Overtaken, commit, delta_schema, is_plain
 from sphere.jobs.joining import NOTHING, Joined, due, join
 from sphere.jobs.keys import KeyFiles
-from sphere.jobs.lookup import empty, files, find, open_parquet, shaped
+from sphere.jobs.lookup import empty, find, open_parquet, shaped
 from sphere.jobs.merge import Merge
+from sphere.jobs.opened import At, OpenTables
 from sphere.jobs.parquet import ROW_GROUP, FileWriter, NewFile
 from sphere.jobs.wholes import Wholes
 
@@ -38,6 +39,7 @@ KEYS = {
     "series": ("StudyInstanceUID", "SeriesInstanceUID"),
     "studies": ("StudyInstanceUID", "patient_key"),
     "patients": ("patient_key",),
+    "bundles": ("bundle",),
 }
 """Columns of the tables that grow with the archive of which it is kept which files hold which value."""
 SMALL = 256 * 1024
@@ -63,14 +65,12 @@ class Tables:
         self._keys: dict[str, KeyFiles] = {}
         self._checked: set[str] = set()  # tables that have all the columns, and keep them: they are only ever added
         self._storage = open_storage(self._root, user=settings.storage.user)
-        self._kept: dict[str, DeltaTable] = {}
-        self._committed: dict[str, int] = {}  # by table, the version that the last commit of ours made
-        self._files: dict[str, _Files] = {}
+        self._open = OpenTables(self._root, self._storage)
         self._wholes = Wholes(self._storage)
 
     def url(self, name: str) -> str:
         """Where the table is."""
-        return f"{self._root}/{name}"
+        return self._open.url(name)
 
     def spark_url(self, path: str) -> str:
         """A path below the catalog root as Hadoop's file systems take it: they decode nothing."""
@@ -80,41 +80,19 @@ class Tables:
         """The table as of now, or None where nothing was ever written to it; raises CatalogError where it cannot be
         read.
 
-        A table that was opened before is gone on with, as to read its log takes the longer the more files it has: it
-        becomes as of now where nobody but us committed since. Whoever holds it from before another's commit keeps that
-        version, so that what is committed onto it is refused.
+        A table that was opened before is gone on with (sphere.jobs.opened).
         """
-        if name not in self._kept and self._is_nowhere(name):
-            return None
-        try:
-            table = self._gone_on_with(name) or DeltaTable(self.url(name))
-        except TableNotFoundError:
-            return None
-        except OSError as error:
-            raise CatalogError(f"{self.url(name)} cannot be read: {' '.join(str(error).split())}") from None
-        self._kept[name] = table
-        return table
+        return self._open.open(name)
 
-    def _is_nowhere(self, name: str) -> bool:
-        """Whether nothing was ever written to a table for sure: a local disk tells at once."""
-        parts = urlsplit(self.url(name))
-        return parts.scheme == "file" and not Path(unquote(parts.path), "_delta_log").exists()
+    def latest(self, name: str) -> At | None:
+        """What `current` gives, for who asks for a version and for rows by key, or commits: its log is not read after a
+        commit of ours."""
+        return self._open.latest(name) if name in self._checked else self.current(name)
 
-    def _gone_on_with(self, name: str) -> DeltaTable | None:
-        """The table that was opened before, as of now; None where there is none, or another process committed."""
-        table = self._kept.pop(name, None)
-        if table is None:
-            return None
-        version = table.version()
-        committed = self._committed.get(name) == version + 1
-        if self._has(name, version + 1 + committed) or not self._has(name, version + committed):
-            return None
-        if committed:
-            table.update_incremental()
-        return table
-
-    def _has(self, name: str, version: int) -> bool:
-        return self._storage.exists(f"{name}/_delta_log/{version:020}.json")
+    def look_again(self) -> None:
+        """Before another job with the same tables: what other processes may have changed since is read again."""
+        self._checked &= self._open.look_again()
+        self._keys.clear()
 
     def current(self, name: str) -> DeltaTable | None:
         """The table as of now, given the columns that it lacks, or None where nothing was ever written to it.
@@ -123,7 +101,8 @@ class Tables:
         """
         table = self.open(name)
         if table is not None and name not in self._checked:
-            table = _extended(table, name, TABLES[name].schema)
+            if _extended(table, name, TABLES[name].schema):
+                self._open.made(name, table)
             self._checked.add(name)
         return table
 
@@ -134,17 +113,15 @@ class Tables:
             if (parts := urlsplit(self.url(name))).scheme == "file":
                 make_private(Path(unquote(parts.path)).parent)
             table = DeltaTable.create(self.url(name), TABLES[name].schema, configuration=_properties(name))
-            self._kept[name] = table
+            self._open.made(name, table)
         return table
 
-    def find(
-        self, name: str, columns: Sequence[str], *, key: str, values: Iterable[str], at: DeltaTable | None
-    ) -> pa.Table:
+    def find(self, name: str, columns: Sequence[str], *, key: str, values: Iterable[str], at: At | None) -> pa.Table:
         """`columns` of the rows of a table whose column `key` has one of `values`; no row where there is no table."""
         nothing = empty(pa.schema([TABLES[name].schema.field(column) for column in columns]))
         return pa.concat_tables([nothing, *(self.pieces(name, columns, key=key, values=values, at=at) if at else ())])
 
-    def find_to_merge(self, name: str, values: Iterable[str], *, at: DeltaTable | None) -> pa.Table:
+    def find_to_merge(self, name: str, values: Iterable[str], *, at: At | None) -> pa.Table:
         """The rows of a table whose first key column has one of `values`, most of which are about to be merged anew:
         what is read for it is not read again by `merge`."""
         wanted = pa.array(sorted(set(values)), pa.string())
@@ -153,24 +130,35 @@ class Tables:
 
     def foresee(self, name: str, values: Iterable[str]) -> None:
         """Begin to read, beside what else is done, what `find_to_merge` is going to be asked for."""
-        at = self.current(name)
+        at = self.latest(name)
         if at is not None:
-            sizes = self._files_of(name, at)
+            sizes = self._open.files(name, at)
             wanted = pa.array(sorted(set(values)), pa.string())
             self._wholes.foresee(
                 name, {path: sizes[path] for path in self.holding(name, at, TABLES[name].key[0], wanted)}
             )
 
     def pieces(
-        self, name: str, columns: Sequence[str], *, key: str, values: Iterable[str], at: DeltaTable
+        self, name: str, columns: Sequence[str], *, key: str, values: Iterable[str], at: At
     ) -> Iterator[pa.Table]:
         """What `find` finds, without ever holding all of it."""
         wanted = pa.array(sorted(set(values)), pa.string())
         return find(self._storage, name, self.holding(name, at, key, wanted), columns, key=key, values=wanted)
 
-    def holding(self, name: str, table: DeltaTable, key: str, values: pa.Array) -> list[str]:
+    def paths(self, name: str) -> Collection[str]:
+        """The files of a table as of now; none where nothing was ever written to it."""
+        at = self.latest(name)
+        return self._open.files(name, at).keys() if at is not None else ()
+
+    def read(self, name: str, path: str, columns: Sequence[str]) -> pa.Table:
+        """These columns of all rows of one of its files."""
+        with open_parquet(self._storage, f"{name}/{unquote(path)}") as file:
+            there = [column for column in columns if column in file.schema_arrow.names]
+            return shaped(file.read(columns=there), pa.schema([TABLES[name].schema.field(one) for one in columns]))
+
+    def holding(self, name: str, table: At, key: str, values: pa.Array) -> list[str]:
         """The files that may hold one of the values of a key: all of them where no cache is kept of the key."""
-        paths = list(self._files_of(name, table))
+        paths = list(self._open.files(name, table))
         columns = KEYS.get(name, ())
         if key not in columns:
             return paths
@@ -178,18 +166,9 @@ class Tables:
             self._keys[name] = KeyFiles(self._state_dir / "keys" / name, columns)
 
         def load(path: str) -> pa.Table:
-            with open_parquet(self._storage, f"{name}/{unquote(path)}") as file:
-                return file.read(columns=list(columns))
+            return self.read(name, path, columns)
 
         return self._keys[name].holding(str(table.metadata().id), paths, key, values, load=load)
-
-    def _files_of(self, name: str, table: DeltaTable) -> Mapping[str, int]:
-        """What sphere.jobs.lookup.files gives, which reads the statistics of all files: listed once, and what we commit
-        is added."""
-        known = self._files.get(name)
-        if known is None or known.table is not table or known.version != table.version():
-            known = self._files[name] = _Files(table, table.version(), files(table))
-        return known.sizes
 
     def merge(
         self,
@@ -197,7 +176,7 @@ class Tables:
         rows: Sequence[Mapping[str, Any]] | pa.Table,
         *,
         gone: Sequence[Mapping[str, Any]] = (),
-        onto: DeltaTable | None = None,
+        onto: At | None = None,
         mark: tuple[str, int] | None = None,
     ) -> None:
         """Put `rows` in by the table's key, and take the rows of the keys `gone` out; without either do nothing.
@@ -214,7 +193,7 @@ class Tables:
         rows: Sequence[Mapping[str, Any]] | pa.Table,
         *,
         gone: Sequence[Mapping[str, Any]] = (),
-        onto: DeltaTable | None = None,
+        onto: At | None = None,
     ) -> Prepared | None:
         """Write the files of a `merge`, which are part of the table only when they are `put` there.
 
@@ -229,7 +208,7 @@ class Tables:
         if rows.schema != schema:
             rows = rows.select(schema.names).cast(schema)
         coming = Merge(rows, leaving, key)
-        table = onto or self.current(name)
+        table = onto or self.latest(name)
         anew = self._placed(name, table, coming) if table else _Anew()
         result = pa.concat_tables([*anew.joined, coming.rest()], promote_options="default")
         anew.files += self._write(name, result.sort_by([(column, "ascending") for column in key]))
@@ -254,10 +233,10 @@ class Tables:
             written.append(writer.finish(self._storage, name))
         return written
 
-    def _placed(self, name: str, table: DeltaTable, coming: Merge) -> _Anew:
+    def _placed(self, name: str, table: At, coming: Merge) -> _Anew:
         """Files that hold one of the keys are written anew with the rows that come in their places, but small ones are
         joined, and so are all small ones once there are many."""
-        sizes = self._files_of(name, table)
+        sizes = self._open.files(name, table)
         holding = set(self.holding(name, table, TABLES[name].key[0], coming.keys))
         small = {path for path, size in sizes.items() if size < SMALL}
         joined = small if len(small) >= JOINED else small & holding
@@ -289,7 +268,7 @@ class Tables:
         *,
         removed: Mapping[str, int] | None = None,
         joined: Joined = NOTHING,
-        onto: DeltaTable | None,
+        onto: At | None,
         mark: tuple[str, int] | None = None,
     ) -> None:
         """Make `files` part of the table, those at the paths `removed` (with their sizes) no longer, in one commit,
@@ -299,32 +278,34 @@ class Tables:
         Raises JobFailed where the table is no longer as in `onto`.
         """
         removed = removed or {}
+        version, said = onto.version() + 1 if onto is not None else 0, None
         try:
             if onto is None:
                 commit(self._storage, name, 0, files, removed, mark=mark, properties=_properties(name))
                 self._checked.add(name)
             elif is_plain(onto, removed):
-                commit(self._storage, name, onto.version() + 1, files, removed, joined=joined, mark=mark)
+                said = commit(self._storage, name, version, files, removed, joined=joined, mark=mark)
             else:
-                _commit(onto, name, files, removed, mark)
+                _commit(self._whole(name, onto), name, files, removed, mark)
         except (Overtaken, CommitFailedError) as error:
             raise JobFailed(f"table {name} was changed by another process meanwhile; run the job again") from error
         if onto is not None:
-            self._note(name, onto, [*files, *joined.files], {**removed, **joined.removed})
+            came, gone = [*files, *joined.files], {**removed, **joined.removed}
+            self._open.committed(name, onto, version, came, gone, said=said)
 
-    def join_small(self, onto: DeltaTable | None) -> Joined:
+    def join_small(self, onto: At | None) -> Joined:
         """Small files of `instances` as it is in `onto`, joined where that is due and the next commit can say so."""
-        sizes = self._files_of("instances", onto) if onto else {}
+        sizes = self._open.files("instances", onto) if onto else {}
         return join(self._storage, sizes) if onto and is_plain(onto, due(sizes)) else NOTHING
 
-    def _note(self, name: str, onto: DeltaTable, files: Sequence[NewFile], removed: Mapping[str, int]) -> None:
-        """Remember what the table is after a commit of ours onto `onto`."""
-        version = onto.version() + 1
-        self._committed[name] = version
-        known = self._files.get(name)
-        if known is not None and known.table is onto and known.version == onto.version():
-            left = {path: size for path, size in known.sizes.items() if path not in removed}
-            self._files[name] = _Files(onto, version, left | {file.path: file.size for file in files})
+    def _whole(self, name: str, at: At) -> DeltaTable:
+        """The table in the version `at`, as delta-rs has it; raises Overtaken where there is a later one."""
+        if isinstance(at, DeltaTable):
+            return at
+        table = self.open(name)
+        if table is None or table.version() != at.version():
+            raise Overtaken
+        return table
 
 
 @dataclass(slots=True)
@@ -343,17 +324,8 @@ class Prepared:
     """What is to become of a table as it is in `onto`."""
 
     name: str
-    onto: DeltaTable | None
+    onto: At | None
     anew: _Anew
-
-
-@dataclass(frozen=True, slots=True)
-class _Files:
-    """The files of a table in a version, by their paths as its log has them, with their sizes in bytes."""
-
-    table: DeltaTable
-    version: int
-    sizes: Mapping[str, int]
 
 
 def file_rows(name: str) -> int:
@@ -415,7 +387,8 @@ def _commit(
     onto.create_write_transaction(actions, "append", delta_schema(name), commit_properties=told)
 
 
-def _extended(table: DeltaTable, name: str, wanted: pa.Schema) -> DeltaTable:
+def _extended(table: DeltaTable, name: str, wanted: pa.Schema) -> bool:
+    """Whether the table lacked columns, which it has now; raises CatalogError where a type differs."""
     have = {one.name: one.type for one in pa.schema(table.schema().to_arrow())}
     missing = [one for one in wanted if one.name not in have]
     for one in wanted:
@@ -427,7 +400,7 @@ def _extended(table: DeltaTable, name: str, wanted: pa.Schema) -> DeltaTable:
     if missing:
         table.alter.add_columns([Field.from_arrow(one) for one in missing])
         table.update_incremental()
-    return table
+    return bool(missing)
 
 
 def _same(have: pa.DataType, want: pa.DataType) -> bool:

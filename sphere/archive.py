@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from sphere.catalog.schema import Level
     from sphere.ingest.media import Imported
     from sphere.jobs.compact_report import CompactReport
+    from sphere.jobs.extract import Kept
     from sphere.jobs.report import Report
     from sphere.status import Status
 
@@ -61,6 +62,7 @@ class Archive:
         self.settings = settings
         self._spark: SparkSession | None = None
         self._queries: Queries | None = None
+        self._kept: Kept | None = None
 
     def __enter__(self) -> Archive:
         return self
@@ -242,9 +244,10 @@ class Archive:
 
     def extract(self, *, on_step: Callable[..., None] | None = None) -> Report:
         """Catalogue what landed and is not yet in the tables; raises LockHeld while another process does so."""
-        from sphere.jobs.extract import run
+        from sphere.jobs.extract import Kept, run
 
-        report = run(self._session(), self.settings, on_step=on_step)
+        self._kept = self._kept or Kept(self.settings)
+        report = run(self._session(), self.settings, on_step=on_step, kept=self._kept)
         self.load_audit()
         return report
 

@@ -7,8 +7,9 @@ generated (tests.bench.hospital_catalog) and kept in the folder, if one is given
 makes what is kept of the keys from nothing; then batches of new instances, which are the figure: of new patients, a
 series more for each study of that batch, and new studies of patients from all over the catalog, twice; all this as
 often as there are rounds, with the medians in the end; then the instances of a batch once more. The catalogs take
-turns: each batch goes to all of them before the next one. "read" counts files and bytes of the catalog that the driver
-opened: tasks read bundles only. "merged" are the files that a batch took out of a table (-) and put in (+).
+turns: each batch goes to all of them before the next one. All runs are of one process, as those of `sphere serve` are,
+each of which goes on with the tables that the one before has opened. "read" counts files and bytes of the catalog that
+the driver opened: tasks read bundles only. "merged" are the files that a batch took out of a table (-) and put in (+).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from pyspark.sql import SparkSession
 
 from sphere.conf.settings import Settings, from_dict
 from sphere.ingest.storage.local import LocalStorage
-from sphere.jobs.extract import run
+from sphere.jobs.extract import Kept, run
 from sphere.jobs.report import Report
 from sphere.jobs.rollup import MARK
 from sphere.jobs.session import spark_session
@@ -60,7 +61,7 @@ def main() -> None:
         for studies in options.studies:
             catalog, hospital = kept(folder / f"{studies}", studies)
             settings = _archive(catalog, Path(temporary) / f"archive-{studies}", options.cores)
-            archives.append(_Growing(settings, hospital))
+            archives.append(_Growing(settings, hospital, Kept(settings)))
         spark = _warm(archives[0].settings, Path(temporary) / "warm", options.cores)
         _by_turns(spark, archives, options.rounds)
         spark.stop()
@@ -152,6 +153,7 @@ class _Growing:
 
     settings: Settings
     hospital: Hospital
+    kept: Kept
     figures: dict[str, list[tuple[float, ...]]] = field(default_factory=dict)
     steps: dict[str, list[Mapping[str, float]]] = field(default_factory=dict)
 
@@ -192,7 +194,7 @@ def _batch(spark: SparkSession, one: _Growing, what: str, batch: _Series) -> Non
     before = _files(one.settings)
     LocalStorage.read = counted  # type: ignore[method-assign]
     try:
-        timing, report = timed(lambda: run(spark, one.settings))
+        timing, report = timed(lambda: run(spark, one.settings, kept=one.kept))
     finally:
         LocalStorage.read = read  # type: ignore[method-assign]
     assert isinstance(report, Report)

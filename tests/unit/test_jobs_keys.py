@@ -140,7 +140,7 @@ def test_known_instances_open_only_files_that_hold_them(tmp_path: Path, monkeypa
         opened.clear()
         tables = Tables(settings)
         found = known_instances(tables, tables.open("instances"), uids)
-        return set(found), len(set(opened))
+        return set(found), len({path for path in opened if path.endswith(".parquet")})
 
     assert known("1.2.7") == ({"1.2.7"}, 12)  # what no run has seen is read once
     assert known("1.2.1000", "") == (set(), 0)

@@ -15,7 +15,7 @@ from deltalake.exceptions import DeltaError
 from sphere.catalog.schema import TABLES
 from sphere.conf.errors import CatalogError, JobFailed
 from sphere.conf.settings import Settings
-from sphere.jobs import lookup, rollup
+from sphere.jobs import lookup, opened, rollup
 from sphere.jobs import tables as module
 from sphere.jobs.parquet import NewFile
 from sphere.jobs.rolling import COLUMNS, Rolled
@@ -72,7 +72,7 @@ def test_an_open_table_is_gone_on_with(settings: Settings, monkeypatch: pytest.M
         listed.append(table.version())
         return lookup.files(table)
 
-    monkeypatch.setattr(module, "files", counted)
+    monkeypatch.setattr(opened, "files", counted)
     tables = Tables(settings)
     first = tables.ensure("patients")
     for number in range(3):
