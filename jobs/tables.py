@@ -7,8 +7,10 @@ not seen fails instead of landing on top of it (see docs/decisions/0006-extracti
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,6 +50,8 @@ FILE_ROWS = 8 * ROW_GROUP
 """Rows of a file that a merge writes, at most."""
 _FILE_ROWS = {"patients": 2 * ROW_GROUP}
 """Patients who come again are anywhere among all: each has the file written anew that holds it, as one row group."""
+WRITERS = 8
+"""Files that are on their way to the storage at once."""
 JOINED = 8
 """Small files of a table, from which on a merge joins them."""
 
@@ -67,6 +71,7 @@ class Tables:
         self._storage = open_storage(self._root, user=settings.storage.user)
         self._open = OpenTables(self._root, self._storage)
         self._wholes = Wholes(self._storage)
+        self._writers, self._writing = ThreadPoolExecutor(WRITERS), threading.BoundedSemaphore(WRITERS)
 
     def url(self, name: str) -> str:
         """Where the table is."""
@@ -92,7 +97,8 @@ class Tables:
     def look_again(self) -> None:
         """Before another job with the same tables: what other processes may have changed since is read again."""
         self._checked &= self._open.look_again()
-        self._keys.clear()
+        for keys in self._keys.values():
+            keys.look_again()
 
     def current(self, name: str) -> DeltaTable | None:
         """The table as of now, given the columns that it lacks, or None where nothing was ever written to it.
@@ -211,7 +217,8 @@ class Tables:
         table = onto or self.latest(name)
         anew = self._placed(name, table, coming) if table else _Anew()
         result = pa.concat_tables([*anew.joined, coming.rest()], promote_options="default")
-        anew.files += self._write(name, result.sort_by([(column, "ascending") for column in key]))
+        rest = self._write(name, result.sort_by([(column, "ascending") for column in key]))
+        anew.files += [one.result() for one in rest]
         return Prepared(name, table, anew)
 
     def put(self, prepared: Prepared | None, *, mark: tuple[str, int] | None = None) -> None:
@@ -223,15 +230,28 @@ class Tables:
         if name in self._keys:
             self._keys[name].renamed(anew.renamed)
 
-    def _write(self, name: str, rows: pa.Table) -> list[NewFile]:
+    def _write(self, name: str, rows: pa.Table) -> list[Future[NewFile]]:
+        """New files with these rows, on their way to the storage."""
         written = []
         for start in range(0, len(rows), file_rows(name)):
             writer = FileWriter(TABLES[name])
             group = _FILE_ROWS.get(name, ROW_GROUP)
             for batch in rows.slice(start, file_rows(name)).combine_chunks().to_batches(max_chunksize=group):
                 writer.add(batch)
-            written.append(writer.finish(self._storage, name))
+            written.append(self._written(name, *writer.encoded()))
         return written
+
+    def _written(self, name: str, file: NewFile, data: bytes) -> Future[NewFile]:
+        """Write a file beside others: who makes the next one does not wait for the disk."""
+
+        def write() -> NewFile:
+            self._storage.write(f"{name}/{file.path}", data)
+            return file
+
+        self._writing.acquire()
+        coming = self._writers.submit(write)
+        coming.add_done_callback(lambda _: self._writing.release())
+        return coming
 
     def _placed(self, name: str, table: At, coming: Merge) -> _Anew:
         """Files that hold one of the keys are written anew with the rows that come in their places, but small ones are
@@ -248,16 +268,16 @@ class Tables:
                     anew.joined.append(shaped(file.read(), TABLES[name].schema).filter(stays))
                     anew.removed[path] = sizes[path]
 
-        def place(path: str) -> tuple[str, list[NewFile] | None, bool]:
+        def place(path: str) -> tuple[str, list[Future[NewFile]] | None, bool]:
             rows, same = coming.placed(self._wholes.take(name, path), KEYS.get(name, ()))
             return path, None if rows is None else self._write(name, rows), same
 
         for path, written, same in self._wholes.abreast(place, sorted(holding - joined)):
             if written is not None:
-                anew.files += written
+                anew.files += [one.result() for one in written]
                 anew.removed[path] = sizes[path]
                 if same and len(written) == 1:
-                    anew.renamed[path] = written[0].path
+                    anew.renamed[path] = anew.files[-1].path
         self._wholes.forget(name)
         return anew
 
