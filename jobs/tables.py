@@ -129,9 +129,10 @@ class Tables:
 
     def find_to_merge(self, name: str, values: Iterable[str], *, at: At | None) -> pa.Table:
         """The rows of a table whose first key column has one of `values`, most of which are about to be merged anew:
-        what is read for it is not read again by `merge`."""
+        what is read for it is not read again by `merge`, and what that writes not by the next call."""
         wanted = pa.array(sorted(set(values)), pa.string())
         paths = self.holding(name, at, TABLES[name].key[0], wanted) if at else []
+        self._wholes.retain(name, self._open.files(name, at) if at else ())
         return self._wholes.find(name, paths, values=wanted)
 
     def foresee(self, name: str, values: Iterable[str]) -> None:
@@ -140,6 +141,7 @@ class Tables:
         if at is not None:
             sizes = self._open.files(name, at)
             wanted = pa.array(sorted(set(values)), pa.string())
+            self._wholes.retain(name, sizes)
             self._wholes.foresee(
                 name, {path: sizes[path] for path in self.holding(name, at, TABLES[name].key[0], wanted)}
             )
@@ -268,17 +270,21 @@ class Tables:
                     anew.joined.append(shaped(file.read(), TABLES[name].schema).filter(stays))
                     anew.removed[path] = sizes[path]
 
-        def place(path: str) -> tuple[str, list[Future[NewFile]] | None, bool]:
-            rows, same = coming.placed(self._wholes.take(name, path), KEYS.get(name, ()))
-            return path, None if rows is None else self._write(name, rows), same
+        def place(path: str) -> tuple[str, pa.Table, list[Future[NewFile]] | None, bool]:
+            before = self._wholes.take(name, path)
+            rows, same = coming.placed(before, KEYS.get(name, ()))
+            return (path, before, None, same) if rows is None else (path, rows, self._write(name, rows), same)
 
-        for path, written, same in self._wholes.abreast(place, sorted(holding - joined)):
-            if written is not None:
-                anew.files += [one.result() for one in written]
-                anew.removed[path] = sizes[path]
-                if same and len(written) == 1:
+        for path, rows, written, same in self._wholes.abreast(place, sorted(holding - joined)):
+            if written is None:
+                self._wholes.wrote(name, path, rows)
+                continue
+            anew.files += [one.result() for one in written]
+            anew.removed[path] = sizes[path]
+            if len(written) == 1:
+                self._wholes.wrote(name, anew.files[-1].path, rows)
+                if same:
                     anew.renamed[path] = anew.files[-1].path
-        self._wholes.forget(name)
         return anew
 
     def append(

@@ -1,10 +1,10 @@
 """Files of a table that are read as a whole, several at once: to find rows in them that are about to be merged, and
-then for the merge, which reads nothing again."""
+then for the merge, which reads nothing again, and for the next one, which finds what it wrote."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 from urllib.parse import unquote
@@ -20,7 +20,8 @@ from sphere.jobs.lookup import empty, said_columns, shaped
 ABREAST = 2
 """Files that are worked on at once, by threads: Arrow's work is done without Python's lock."""
 KEPT = 64 * 1024 * 1024
-"""Bytes, as they are in memory, of files that are kept from finding rows to merging them."""
+"""Bytes, as they are in memory, of files that are kept from finding rows to merging them, and to finding others: as
+much as the rows of half a million patients."""
 
 _GROWS = 5  # times, when it is read, of a file's size
 _File = tuple[str, str]  # table, path
@@ -35,6 +36,7 @@ class Wholes:
         self._workers, self._readers = ThreadPoolExecutor(ABREAST), ThreadPoolExecutor(ABREAST)
         self._coming: dict[_File, Future[pa.Table]] = {}
         self._kept: dict[_File, pa.Table] = {}
+        self._sought: set[str] = set()  # tables in which rows are found
         self._room = KEPT
         self._lock = threading.Lock()
 
@@ -44,25 +46,24 @@ class Wholes:
 
     def foresee(self, name: str, sizes: Mapping[str, int]) -> None:
         """Begin to read files, by their paths with their sizes in bytes, that `find` will soon be asked to look into,
-        as many of them as it is going to keep."""
-        self.forget(name)
-        room = KEPT // _GROWS
+        as many of them as there is room for."""
+        room = self._room // _GROWS
         for path, size in sizes.items():
-            room -= size
-            if room >= 0:
-                self._coming[name, path] = self._readers.submit(self._read, name, path)
+            if (name, path) not in self._kept and (name, path) not in self._coming:
+                room -= size
+                if room >= 0:
+                    self._coming[name, path] = self._readers.submit(self._read, name, path)
 
     def find(self, name: str, paths: Sequence[str], *, values: pa.Array) -> pa.Table:
         """The rows of these files of the table `name` whose first key column has one of `values`; what the files say is
         kept for `take` while there is room."""
         schema, key = TABLES[name].schema, TABLES[name].key[0]
+        self._sought.add(name)
 
         def matching(path: str) -> pa.Table:
             rows = self.take(name, path)
-            found = rows.filter(pc.is_in(rows[key], value_set=values))
-            if len(found):
-                self._keep(name, path, rows)
-            return shaped(found, schema)
+            self._keep(name, path, rows)
+            return shaped(rows.filter(pc.is_in(rows[key], value_set=values)), schema)
 
         return pa.concat_tables([empty(schema), *self.abreast(matching, paths)])
 
@@ -76,12 +77,17 @@ class Wholes:
             rows = coming.result()
         return self._read(name, path) if rows is None else rows
 
-    def forget(self, name: str) -> None:
-        """Keep nothing of a table any more."""
+    def wrote(self, name: str, path: str, rows: pa.Table) -> None:
+        """What a new file says, to be kept as if `find` had read it, which often looks for others of its rows next."""
+        if name in self._sought:
+            self._keep(name, path, rows)
+
+    def retain(self, name: str, paths: Collection[str]) -> None:
+        """Of a table, keep nothing but what these files say, which are all that it has."""
         with self._lock:
-            for where in [where for where in self._coming if where[0] == name]:
+            for where in [where for where in self._coming if where[0] == name and where[1] not in paths]:
                 self._coming.pop(where).cancel()
-            for where in [where for where in self._kept if where[0] == name]:
+            for where in [where for where in self._kept if where[0] == name and where[1] not in paths]:
                 self._room += self._kept.pop(where).nbytes
 
     def _keep(self, name: str, path: str, rows: pa.Table) -> None:
