@@ -89,21 +89,27 @@ class Merge:
         names = [name for name in schema.names if name in there or rows[name].null_count < len(rows)]
         mask = np.zeros(len(before), bool)
         mask[at] = True
-        columns, same, changed, places = [], True, len(leaving) > 0, pa.array(at)
+        replaced = before.take(pa.array(at))
+        columns, same, changed = [], True, len(leaving) > 0
         for name in names:
-            type_ = schema.field(name).type
-            old = before[name].combine_chunks().cast(type_) if name in there else pa.nulls(len(before), type_)
-            new = rows[name].combine_chunks()
-            unchanged = old.take(places).equals(new)
+            type_, new = schema.field(name).type, rows[name]
+            unchanged = name in there and _whole(replaced[name], type_).equals(_whole(new, type_))
             same = same and (unchanged or name not in kept_keys)
             changed = changed or not unchanged
-            columns.append(old if unchanged else _replaced(old, mask, at, new))
+            old = _whole(before[name], type_) if name in there else pa.nulls(len(before), type_)
+            columns.append(old if unchanged else _replaced(old, mask, at, _whole(new, type_)))
         if not changed:
             return None, True
         table = pa.Table.from_arrays(columns, schema=pa.schema([schema.field(name) for name in names]))
         stays = np.ones(len(before), bool)
         stays[leaving] = False
         return (table.filter(pa.array(stays)) if len(leaving) else table), same
+
+
+def _whole(column: pa.ChunkedArray, type_: pa.DataType) -> pa.Array:
+    """A column in one piece and of this type, as it mostly is."""
+    one = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+    return one if one.type == type_ else one.cast(type_)
 
 
 def _replaced(old: pa.Array, mask: npt.NDArray[np.bool_], at: Positions, new: pa.Array) -> pa.Array:

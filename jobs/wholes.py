@@ -71,7 +71,7 @@ class Wholes:
         """What a file says, with its key columns: columns that are null in every row are left out."""
         with self._lock:
             rows = self._kept.pop((name, path), None)
-            self._room += 0 if rows is None else rows.nbytes
+            self._room += 0 if rows is None else rows.get_total_buffer_size()
             coming = self._coming.pop((name, path), None)
         if coming is not None:
             rows = coming.result()
@@ -88,13 +88,14 @@ class Wholes:
             for where in [where for where in self._coming if where[0] == name and where[1] not in paths]:
                 self._coming.pop(where).cancel()
             for where in [where for where in self._kept if where[0] == name and where[1] not in paths]:
-                self._room += self._kept.pop(where).nbytes
+                self._room += self._kept.pop(where).get_total_buffer_size()
 
     def _keep(self, name: str, path: str, rows: pa.Table) -> None:
+        size = rows.get_total_buffer_size()
         with self._lock:
-            if rows.nbytes <= self._room:
+            if size <= self._room and (name, path) not in self._kept:
                 self._kept[name, path] = rows
-                self._room -= rows.nbytes
+                self._room -= size
 
     def _read(self, name: str, path: str) -> pa.Table:
         table = TABLES[name]
