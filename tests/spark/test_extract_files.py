@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -13,9 +15,11 @@ from pyspark.sql import SparkSession
 
 from sphere.conf.settings import Settings
 from sphere.ingest.header import identify
-from sphere.jobs import headers, joining
+from sphere.jobs import headers, joining, opened
 from sphere.jobs import tables as module
-from sphere.jobs.extract import run
+from sphere.jobs.catalogued import Catalogued
+from sphere.jobs.extract import Kept, run
+from sphere.jobs.tables import Tables
 from tests.support.landing import archive, changed, land, new_member, slices, table_rows
 from tests.support.tombs import delete
 
@@ -39,17 +43,19 @@ class Archive:
     settings: Settings
     studies: dict[str, list[bytes]]
     spark: SparkSession
+    kept: Kept
 
     @classmethod
     def of(cls, count: int, folder: Path, spark: SparkSession) -> Archive:
         studies = [slices(OF_A_STUDY, seed=number, study=number) for number in range(count)]
-        made = cls(archive(folder, ingest={"on_conflict": "replace"}), {_study(one[0]): one for one in studies}, spark)
+        settings = archive(folder, ingest={"on_conflict": "replace"})
+        made = cls(settings, {_study(one[0]): one for one in studies}, spark, Kept(settings))
         made.extract(data for one in studies for data in one)
         return made
 
     def extract(self, files: Iterable[bytes], *, second: int = 0) -> None:
         land(self.settings, [new_member(data, second=second) for data in files])
-        run(self.spark, self.settings)
+        run(self.spark, self.settings, kept=self.kept)
 
     def holding(self) -> dict[str, dict[str, set[str]]]:
         """By table and file, the studies of which it has something."""
@@ -121,7 +127,7 @@ def _touched(made: Archive) -> list[dict[str, int]]:
 
     def without(uids: list[str]) -> None:
         delete(made.settings, uids)
-        run(made.spark, made.settings)
+        run(made.spark, made.settings, kept=made.kept)
 
     return [
         made.check(lambda: made.extract(fresh, second=10), none, ()),
@@ -131,3 +137,33 @@ def _touched(made: Archive) -> list[dict[str, int]]:
         made.check(lambda: without(once), two, cut),
         made.check(lambda: without(wholly), two, emptied),
     ]
+
+
+def test_a_run_goes_on_with_what_the_one_before_has_opened(
+    spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The logs of all tables are read once, that of `instances` not even for what was committed to it."""
+    made = Archive.of(4, tmp_path / "archive", spark)
+    made.extract(slices(OF_A_STUDY, seed=800, study=800), second=10)
+    asked: Counter[str] = Counter()
+
+    class Counted(DeltaTable):
+        def __init__(self, *args: Any, **how: Any) -> None:
+            asked["opened"] += 1
+            super().__init__(*args, **how)
+
+        def update_incremental(self) -> None:
+            asked["instances"] += self.table_uri.rstrip("/").endswith("instances")
+            super().update_incremental()
+
+    monkeypatch.setattr(opened, "DeltaTable", Counted)
+    made.kept.tables = Tables(made.settings)
+    made.kept.catalogued = Catalogued(made.kept.tables)
+    for number in range(801, 804):
+        made.extract(slices(OF_A_STUDY, seed=number, study=number), second=number)
+        tables = asked["opened"]
+        if number == 801:
+            asked.clear()
+    assert (tables, asked["instances"]) == (0, 0)
+    assert len(table_rows(made.settings, "instances")) == 8 * OF_A_STUDY
+    assert len(table_rows(made.settings, "studies")) == 8

@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from deltalake import write_deltalake
@@ -13,7 +14,7 @@ from deltalake import write_deltalake
 from sphere.catalog.schema import TABLES
 from sphere.conf.settings import Settings
 from sphere.ingest.storage.local import LocalStorage
-from sphere.jobs.keys import KeyFiles
+from sphere.jobs.keys import KeyFiles, _hashes, _places
 from sphere.jobs.plan import known_instances
 from sphere.jobs.tables import Tables
 from tests.support.catalog import instance
@@ -108,6 +109,34 @@ def test_a_damaged_cache_is_made_anew(
 def test_another_table_at_the_same_place_is_read_anew(folder: Path) -> None:
     assert holding(KeyFiles(folder, ("uid", "other")), {"a": ["1.1"]}, "1.1") == ["a"]
     assert holding(KeyFiles(folder, ("uid", "other")), {"a": ["1.2"]}, "1.2", table="u") == ["a"]
+
+
+def test_places_among_many_hashes_are_those_of_a_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of hashes that are spread evenly, as ours are, and of others; of what is there, beside it and beyond it."""
+    monkeypatch.setattr("sphere.jobs.keys._MANY", 2)
+    chance = np.random.default_rng(3)
+    ends = np.array([0, np.iinfo(np.uint64).max], np.uint64)
+    even = chance.integers(*ends, 5000, np.uint64, endpoint=True)
+    for hashes in (
+        even, even[:2], np.repeat(even[:100], 50), even >> np.uint64(30), even | np.uint64(1 << 63), even * 0,
+        np.repeat(ends[1:], 300), np.concatenate([even, ends, ends]),
+    ):  # fmt: skip
+        found = np.sort(hashes)
+        wanted = np.sort(np.concatenate([found, found + np.uint64(1), found - np.uint64(1), even[::7], ends]))
+        assert np.array_equal(_places(found, wanted), np.searchsorted(found, wanted, "left"))
+
+
+def test_few_places_are_searched_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As hashes of UIDs are spread evenly, nearly every place is where it was guessed to be."""
+    monkeypatch.setattr("sphere.jobs.keys._MANY", 2)
+    uids = pa.array([f"1.2.840.113619.2.55.3.{number // 500}.{number}" for number in range(300_000)])
+    hashes = np.sort(_hashes(uids, 0))
+    wanted = np.sort(_hashes(pa.array([f"1.2.840.113619.2.56.{number}" for number in range(2_000)]), 0))
+    searched: list[int] = []
+    search = np.searchsorted
+    monkeypatch.setattr(np, "searchsorted", lambda *args: (searched.append(len(args[1])), search(*args))[1])
+    assert np.array_equal(_places(hashes, wanted), search(hashes, wanted))
+    assert sum(searched) < 60
 
 
 def test_a_file_that_cannot_be_read_is_asked_for_again(folder: Path) -> None:
