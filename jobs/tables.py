@@ -35,7 +35,10 @@ from sphere.jobs.opened import At, OpenTables
 from sphere.jobs.parquet import ROW_GROUP, FileWriter, NewFile
 from sphere.jobs.wholes import Wholes
 
-_PROPERTIES = {"delta.dataSkippingNumIndexedCols": "32"}
+_KEEPS_LOG = "delta.enableExpiredLogCleanup"
+"""By default every writer's hundredth commit removes the log of versions before the last 30 days: they could no longer
+be asked, nor what came since be told."""
+_PROPERTIES = {"delta.dataSkippingNumIndexedCols": "32", _KEEPS_LOG: "false"}
 KEYS = {
     "instances": ("SOPInstanceUID", "StudyInstanceUID"),
     "series": ("StudyInstanceUID", "SeriesInstanceUID"),
@@ -101,7 +104,8 @@ class Tables:
             keys.look_again()
 
     def current(self, name: str) -> DeltaTable | None:
-        """The table as of now, given the columns that it lacks, or None where nothing was ever written to it.
+        """The table as of now, given the columns and the property that it lacks, or None where nothing was ever
+        written to it.
 
         Raises CatalogError where a type differs.
         """
@@ -414,7 +418,7 @@ def _commit(
 
 
 def _extended(table: DeltaTable, name: str, wanted: pa.Schema) -> bool:
-    """Whether the table lacked columns, which it has now; raises CatalogError where a type differs."""
+    """Whether the table lacked columns or a property, which it has now; raises CatalogError where a type differs."""
     have = {one.name: one.type for one in pa.schema(table.schema().to_arrow())}
     missing = [one for one in wanted if one.name not in have]
     for one in wanted:
@@ -426,7 +430,11 @@ def _extended(table: DeltaTable, name: str, wanted: pa.Schema) -> bool:
     if missing:
         table.alter.add_columns([Field.from_arrow(one) for one in missing])
         table.update_incremental()
-    return bool(missing)
+    unsaid = _KEEPS_LOG not in table.metadata().configuration
+    if unsaid:  # made by an earlier version
+        table.alter.set_table_properties({_KEEPS_LOG: _PROPERTIES[_KEEPS_LOG]})
+        table.update_incremental()
+    return bool(missing) or unsaid
 
 
 def _same(have: pa.DataType, want: pa.DataType) -> bool:

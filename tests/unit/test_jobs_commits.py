@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from tests.support.landing import archive
 
 pytestmark = pytest.mark.unit
 
+DAY_S = 24 * 3600
 FIRST, SECOND = (NewFile(f"part-{name}.zstd.parquet", 7, 1000, '{"numRecords":1}') for name in ("a", "b"))
 
 
@@ -106,6 +109,31 @@ def test_checkpoints_are_made_by_delta_rs(tmp_path: Path) -> None:
     assert orjson.loads((log / "_last_checkpoint").read_bytes())["version"] == CHECKPOINTS - 1
     assert Tables(settings).ensure("bundles").version() == CHECKPOINTS
     assert [one["engineInfo"] for one in DeltaTable(tables.url("bundles")).history(3)][1:2] != ["sphere"]
+
+
+@pytest.mark.parametrize("earlier", [False, True], ids=["new", "of an earlier version"])
+def test_versions_stay_however_old_they_are(tmp_path: Path, earlier: bool) -> None:
+    """Forty days later, with a checkpoint: by default the log before it would go (delta.logRetentionDuration)."""
+    settings = archive(tmp_path)
+    if earlier:
+        DeltaTable.create(Tables(settings).url("bundles"), TABLES["bundles"].schema)
+    log = Path(Tables(settings).url("bundles").removeprefix("file://")) / "_delta_log"
+    for _ in range(2):
+        tables = Tables(settings)
+        tables.ensure("bundles")
+        for _ in range(CHECKPOINTS + 1):
+            tables.append("bundles", [], onto=tables.open("bundles"))
+        for path in log.iterdir():
+            os.utime(path, times=(time.time() - 40 * DAY_S,) * 2)
+    assert orjson.loads((log / "_last_checkpoint").read_bytes())["version"] == 2 * CHECKPOINTS - 1
+    assert [DeltaTable(tables.url("bundles"), version=at).version() for at in (0, 1, 50, 150)] == [0, 1, 50, 150]
+
+
+def test_a_hospital_may_have_its_log_cleaned(tmp_path: Path) -> None:
+    settings = archive(tmp_path)
+    asked = {"delta.enableExpiredLogCleanup": "true"}
+    DeltaTable.create(Tables(settings).url("bundles"), TABLES["bundles"].schema, configuration=asked)
+    assert Tables(settings).ensure("bundles").metadata().configuration == asked
 
 
 def test_what_asks_for_more_is_left_to_delta_rs(tmp_path: Path) -> None:
