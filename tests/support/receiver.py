@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import resource
 import signal
@@ -114,6 +115,8 @@ def main() -> None:
     from sphere.scp.server import run_receiver
 
     run_receiver(settings, ready=lambda port: print(port, flush=True))
+    logging.shutdown()
+    os._exit(0)  # as a child of `sphere serve` does: not around threads in native code (cpython issue 87135)
 
 
 if __name__ == "__main__":
