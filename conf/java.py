@@ -11,8 +11,8 @@ from pathlib import Path
 from sphere.conf.errors import ExternalMissing
 
 SUPPORTED = (17, 21)
-PACKAGE = "openjdk-17-jre-headless"
-HINT = f"install it with: apt-get install {PACKAGE} (Debian, Ubuntu), or set JAVA_HOME to a JDK 17 or 21"
+PACKAGES = ("openjdk-17-jre-headless", "openjdk-21-jre-headless")  # Debian 13 has no 17, Debian 12 no 21
+HINT = f"install it with: apt-get install {' or '.join(PACKAGES)} (Debian, Ubuntu), or set JAVA_HOME to a JDK 17 or 21"
 
 
 def java() -> Path:
@@ -45,13 +45,20 @@ def install() -> None:
     except ExternalMissing:
         if os.geteuid() != 0 or not shutil.which("apt-get") or os.environ.get("JAVA_HOME"):
             raise
-    print(f"Java is missing: installing {PACKAGE} with apt-get", flush=True)
+    print("Java is missing: installing it with apt-get", flush=True)
+    if status := _apt_get("update", "-q"):
+        raise ExternalMissing(f"apt-get update failed with status {status}; {HINT}")
+    for package in PACKAGES:
+        if not (status := _apt_get("install", "-q", "-y", "--no-install-recommends", package)):
+            java()
+            return
+    raise ExternalMissing(f"apt-get install failed with status {status}; {HINT}")
+
+
+def _apt_get(*arguments: str) -> int:
+    """Run it; its exit status."""
     environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-    for arguments in (["update", "-q"], ["install", "-q", "-y", "--no-install-recommends", PACKAGE]):
-        run = subprocess.run(["apt-get", *arguments], env=environment, stdout=subprocess.DEVNULL, check=False)
-        if run.returncode:
-            raise ExternalMissing(f"apt-get {arguments[0]} failed with status {run.returncode}; {HINT}")
-    java()
+    return subprocess.run(["apt-get", *arguments], env=environment, stdout=subprocess.DEVNULL, check=False).returncode
 
 
 if __name__ == "__main__":

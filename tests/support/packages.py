@@ -14,6 +14,7 @@ PACKAGES = {  # program: Debian package
     "storescu": "dcmtk", "Orthanc": "orthanc", "dciodvfy": "dicom3tools", "openssl": "openssl",
     "node": "nodejs", "npm": "npm", "chromium": "chromium",
 }  # fmt: skip
+INSTALL = ("install", "-q", "-y", "--no-install-recommends")
 SBIN = "/usr/sbin:/sbin"  # where Debian puts Orthanc
 
 
@@ -36,12 +37,20 @@ def install() -> None:
         print(f"tests that need them will be skipped; install with: apt-get install {' '.join(packages)}")
         return
     print(f"installing with apt-get: {' '.join(packages)}", flush=True)
+    if status := _apt_get("update", "-q"):
+        print(f"apt-get update ended with status {status}")
+        return
+    if not _apt_get(*INSTALL, *packages):
+        return
+    for package in packages:  # one that a distribution does not have is no reason to go without the others
+        if status := _apt_get(*INSTALL, package):
+            print(f"apt-get install {package} ended with status {status}")
+
+
+def _apt_get(*arguments: str) -> int:
+    """Run it; its exit status."""
     environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-    for arguments in (["update", "-q"], ["install", "-q", "-y", "--no-install-recommends", *packages]):
-        run = subprocess.run(["apt-get", *arguments], env=environment, stdout=subprocess.DEVNULL, check=False)
-        if run.returncode:
-            print(f"apt-get {arguments[0]} ended with status {run.returncode}")
-            return
+    return subprocess.run(["apt-get", *arguments], env=environment, stdout=subprocess.DEVNULL, check=False).returncode
 
 
 if __name__ == "__main__":

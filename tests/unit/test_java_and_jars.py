@@ -11,7 +11,8 @@ import pytest
 
 from sphere.conf import jars
 from sphere.conf.errors import ExternalMissing
-from sphere.conf.java import PACKAGE, install, java, java_version
+from sphere.conf.java import PACKAGES, install, java, java_version
+from tests.support import packages
 
 pytestmark = pytest.mark.unit
 
@@ -63,9 +64,31 @@ def test_root_gets_java_by_apt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     calls = fake_apt(tmp_path / "programs", monkeypatch, link)
     install()
     assert java() == tmp_path / "programs/java"
-    assert calls.read_text().splitlines() == ["update -q", f"install -q -y --no-install-recommends {PACKAGE}"]
+    assert calls.read_text().splitlines() == ["update -q", f"install -q -y --no-install-recommends {PACKAGES[0]}"]
     install()
     assert len(calls.read_text().splitlines()) == 2, "what is there is not installed again"
+
+
+def test_where_debian_has_no_java_17_it_is_21(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ready = fake_java(tmp_path / "package", "21.0.8")
+    only = f'case "$*" in *17*) exit 100;; *21*) /bin/ln -s {ready} {tmp_path}/programs/java;; esac'
+    fake_apt(tmp_path / "programs", monkeypatch, only)
+    install()
+    assert java() == tmp_path / "programs/java"
+
+
+def test_tools_of_tests_are_installed_without_those_that_there_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(packages, "SBIN", "/nowhere")
+    calls = fake_apt(tmp_path / "programs", monkeypatch, 'case "$*" in *chromium*) exit 100;; esac')
+    packages.install()
+    wanted = sorted(set(packages.PACKAGES.values()))
+    install_ = "install -q -y --no-install-recommends"
+    assert calls.read_text().splitlines() == [
+        "update -q", f"{install_} {' '.join(wanted)}", *(f"{install_} {one}" for one in wanted)
+    ]  # fmt: skip
+    assert capsys.readouterr().out.splitlines()[1:] == ["apt-get install chromium ended with status 100"]
 
 
 def test_an_apt_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
