@@ -31,12 +31,16 @@ _MAX_ELEMENTS: Final = 100_000  # of one data set, items not counted; real ones 
 _SHARED_GROUPS: Final = 0x52009229  # SharedFunctionalGroupsSequence (PS3.3 C.7.6.16)
 _MACROS: Final = {tag_for_keyword(group.name): frozenset(group.keywords) for group in FUNCTIONAL_GROUPS}
 
+_PADDING: Final = 0xFFFCFFFC  # DataSetTrailingPadding, without significance (PS3.10 7.2)
+_BEHIND: Final = frozenset((0xFFFAFFFA, _PADDING))  # and private elements (PS3.6)
+
 _STOP: Final = -1  # no further element here; `Walker._after` says where its container goes on
 _LOST: Final = -2  # nobody knows where its container goes on
 
 
 class _Place(NamedTuple):
-    """Where elements stand: depth of sequences, the functional group sequence around them, whether the item is open.
+    """Where elements stand: depth of sequences, the functional group sequence around them, whether the item is open,
+    whether they are behind the pixel data.
 
     An open item is one of undefined length.
     """
@@ -44,6 +48,7 @@ class _Place(NamedTuple):
     depth: int = 0
     group: int = 0
     open: bool = False
+    behind: bool = False
 
 
 class Walker:
@@ -63,10 +68,18 @@ class Walker:
         self._inflated = inflated
         self._after = 0
         self._switched: Context | None = None
+        self._behind: tuple[int, Context] | None = None
 
     def walk(self, start: int, context: Context) -> list[Hit]:
-        """The elements from position `start` up to pixel data or the end, by tag, each once."""
-        return self._ordered(self._elements(start, self._window.size, context, _Place()))
+        """The elements from position `start` to the end, by tag, each once.
+
+        What stands behind pixel data that are encapsulated, or were deflated, is not looked for: it is found by way of
+        every fragment alone.
+        """
+        hits = self._elements(start, self._window.size, context, _Place())
+        if self._behind is not None:
+            hits += self._trailing(*self._behind)
+        return self._ordered(hits)
 
     # Everything below is driven by `_elements`. Its loop knows nothing but lengths and finished elements; `_step` does
     # the rest, one element at a time.
@@ -78,8 +91,8 @@ class Walker:
             index = pos - base
             stop = min(len(buf), end - base)
             length_of, known, append = context.lengths.get, context.hits.get, hits.append
-            if place.group == _SHARED_GROUPS:
-                stop = 0  # its sequences give columns and are read, not remembered
+            if place.group == _SHARED_GROUPS or place.behind:
+                stop = 0  # its sequences give columns and are read, not remembered; or each has to be looked at
             while length := length_of(buf[index : index + 8]) or length_of(buf[index : index + 12]):
                 after = index + length
                 if after > stop:
@@ -108,10 +121,14 @@ class Walker:
         if head is None or pos + head.size > end:
             return self._tail(pos, end, place)
         group = head.tag >> 16
+        if place.behind and not (group > 0x7FE0 and (group & 1 or head.tag in _BEHIND)):
+            if head.tag or head.length:  # else zeros
+                self._note(f"{end - pos} bytes behind the pixel data are no elements")
+            return self._stop(end)
         if group == 0xFFFE:
             return self._delimiter(head, pos, end, place)
         if head.tag in PIXEL_DATA and not place.depth:
-            return self._pixels(head, pos, hits)
+            return self._pixels(head, pos, context, hits)
         if group in (0, 2):
             return self._foreign(head, pos, end, place)
         if context.encoding.explicit and not head.vr and self._padded(pos, end, context, hits):
@@ -270,7 +287,18 @@ class Walker:
             self._note(UNORDERED)
         return [unique[tag] for tag in sorted(unique)]
 
-    def _pixels(self, head: Head, pos: int, hits: list[Hit]) -> int:
+    def _trailing(self, pos: int, context: Context) -> list[Hit]:
+        """The elements behind pixel data, but for padding. Whatever is wrong there costs what is there."""
+        cut = self.cut
+        try:
+            hits = self._elements(pos, self._window.size, context, _Place(behind=True))
+        except HeaderTooLarge:
+            self._note("what stands behind the pixel data is too large, left out")
+            hits = []
+        self.cut = cut
+        return [hit for hit in hits if hit.tag != _PADDING]
+
+    def _pixels(self, head: Head, pos: int, context: Context, hits: list[Hit]) -> int:
         """The walk ends at pixel data; they are named, not read."""
         value, there = pos + head.size, self._window.size - pos - head.size
         length = head.length
@@ -280,6 +308,8 @@ class Walker:
             self._warn(head.tag, f"truncated, {max(there, 0)} of {length} bytes are there")
         if not self._inflated:
             self.pixel_offset = pos
+            if head.length != UNDEFINED and there - length >= 8:
+                self._behind = value + length, context
         vr = head.vr or {0x7FE00008: "OF", 0x7FE00009: "OD"}.get(head.tag, "OW")
         hits.append(bulk_hit(head.tag, vr, offset=value, length=length, inflated=self._inflated))
         return self._stop(self._window.size)
