@@ -30,7 +30,8 @@ class Header:
     ``values`` holds typed column values by keyword, only those that are there; ``dataset`` the whole header as DICOM
     JSON (PS3.18 Annex F; File Meta Information, group lengths and bulk data left out, and what stands behind pixel data
     that are encapsulated or deflated). ``pixel_offset`` is where the element with the pixel data begins, in bytes from
-    the member's first one (None without pixel data, and in a deflated data set). ``warnings`` names what could not be used as it stands: "(gggg,eeee) Keyword: what".
+    the member's first one (None without pixel data, and in a deflated data set). ``warnings`` names what could not be
+    used as it stands: "(gggg,eeee) Keyword: what".
     """
 
     values: dict[str, Any]

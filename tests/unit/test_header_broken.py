@@ -316,7 +316,9 @@ def test_what_stands_behind_pixel_data_of_a_known_length_is_told(prefix: int):
 
 
 def test_what_stands_behind_pixel_data_in_implicit_vr():
-    body = IMPLICIT_BODY + implicit("PixelData", bytes(10)) + implicit(0x7FE10010, b"ACME") + implicit(0x7FE11001, b"xy")
+    body = (
+        IMPLICIT_BODY + implicit("PixelData", bytes(10)) + implicit(0x7FE10010, b"ACME") + implicit(0x7FE11001, b"xy")
+    )
     told = dataset(header(part10(body, syntax=IMPLICIT_LE)))
     assert told["7FE11001"] == {"vr": "UN", "InlineBinary": "eHk="}
 
