@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
 SPHERE = [sys.executable, "-m", "sphere.cli"]
 CT_SLICES = 120
@@ -154,6 +156,21 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def start() -> NoReturn:
+    """The demonstration as a program: whatever ends it, a terminal that is closed too, leaves no archive serving."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _leave)
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        _leave(signal.SIGINT, None)
+
+
+def _leave(number: int, frame: FrameType | None) -> NoReturn:
+    print("demo: interrupted", file=sys.stderr)
+    raise SystemExit(128 + number)
+
+
 if __name__ == "__main__":
     os.environ.setdefault("PYTHONUNBUFFERED", "1")
-    sys.exit(main())
+    start()
