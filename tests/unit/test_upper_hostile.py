@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from sphere.scp.upper import command, protocol
+from sphere.scp.upper import command, protocol, transport
 from sphere.scp.upper.messages import MAX_COMMAND
 from tests.support.raw_peer import (
     VERIFICATION,
@@ -67,6 +67,12 @@ HOSTILE = {
         OUT_OF_ORDER,
     ),
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who was aborted here waits for the other end, and has less time than elsewhere to be the first to close."""
+    monkeypatch.setattr(transport, "GRACE_S", 0.1)
 
 
 @pytest.mark.parametrize("case", HOSTILE)
