@@ -20,8 +20,8 @@ _SHARED = ("spark", "hdfs_cluster")  # session fixtures
 _SPARK = ("compact_kill", "extract_kill", "recent_spark", "doors_spark", "web_queries")
 """Modules that use a Spark session and no HDFS, as dear as the others that use either."""
 _SLOW = ("faults", "spark", "hdfs", "interop", "web")  # markers, the slowest first
-_LONG = ("web_openapi", "collections", "web_delete", "index_refresh", "web_search", "index", "index_maker",
-         "private", "jobs_known_patients", "rows_damaged", "deleted", "recent", "web_store", "web_serving", "asof")  # fmt: skip
+_LONG = ("web_openapi", "collections", "web_delete", "index_refresh", "web_search", "index", "index_maker", "private",
+         "jobs_known_patients", "rows_damaged", "deleted", "recent", "web_store", "web_serving", "asof")  # fmt: skip
 """Modules of unit tests that take longest, 10 to 80 s of one core: they start before the others."""
 
 
