@@ -71,7 +71,8 @@ class Archive:
         self.close()
 
     def close(self) -> None:
-        """Let go of the query index, and stop the Spark session if this archive started one."""
+        """Let go of the query index and of open tables, and stop the Spark session if this archive started one."""
+        self._kept = None
         if self._queries is not None:
             self._queries.close()
             self._queries = None
