@@ -74,7 +74,8 @@ class KnownVersion:
 
 def identity(one: NewMember | MemberRecord) -> str:
     """What makes two members versions of one instance: the SOPInstanceUID of the data set. What extraction will put
-    into quarantine, for a UID that is missing or none, is a version of nothing, and known by its digest alone."""
+    into quarantine, for a UID that is missing or none, is a version of nothing, and known by its digest alone ("": that
+    is not known yet)."""
     uids = f"{one.SOPInstanceUID} {one.StudyInstanceUID} {one.SeriesInstanceUID}"
     return one.SOPInstanceUID if _UIDS.fullmatch(uids) else one.sha256
 
@@ -126,11 +127,15 @@ class KnownInstances:
 
         Of one SOPInstanceUID one instance at a time is stored on this host. Raises StorageError.
         """
-        member = with_digest(member)
+        if member.digested is None or not identity(member):
+            member = with_digest(member)
         uid = identity(member)
         study = member.StudyInstanceUID if uid == member.SOPInstanceUID else ""
         with self._reservations.hold(uid) as place:
-            meeting = self.meet(uid, study, member.sha256, sender=sender, place=place)
+            known = self._known(uid, study, sender, place)
+            if known is not None:
+                member = with_digest(member)
+            meeting = "new" if known is None else self._compare(uid, member.sha256, known)
             if meeting in ("copy", "refused copy"):
                 log.info("not stored again instance=%s: its bytes are", hashed(member.SOPInstanceUID))
                 return meeting, None
@@ -144,13 +149,18 @@ class KnownInstances:
 
         A copy was read, and is there, byte for byte. `place` says what other processes stored of it.
         """
+        known = self._known(uid, study, sender, place)
+        return "new" if known is None else self._compare(uid, sha256, known)
+
+    def _known(self, uid: str, study: str, sender: str, place: Reservation | None) -> bytes | None:
+        """The versions that are known of an instance that arrives."""
         if (sender, study) not in self._senders:
             self._look(study, sender)
         if place is not None:
             self._see(uid, place)
-        known = self._versions.get(self._key(uid))
-        if known is None:
-            return "new"
+        return self._versions.get(self._key(uid))
+
+    def _compare(self, uid: str, sha256: str, known: bytes) -> Meeting:
         digest = bytes.fromhex(sha256)
         for number, (sha, bundle, *where) in enumerate(_PACKED.iter_unpack(known)):
             if sha == digest:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -19,6 +19,7 @@ from sphere.ingest.storage.base import Buffer
 from sphere.ingest.storage.paths import storage_error
 
 CHUNK = 1 << 20  # bytes of a waiting file held in memory at a time
+_UNKNOWN = "0" * 64  # stands for a digest until it is known
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,8 @@ class NewMember:
     `preamble` is what precedes the data set in the file (PS3.10 7.1: 128 bytes, "DICM", File Meta Information), or b"".
     `dataset` is stored as it is: one buffer, its fragments in order, or a range of a local file, which is read in
     pieces of 1 MiB. `sha256` is its digest (hexadecimal) where it is known already; "" has it computed, for which a
-    file is read once more. UIDs are "" where they are unknown.
+    file is read once more. `digested`, if there is one, waits for it and gives it: another thread computes it, of a
+    data set in memory. UIDs are "" where they are unknown.
     """
 
     SOPInstanceUID: str
@@ -86,6 +88,7 @@ class NewMember:
     preamble: bytes
     dataset: Dataset
     sha256: str = ""
+    digested: Callable[[], str] | None = None
     collections: tuple[str, ...] = ()  # that it is catalogued in
 
     @property
@@ -115,7 +118,10 @@ class NewMember:
 
 @dataclass(slots=True)
 class Prepared:
-    """A member with everything that does not depend on its place: tar headers, bytes, and fields of its record."""
+    """A member with everything that does not depend on its place: tar headers, bytes, and fields of its record.
+
+    Until `settle`, where there is `digested`, the digest in headers and fields is another one of the same length.
+    """
 
     header: bytes
     buffers: Sequence[Buffer]  # the member's bytes; of a FileRange those before it
@@ -123,6 +129,18 @@ class Prepared:
     length: int
     fields: dict[str, Any]
     said: bytes  # the fields in JSON
+    digested: Callable[[], str] | None = None
+
+    def settle(self) -> bytes:
+        """The headers, once the digest is known; raises what computing it raised."""
+        if self.digested is not None:
+            self.fields["sha256"] = self.digested()
+            self.digested = None
+            self.said, header = _headers(self.fields, self.length)
+            if len(header) != len(self.header):
+                raise StorageError("tar headers whose length depends on the digest")
+            self.header = header
+        return self.header
 
     def record(self, bundle: str, start: int) -> MemberRecord:
         """Its record when its headers begin at byte `start` of `bundle`."""
@@ -142,7 +160,8 @@ def prepare(member: NewMember) -> Prepared:
     """Digest and headers of `member`; raises StorageError when its waiting file cannot be read."""
     streamed = member.dataset if isinstance(member.dataset, FileRange) else None
     parts = _parts(member.dataset)
-    sha256 = member.sha256 or _digest(streamed.chunks() if streamed else parts)
+    digested = None if member.sha256 else member.digested
+    sha256 = member.sha256 or (_UNKNOWN if digested else _digest(streamed.chunks() if streamed else parts))
     fields: dict[str, Any] = {
         "dataset_offset": len(member.preamble),
         "SOPInstanceUID": member.SOPInstanceUID,
@@ -158,14 +177,19 @@ def prepare(member: NewMember) -> Prepared:
     if member.collections:
         fields["collections"] = member.collections
     length = member.size
+    said, header = _headers(fields, length)
+    return Prepared(header, [member.preamble, *parts], streamed, length, fields, said, digested)
+
+
+def _headers(fields: dict[str, Any], length: int) -> tuple[bytes, bytes]:
+    """The fields in JSON, which they are made fit for, and the tar headers."""
     try:
         said = orjson.dumps(fields, option=orjson.OPT_UTC_Z)
     except TypeError:  # lone surrogates
-        fields = {name: _text(value) if isinstance(value, str) else value for name, value in fields.items()}
+        fields.update({name: _text(value) for name, value in fields.items() if isinstance(value, str)})
         said = orjson.dumps(fields, option=orjson.OPT_UTC_Z)
-    name = tar.member_name(member.SOPInstanceUID, sha256)
-    header = tar.member_header(name, length, fields["received_at"], said)
-    return Prepared(header, [member.preamble, *parts], streamed, length, fields, said)
+    name = tar.member_name(fields["SOPInstanceUID"], fields["sha256"])
+    return said, tar.member_header(name, length, fields["received_at"], said)
 
 
 def line_start(bundle: str) -> bytes:
@@ -177,6 +201,8 @@ def with_digest(member: NewMember) -> NewMember:
     """The member with its `sha256`; raises StorageError when its waiting file cannot be read."""
     if member.sha256:
         return member
+    if member.digested is not None:
+        return replace(member, sha256=member.digested(), digested=None)
     dataset = member.dataset
     return replace(member, sha256=_digest(dataset.chunks() if isinstance(dataset, FileRange) else _parts(dataset)))
 

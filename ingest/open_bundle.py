@@ -56,22 +56,17 @@ class OpenBundle:
         `lines` are then those of the journal.
         """
         at = self.good
+        if len(group) == 1 and group[0].digested is not None:
+            self._put_late(group[0])
+        else:
+            self._put_all(group)
         records: list[MemberRecord] = []
         lines: list[bytes] = []
-        buffers: list[Buffer] = []
         for member in group:
             record = member.record(self.path, at)
             records.append(record)
             lines.append(member.line(self._line_start, record))
-            buffers += [member.header, *member.buffers]
-            if member.streamed is not None:
-                self._appender.write(buffers)
-                buffers = []
-                for chunk in member.streamed.chunks():
-                    self._appender.write([chunk])
-            buffers.append(member.padding)
             at += len(member.header) + member.length + len(member.padding)
-        self._appender.write(buffers)
         if self._appender.tell() != at:
             raise StorageError(f"bundle {self.id}: {self._appender.tell()} bytes written where {at} were to be")
         self._appender.sync()
@@ -82,6 +77,22 @@ class OpenBundle:
         self._members += len(records)
         self.lines = b"\n".join((*lines, b""))
         return records
+
+    def _put_late(self, member: Prepared) -> None:
+        """Write a member whose digest is still being taken: its headers, which have it, when all else is written."""
+        self._appender.write_late(len(member.header), member.settle, [*member.buffers, member.padding])
+
+    def _put_all(self, group: Sequence[Prepared]) -> None:
+        buffers: list[Buffer] = []
+        for member in group:
+            buffers += [member.settle(), *member.buffers]
+            if member.streamed is not None:
+                self._appender.write(buffers)
+                buffers = []
+                for chunk in member.streamed.chunks():
+                    self._appender.write([chunk])
+            buffers.append(member.padding)
+        self._appender.write(buffers)
 
     @property
     def hidden(self) -> bool:

@@ -103,7 +103,9 @@ class Handlers:
         assert message.dataset is not None
         started, size = time.monotonic(), message.dataset.size
         request.dataset, request.size = message.dataset.content(), size
-        request.sha256, request.problem = message.dataset.sha256, message.dataset.error
+        request.problem, request.digested = message.dataset.error, message.dataset.digest_beside()
+        if request.digested is None:
+            request.sha256 = message.dataset.sha256
         answer = self._store.land(request)
         kept = answer.status in (SUCCESS, MISMATCH)
         association.tally["stored"] += kept

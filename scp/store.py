@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from math import inf
@@ -46,6 +47,7 @@ class StoreRequest:
     dataset: Dataset  # a file where it is too large for memory
     size: int  # bytes of the data set
     sha256: str = ""  # of the data set, hexadecimal; "": to be computed
+    digested: Callable[[], str] | None = None  # gives it, where another thread computes it
     calling_ae: str
     called_ae: str = ""
     address: str  # of the sender
@@ -197,6 +199,7 @@ def _member(request: StoreRequest, found: Identity) -> NewMember:
         preamble=request.preamble or _head(request, found),
         dataset=request.dataset,
         sha256=request.sha256,
+        digested=request.digested,
     )
 
 

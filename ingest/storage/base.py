@@ -34,6 +34,14 @@ class Appender(ABC):
     def write(self, buffers: Sequence[Buffer]) -> None:
         """Append the buffers in order; raises StorageFull or StorageError."""
 
+    def write_late(self, size: int, head: Callable[[], Buffer], buffers: Sequence[Buffer]) -> None:
+        """Append `size` bytes that `head` gives, and the buffers behind them, which may be written before `head` is
+        asked; raises StorageError, and what `head` raises: the caller abandons the file then.
+
+        Until it returns, what stands in the place of those bytes are zeros, if anything.
+        """
+        self.write([head(), *buffers])
+
     @abstractmethod
     def sync(self) -> None:
         """Return when everything written is durable (fdatasync, hsync); raises StorageError.

@@ -10,7 +10,7 @@ import errno
 import os
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from io import FileIO
 from pathlib import Path
 
@@ -51,6 +51,37 @@ class LocalAppender(Appender):
             if views:
                 with self._zeros.moving:
                     self._extend(views)
+
+    def write_late(self, size: int, head: Callable[[], Buffer], buffers: Sequence[Buffer]) -> None:
+        views = [view for view in map(_bytes_view, buffers) if view.nbytes]
+        at, behind = self._size, self._size + size
+        end = behind + sum(view.nbytes for view in views)
+        if not (self._direct.takes(at, size) and self._direct.fits(behind, end - behind)):
+            self.write([head(), *views])
+            return
+        with _Told(f"writing {self._path}"):
+            if not self._put_behind(views, behind, end):  # the file is as it was
+                self.write([head(), *views])
+                return
+            self._zeros.note(end - at)
+            if self._direct.write([_bytes_view(head())], at) != size:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            self._size = end
+
+    def _put_behind(self, views: list[memoryview], at: int, end: int) -> bool:
+        """Write from byte `at` to `end`, beyond the end of what is written; False where nothing was. Raises OSError
+        where some of it was."""
+        done = at
+        with nullcontext() if end <= self._zeros.end else self._zeros.moving:
+            try:
+                while done < end and (written := self._direct.write(views, done)):
+                    views, done = _after(views, written), done + written
+            finally:
+                if done > at:
+                    self._zeros.end = max(self._zeros.end, done)
+        if at < done < end:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return done == end
 
     def _line(self, buffers: Sequence[Buffer]) -> bool:
         """Whether that was a few bytes, as a line of a journal, which the kernel took at once."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,9 +13,12 @@ from typing import IO
 
 from sphere.conf.errors import StorageError
 from sphere.conf.private import make_private
+from sphere.ingest import digesting
 from sphere.ingest.members import FileRange
 
 MAX_FRAGMENTS = 4096  # kept as views; a sender of smaller ones costs a file, not memory
+MAX_BEHIND = 1 << 20  # bytes that wait to be digested, at most
+_beside = digesting.Beside()
 
 
 @dataclass(slots=True)
@@ -85,12 +89,16 @@ class WaitingFile:
 class ArrivingDataSet:
     """Bytes in the order of their arrival, never copied while they stay in memory.
 
+    They are digested when the digest is asked for, or by the MiB.
     When the disk fails, `error` says so, and what came is dropped at once, so that others have the room, as is what
     comes later: the message still ends, and can be answered.
     A `file` that is given is shared with data sets before and after it, and is closed by who gives it.
     """
 
-    __slots__ = ("_digest", "_file", "_folder", "_fragments", "_given", "_start", "error", "size")
+    __slots__ = (
+        "_behind", "_digest", "_digested", "_file", "_folder", "_fragments", "_given", "_start", "_wait",
+        "error", "size",
+    )  # fmt: skip
 
     def __init__(self, folder: Path, file: WaitingFile | None = None) -> None:
         self._folder, self._given = folder, file
@@ -98,6 +106,9 @@ class ArrivingDataSet:
         self._file: WaitingFile | None = None
         self._start = 0  # of the file, where it begins
         self._digest = hashlib.sha256()
+        self._digested = 0  # fragments in it, and bytes of those that are not
+        self._behind = 0
+        self._wait: Callable[[], None] | None = None  # for what another thread does to it
         self.size = 0
         self.error: OSError | None = None
 
@@ -109,7 +120,21 @@ class ArrivingDataSet:
     @property
     def sha256(self) -> str:
         """Of all bytes, hexadecimal."""
+        self._catch_up()
         return self._digest.hexdigest()
+
+    def digest_beside(self) -> Callable[[], str] | None:
+        """Have another thread digest what is still to be; what gives `sha256` then. None where it is as well done now.
+
+        Nothing more may be added.
+        """
+        if self._behind < digesting.LEAST:
+            return None
+        self._wait = _beside.update(self._digest, self._fragments[self._digested :])
+        if self._wait is None:
+            return None
+        self._digested, self._behind = len(self._fragments), 0
+        return lambda: self.sha256
 
     @property
     def fragments(self) -> int:
@@ -119,14 +144,18 @@ class ArrivingDataSet:
     def add(self, fragment: memoryview) -> None:
         """The next bytes: kept as the view that is given, or written to the file if there is one."""
         self.size += len(fragment)
-        self._digest.update(fragment)  # while the peer prepares the next one
         if self._file is None and self.error is None:
             self._fragments.append(fragment)
+            self._behind += len(fragment)
+            if self._behind > MAX_BEHIND:
+                self._catch_up()  # while the peer prepares the next one
         else:
+            self._digest.update(fragment)
             self._write(fragment)
 
     def spill(self) -> None:
         """Move what waits in memory to a file; what follows goes there, too. The views are given up."""
+        self._catch_up()
         if self._file is None and self.error is None:
             file = self._given or WaitingFile(self._folder)
             try:
@@ -136,7 +165,7 @@ class ArrivingDataSet:
                 self.error = error
             for fragment in self._fragments:
                 self._write(fragment)
-            self._fragments = []
+            self._fragments, self._digested = [], 0
 
     def content(self) -> list[memoryview] | FileRange:
         """All of it; valid until `discard`."""
@@ -163,9 +192,20 @@ class ArrivingDataSet:
 
     def discard(self) -> None:
         """Give memory and file back."""
+        if self._wait is not None:
+            with suppress(Exception):  # the memory is about to be used again; who wants the digest hears of errors
+                self._wait()
         self._fragments = []
         if self._file is not None and self._file is not self._given:
             self._file.close()
+
+    def _catch_up(self) -> None:
+        """Have everything in the digest."""
+        if self._wait is not None:
+            self._wait()
+        for fragment in self._fragments[self._digested :]:
+            self._digest.update(fragment)
+        self._digested, self._behind = len(self._fragments), 0
 
     def _write(self, data: memoryview) -> None:
         if self._file is None or self.error is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 
@@ -34,6 +35,18 @@ class StorageContract(Backend):
         appender.close()
         assert other.read("a/b/file.bin") == b"onetwothree!"
         assert other.size("a/b/file.bin") == 12
+
+    def test_what_is_given_last_and_stands_first(self, storage: Storage) -> None:
+        appender = storage.create("late")
+        expected = b""
+        for size, length in ((1536, 1 << 18), (512, 700_160), (3, 5), (1, 1 << 17), (1024, 3 << 20), (512, 0)):
+            head, data = os.urandom(size), os.urandom(length)
+            appender.write_late(size, lambda head=head: memoryview(head), [data[:1000], data[1000:]])  # type: ignore[misc]
+            appender.sync()
+            expected += head + data
+            assert appender.tell() == len(expected)
+        appender.close()
+        assert storage.read("late") == expected
 
     def test_many_buffers_large_and_small(self, storage: Storage) -> None:
         buffers = [bytes([number % 256]) * (number * 37 % 3000) for number in range(2100)]

@@ -82,3 +82,65 @@ def test_failures_are_told(
     with pytest.raises(error, match=os.strerror(code)):
         appender.write([GROUP])
     appender.abandon()
+
+
+LATE = b"h" * 1024 + GROUP
+
+
+@pytest.mark.parametrize("taken", [0, 512, LEAST + 7, len(GROUP)], ids=["none", "block", "half", "all"])
+@pytest.mark.parametrize("zeros", [0, 4096, 2 << 20], ids=["no zeros", "few zeros", "zeros"])
+def test_what_goes_before_the_others_comes_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken: int, zeros: int
+) -> None:
+    """Whatever the file system takes of a write: the same bytes, or an error that says so."""
+
+    def short(fd: int, data: memoryview, offset: int) -> int:
+        if not taken:
+            raise OSError(errno.EINVAL, "not aligned as this disk wants it")
+        return pwrite(fd, bytes(data[:taken]), offset)
+
+    pwrite = os.pwrite
+    storage = LocalStorage(tmp_path)
+    appender = storage.create("file")
+    appender.write([GROUP])
+    if zeros:
+        with (tmp_path / "file").open("ab") as file:
+            file.write(bytes(zeros))
+        appender._zeros.end += zeros
+    monkeypatch.setattr(os, "pwrite", short)
+    monkeypatch.setattr(os, "O_DIRECT", os.O_CLOEXEC, raising=False)
+    monkeypatch.setattr(appender._direct, "_flag", os.O_CLOEXEC)
+    appender._direct.close()
+    for _ in range(2):
+        try:
+            appender.write_late(1024, lambda: memoryview(LATE)[:1024], [b"", *PARTS, GROUP[sum(map(len, PARTS)) :]])
+        except StorageError:
+            assert 0 < taken < 1024  # the headers stopped half-way
+            appender.abandon()
+            return
+    assert appender.tell() == len(GROUP) + 2 * len(LATE)
+    appender.write([b"odd"])
+    appender.close()
+    assert storage.read("file") == GROUP + 2 * LATE + b"odd"
+
+
+@pytest.mark.parametrize("after", [0, 1], ids=["the first", "the headers"])
+@pytest.mark.parametrize(("code", "error"), [(errno.EIO, StorageError), (errno.ENOSPC, StorageFull)])
+def test_failures_of_either_write_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, error: type[StorageError], after: int
+) -> None:
+    def failing(fd: int, data: memoryview, offset: int) -> int:
+        nonlocal after
+        after -= 1
+        if after < 0:
+            raise OSError(code, os.strerror(code))
+        return pwrite(fd, bytes(data), offset)
+
+    pwrite = os.pwrite
+    monkeypatch.setattr(os, "pwrite", failing)
+    monkeypatch.setattr(os, "O_DIRECT", os.O_CLOEXEC, raising=False)
+    appender = LocalStorage(tmp_path).create("file")
+    with pytest.raises(error, match=os.strerror(code)):
+        appender.write_late(512, lambda: bytes(512), [GROUP[: 1 << 18]])
+    assert appender.tell() == 0
+    appender.abandon()
