@@ -85,6 +85,11 @@ class Connection:
         self._start += size
         return kind, self._view[begin : self._start]
 
+    def at_hand(self) -> bool:
+        """Whether the next PDU has come whole."""
+        size, head = self._fill - self._start, protocol.PDU_HEADER.size
+        return size >= head and size >= head + protocol.PDU_HEADER.unpack_from(self._view, self._start)[1]
+
     def crowded(self) -> bool:
         """Whether views have to be given up before more can be received."""
         if self.keep == 0 or self._fits():

@@ -123,6 +123,13 @@ class ArrivingDataSet:
         self._catch_up()
         return self._digest.hexdigest()
 
+    def digest_one(self) -> None:
+        """Have one more fragment in the digest."""
+        if self._digested < len(self._fragments):
+            fragment = self._fragments[self._digested]
+            self._digest.update(fragment)
+            self._digested, self._behind = self._digested + 1, self._behind - len(fragment)
+
     def digest_beside(self) -> Callable[[], str] | None:
         """Have another thread digest what is still to be; what gives `sha256` then. None where it is as well done now.
 

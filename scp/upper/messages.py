@@ -88,6 +88,8 @@ class Inbox:
                 if (message := self._fragment()) is not None:
                     return message
             self._make_room()
+            if self._message is not None and not self._connection.at_hand():
+                self._use_the_time(self._message)
             limits = self._limits
             idle_s = limits.idle_s if within_s is None else within_s
             first_s = idle_s if self._context is None else limits.message_s
@@ -112,6 +114,11 @@ class Inbox:
         if self._message is not None:
             self.finish(self._message)
             self._message = None
+
+    def _use_the_time(self, message: Message) -> None:
+        """The peer still sends: digest a fragment meanwhile, and no more, as it may be faster than that."""
+        if message.dataset is not None:
+            message.dataset.digest_one()
 
     def _control(self, kind: int) -> None:
         if kind == protocol.RELEASE_RQ:
