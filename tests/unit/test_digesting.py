@@ -67,6 +67,25 @@ def test_the_same_digest_wherever_it_is_taken(tmp_path: Path, size: int, step: i
     spilt.discard()
 
 
+def test_what_is_digested_while_the_peer_sends(tmp_path: Path) -> None:
+    """A fragment at a time, never one twice, and no more than there are; the rest is left to another thread."""
+    dataset, digested = ArrivingDataSet(tmp_path), hashlib.sha256()
+    dataset.digest_one()
+    for at in range(0, len(LARGE), 1 << 15):
+        fragment = memoryview(LARGE)[at : at + (1 << 15)]
+        dataset.add(fragment)
+        dataset.digest_one()
+        dataset.digest_one()
+        digested.update(fragment)
+        assert dataset._digest.hexdigest() == digested.hexdigest()
+    assert dataset.digest_beside() is None  # nothing is left
+    dataset.add(memoryview(LARGE))
+    last = dataset.digest_beside()
+    assert last is not None
+    assert last() == hashlib.sha256(2 * LARGE).hexdigest()
+    dataset.discard()
+
+
 def test_small_ones_wake_nobody(tmp_path: Path) -> None:
     assert arriving(tmp_path, LARGE[: LEAST - 1]).digest_beside() is None
     assert arriving(tmp_path, LARGE[:LEAST]).digest_beside() is not None
