@@ -31,10 +31,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class _Day:
-    """A folder: when it was changed last, 0 where it must be listed again; the ids of its sealed bundles."""
+    """A folder: when it was changed last, 0 where it must be listed again; the paths of its sealed bundles."""
 
     mtime: float
     sealed: frozenset[str]
+
+
+_Days = dict[str, _Day]
+_Stamp = tuple[int, int, int]
+_kept: dict[Path, tuple[_Stamp, _Days]] = {}
+"""What this process read of a file, and which one that was: to take it apart is half of a look at 50,000 bundles."""
 
 
 def bundle_of(identity: str) -> str:
@@ -48,7 +54,7 @@ class SealedFolders:
     def __init__(self, storage: Readable, state_dir: Path) -> None:
         self._storage = storage
         self._path = state_dir / f"folders-{hashlib.sha256(storage.url.encode()).hexdigest()[:16]}.json"
-        self._days: dict[str, _Day] = {}
+        self._days: _Days = {}
         self._seen: dict[str, float] = {}
         self._listed: dict[str, set[str]] = {}
 
@@ -65,7 +71,7 @@ class SealedFolders:
             day = self._days.get(folder.path)
             if day is None or day.mtime != folder.mtime:
                 return True
-            return known is not None and not all(f"{folder.path}/{one}{_TAR}" in known for one in day.sealed)
+            return known is not None and not all(map(known.__contains__, day.sealed))
 
         found = list(self._storage.walk(BUNDLES, enter=enter))
         for entry in found:
@@ -74,13 +80,13 @@ class SealedFolders:
 
     def is_sealed(self, bundle: str) -> bool:
         """Whether the bundle is known to be sealed."""
-        folder, _, name = bundle.rpartition("/")
-        return folder in self._days and name.removesuffix(_TAR) in self._days[folder].sealed
+        day = self._days.get(bundle.rpartition("/")[0])
+        return day is not None and bundle in day.sealed
 
     def remember(self, sealed: Container[str]) -> None:
         """After `entries`: these bundles, at least, are sealed."""
         rested = time.time() - RESTS_S
-        days: dict[str, _Day] = {}
+        days: _Days = {}
         for folder, mtime in self._seen.items():
             paths = self._listed.get(folder)
             if paths is None and folder in self._days:  # as it was, or now empty
@@ -90,29 +96,53 @@ class SealedFolders:
             known = {bundle for bundle in bundles if bundle in sealed or self.is_sealed(bundle)}
             journals = {path.removesuffix(_JOURNAL) + _TAR for path in paths or () if path.endswith(_JOURNAL)}
             settled = known == bundles >= journals and mtime < rested
-            ids = frozenset(bundle.rpartition("/")[2].removesuffix(_TAR) for bundle in known)
-            days[folder] = _Day(mtime if settled else 0.0, ids)
+            days[folder] = _Day(mtime if settled else 0.0, frozenset(known))
         if days != self._days:
             self._write(days)
         self._days = days
 
-    def _read(self) -> dict[str, _Day]:
+    def _read(self) -> _Days:
+        stamp = self._stamp()
+        kept = _kept.get(self._path)
+        if kept is not None and kept[0] == stamp:
+            return kept[1]
         try:
-            kept = orjson.loads(self._path.read_bytes())
-            return {folder: _Day(float(mtime), frozenset(sealed)) for folder, (mtime, sealed) in kept["days"].items()}
+            days = _parsed(self._path.read_bytes())
         except FileNotFoundError:
             return {}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             log.warning("what was known of the folders of bundles is damaged and found anew: %s", type(error).__name__)
             return {}
+        if stamp is not None and stamp == self._stamp():
+            _kept[self._path] = stamp, days
+        return days
 
-    def _write(self, days: dict[str, _Day]) -> None:
+    def _stamp(self) -> _Stamp | None:
+        """Which file there is: each one is written under another name first."""
+        try:
+            found = self._path.stat()
+        except OSError:
+            return None
+        return found.st_ino, found.st_mtime_ns, found.st_size
+
+    def _write(self, days: _Days) -> None:
         fresh = self._path.with_suffix(f".{os.getpid()}.new")
+        ids = {folder: (day.mtime, sorted(map(_id, day.sealed))) for folder, day in days.items()}
         try:
             make_private(fresh.parent)
-            fresh.write_bytes(
-                orjson.dumps({"days": {name: (day.mtime, sorted(day.sealed)) for name, day in days.items()}})
-            )
+            fresh.write_bytes(orjson.dumps({"days": ids}))
             fresh.replace(self._path)
         except OSError as error:  # all is listed again then
             log.warning("folders of bundles cannot be remembered: %s", error.strerror)
+
+
+def _parsed(data: bytes) -> _Days:
+    found = orjson.loads(data)["days"].items()
+    return {
+        folder: _Day(float(mtime), frozenset(f"{folder}/{identity}{_TAR}" for identity in sealed))
+        for folder, (mtime, sealed) in found
+    }
+
+
+def _id(bundle: str) -> str:
+    return bundle.rpartition("/")[2].removesuffix(_TAR)

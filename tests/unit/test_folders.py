@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from sphere.catalog.tail import JournalTail
+from sphere.ingest import folders
 from sphere.ingest.folders import SealedFolders
 from sphere.ingest.journal import Landed, Sealed, to_lines
 from sphere.ingest.recovery import recover
@@ -59,8 +60,8 @@ def listed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Listed]:
 
 
 def see(storage: LocalStorage, state: Path, sealed: set[str]) -> list[str]:
-    folders = SealedFolders(storage, state)
-    return [one.bundle for one in Landed(storage, folders=folders).bundles(skip=sealed)]
+    seen = SealedFolders(storage, state)
+    return [one.bundle for one in Landed(storage, folders=seen).bundles(skip=sealed)]
 
 
 def test_days_are_listed_once(storage: LocalStorage, bundles: set[str], listed: Listed, tmp_path: Path) -> None:
@@ -97,6 +98,25 @@ def test_a_day_with_an_open_bundle_or_of_just_now_is_listed_again(
     listed.clear()
     assert see(storage, tmp_path, sealed) == [still_open]
     assert len(listed) == ABOVE + 2
+
+
+def test_what_is_known_is_taken_apart_once(
+    storage: LocalStorage, bundles: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And again when another process has written it since."""
+    real, read = folders._parsed, []
+    monkeypatch.setattr(folders, "_parsed", lambda data: read.append(1) or real(data))
+    for _ in range(4):
+        assert see(storage, tmp_path, bundles) == []
+    assert len(read) == 1
+    other = tmp_path / "other"
+    new = put(storage, 7, PER_DAY)
+    assert see(storage, other, bundles | {new}) == []
+    [theirs], [ours] = other.glob("folders-*.json"), tmp_path.glob("folders-*.json")
+    theirs.replace(ours)
+    for _ in range(2):
+        assert see(storage, tmp_path, bundles | {new}) == []
+    assert len(read) == 2
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b'{"days":{"a":1}}', b'{"days":[]}', b"[]"])
