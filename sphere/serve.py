@@ -13,7 +13,6 @@ import os
 import resource
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -251,8 +250,11 @@ class Supervisor:
 
 
 def leave_at_sigterm() -> None:
-    """End this process with status 0 at SIGTERM, until what it does has a better way: it has done nothing yet."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    """End this process with status 0 at SIGTERM, until what it does has a better way: it has done nothing yet.
+
+    At once: an exception may meet a finalizer, as those of imports, which goes on without it.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
 
 
 def _wake_at_the_end_of_parent() -> None:

@@ -24,7 +24,7 @@ from tests.support.landing import all_tables, archive, changed, copy_of, land, n
 
 pytestmark = pytest.mark.spark
 
-BATCHES = 7
+BATCHES = 6
 ENOUGH = 3
 KEYS = ("PatientName", "PatientID", "NumberOfPatientRelatedInstances")
 
