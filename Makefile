@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PINS := setup.cfg pyproject.toml constraints.txt conf/jars.toml
 EXIT ?=
 PORT ?= 0
-LANES := -n 5 --dist loadgroup --no-loadscope-reorder  # workers, which wait much; who runs what: tests/support/lanes.py
+LANES := -n 4 --dist loadgroup --no-loadscope-reorder  # workers, which wait much; who runs what: tests/support/lanes.py
 
 .PHONY: test-long bench-growth bench-files bench-matching help demo viewer test lint unit bench bench-landing bench-policy bench-retrieve bench-query bench-web fuzz hdfs setup clean
 

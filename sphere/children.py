@@ -9,6 +9,7 @@ import logging
 import signal
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -75,7 +76,8 @@ def extract_regularly(settings: Settings, ready: Callable[[int], None]) -> None:
                 at_work.clear()
     except _Stopping:
         log.info("extraction stopped before its end: what it had not committed waits for the next one")
-    archive.close()
+    with ThreadPoolExecutor(1) as beside:  # with its own connection to the JVM: this one's may have an answer under way
+        beside.submit(archive.close).result()
 
 
 def _extract(archive: Archive, state_dir: Path, stop: threading.Event, at_work: threading.Event) -> None:

@@ -30,6 +30,7 @@ from sphere.scp.identifier import build_identifier
 from sphere.scp.peers import CallingPolicy
 from sphere.scp.server import listen
 from sphere.scp.store import MISMATCH, OUT_OF_RESOURCES, StoreService
+from sphere.scp.upper import transport
 from tests.support.ports import free_port
 from tests.support.pynetdicom_user import hold_reactor
 from tests.support.raw_peer import RawPeer, identifying, p_data, pdv, store_rq
@@ -414,7 +415,8 @@ def served_settings(settings: Settings) -> Settings:
     return settings.model_copy(update={"dimse": settings.dimse.model_copy(update={"port": free_port()})})
 
 
-def test_a_stranger_is_rejected(served_settings: Settings) -> None:
+def test_a_stranger_is_rejected(served_settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transport, "GRACE_S", 60.0)  # pynetdicom looks at its socket when the machine has time for it
     with Served(served_settings, Nobody(()), ManyStudies(0)) as served:
         assoc = associated(served.port, CT_STORAGE, ae_title="STRANGER")
         assert assoc.is_rejected

@@ -17,6 +17,7 @@ import pytest
 from pydicom.data import get_testdata_file
 
 from sphere.archive import Archive
+from sphere.catalog.lock import CatalogLock
 from sphere.conf import serving as told
 from sphere.ingest.journal import Landed
 from sphere.ingest.spool import backlog
@@ -235,9 +236,10 @@ def test_an_extraction_is_killed_and_a_later_one_stopped(tmp_path: Path) -> None
         assert serving.state().children[1].restarts == 1
         assert [len(list(archive.find(level))) for level in ("STUDY", "IMAGE")] == [1, 1]
         began_at = _job(serving).began_at
-        _import(archive, "MR_small.dcm")
-        family = _family_of_running_extraction(serving, after=began_at)
-        assert serving.stop() == 0
+        with CatalogLock(serving.settings, job="test"):  # so that it is not over before it is stopped
+            _import(archive, "MR_small.dcm")
+            family = _family_of_running_extraction(serving, after=began_at)
+            assert serving.stop() == 0
         assert "extraction stopped before its end" in serving.log_path.read_text()
         assert "child killed" not in serving.log_path.read_text()
         gone, alive = psutil.wait_procs(killed + family, timeout=30)
