@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -15,11 +14,12 @@ from pyspark.sql import SparkSession
 
 from sphere.conf.settings import Settings
 from sphere.ingest.header import identify
-from sphere.jobs import headers, joining, opened
+from sphere.jobs import headers, joining
 from sphere.jobs import tables as module
 from sphere.jobs.catalogued import Catalogued
 from sphere.jobs.extract import Kept, run
 from sphere.jobs.tables import Tables
+from tests.support.delta_logs import tell_of_logs
 from tests.support.landing import archive, changed, land, new_member, slices, table_rows
 from tests.support.tombs import delete
 
@@ -162,23 +162,13 @@ def test_a_run_goes_on_with_what_the_one_before_has_opened(
     made.extract(slices(OF_A_STUDY, seed=800, study=800), second=10)
     asked: Counter[str] = Counter()
 
-    class Counted(DeltaTable):
-        def __init__(self, *args: Any, **how: Any) -> None:
-            asked["opened"] += 1
-            super().__init__(*args, **how)
-
-        def update_incremental(self) -> None:
-            asked["instances"] += self.table_uri.rstrip("/").endswith("instances")
-            super().update_incremental()
-
-    monkeypatch.setattr(opened, "DeltaTable", Counted)
+    tell_of_logs(monkeypatch, lambda what, name: asked.update([what, f"{name} {what}"]))
     made.kept.tables = Tables(made.settings)
     made.kept.catalogued = Catalogued(made.kept.tables)
     for number in range(801, 804):
         made.extract(slices(OF_A_STUDY, seed=number, study=number), second=number)
-        tables = asked["opened"]
         if number == 801:
             asked.clear()
-    assert (tables, asked["instances"]) == (0, 0)
+    assert (asked["opened"], asked["instances brought up to date"]) == (0, 0)
     assert len(table_rows(made.settings, "instances")) == 8 * OF_A_STUDY
     assert len(table_rows(made.settings, "studies")) == 8

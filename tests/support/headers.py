@@ -10,6 +10,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import orjson
 import pydicom
 from pydicom import dcmread
 from pydicom.datadict import keyword_for_tag, tag_for_keyword
@@ -79,6 +80,21 @@ IDENTITY = (
 )
 
 
+IMPLICIT_BODY = b"".join(
+    implicit(tag, value)
+    for tag, value in (
+        ("SOPClassUID", b"1.2.840.10008.5.1.4.1.1.7\0"),
+        ("SOPInstanceUID", b"1.2.3.4\0"),
+        ("PatientName", b"Doe^Jane"),
+        ("StudyInstanceUID", b"1.2.3\0"),
+        ("SeriesInstanceUID", b"1.2.3.1\0"),
+        ("PixelRepresentation", b"\x01\0"),
+        ("SmallestImagePixelValue", b"\xff\xff"),
+    )
+)
+"""A data set in implicit VR."""
+
+
 def instance(*elements: Element, syntax: str = EXPLICIT_LE, identity: tuple[Element, ...] = IDENTITY) -> bytes:
     """A Part 10 file of explicit VR little endian elements, in the order of their tags, with the identifying UIDs."""
     ordered = sorted((*identity, *elements), key=lambda raw: struct.unpack_from("<HH", raw))
@@ -115,6 +131,12 @@ def header(data: bytes, **how: int) -> Header:
     found = read(data, **how)
     assert isinstance(found, Header), found
     return found
+
+
+def dataset(found: Header) -> dict[str, Any]:
+    """What a header has as DICOM JSON."""
+    told: dict[str, Any] = orjson.loads(found.dataset)
+    return told
 
 
 def packaged_files() -> list[Path]:

@@ -19,6 +19,7 @@ from sphere.jobs.catalogued import SEALED, Catalogued
 from sphere.jobs.commits import CHECKPOINTS
 from sphere.jobs.opened import Seen
 from sphere.jobs.tables import Tables
+from tests.support.delta_logs import tell_of_logs
 from tests.support.landing import archive, copy_of, table_rows
 
 pytestmark = pytest.mark.unit
@@ -36,20 +37,11 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often delta-rs read a log, or what came to it, and a table's files were listed."""
     counts: Counter[str] = Counter()
 
-    class Counted(DeltaTable):
-        def __init__(self, *args: Any, **how: Any) -> None:
-            counts["opened"] += 1
-            super().__init__(*args, **how)
-
-        def update_incremental(self) -> None:
-            counts["brought up to date"] += 1
-            super().update_incremental()
-
     def files(table: DeltaTable) -> dict[str, int]:
         counts["listed"] += 1
         return lookup.files(table)
 
-    monkeypatch.setattr(opened, "DeltaTable", Counted)
+    tell_of_logs(monkeypatch, lambda what, _: counts.update([what]))
     monkeypatch.setattr(opened, "files", files)
     return counts
 
