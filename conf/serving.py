@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import logging
 import os
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -17,7 +19,10 @@ import orjson
 from sphere.conf.errors import SettingsError
 from sphere.conf.private import make_private
 
+log = logging.getLogger(__name__)
+
 FILE = "serve.json"
+LOCK_FILE = "serve.lock"
 SPOOL_FILE = "spool.json"
 JOB_FILE = "extraction.json"
 VERIFY_FILE = "verified.json"
@@ -182,6 +187,29 @@ def check_writable(state_dir: Path) -> None:
             raise SettingsError(
                 f"archive.state_dir: {state_dir} cannot be written to: {error.strerror}; choose another folder"
             ) from None
+
+
+@contextmanager
+def claimed(state_dir: Path) -> Iterator[None]:
+    """Within, no other process of this host serves the archive; the kernel lets go of it when this one ends, however
+    it does, and its children do not hold it. Raises SettingsError where another one serves.
+    """
+    path, fd = state_dir / LOCK_FILE, -1
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        state = read(state_dir)
+        pid = f", process {state.pid}," if state else ""
+        raise SettingsError(f"another `sphere serve`{pid} has archive.state_dir {state_dir}; stop it first") from None
+    except OSError as error:
+        log.warning("%s: %s; another `sphere serve` would not be noticed", path, error.strerror)
+    try:
+        yield
+    finally:
+        if fd >= 0:
+            os.close(fd)
 
 
 def write(

@@ -50,6 +50,7 @@ JOB_PATIENCE_S = 60.0  # the same for jobs, which may wait long for memory or di
 START_S = 60.0  # seconds until the first heartbeat of a child, on a busy machine
 STATE_S = 1.0  # seconds between writes of the state file while nothing changes
 TICK_S = 0.2  # seconds between looks at the clock
+PAUSED_S = 2.0  # seconds between two looks from which on this process, and so maybe the whole host, stood still
 Target = Callable[[Settings, serving.Tell], None]
 
 
@@ -100,28 +101,35 @@ class Supervisor:
     _spools: bool = False
     _told: list[serving.ChildState] = field(default_factory=list)
     _tell_again: float = 0.0
+    _looked: float = field(default_factory=time.monotonic)
 
     def run(self) -> int:
-        """Serve until SIGTERM or SIGINT; returns the exit status, 0 when every child stopped cleanly.
+        """Serve until SIGTERM, SIGINT or SIGHUP; returns the exit status, 0 when every child stopped cleanly.
 
-        Raises SettingsError when a port is taken, `archive.state_dir` cannot be written to, a rule asks for what cannot
-        be matched, or TLS files cannot be used.
+        Raises SettingsError when a port is taken, another supervisor serves the archive, `archive.state_dir` cannot be
+        written to, a rule asks for what cannot be matched, or TLS files cannot be used.
         """
-        from sphere.ingest.spool import in_use  # here, not above: this module is read by every child
-        from sphere.scp.policy import Policy, check_forwards
+        from sphere.scp.policy import Policy, check_forwards  # here, not above: this module is read by every child
         from sphere.scp.upper.tls import check_tls
 
         serving.check_writable(self.settings.archive.state_dir)
         check_forwards(self.settings)
         Policy(self.settings)  # a rule that cannot be matched ends this here, not one receiver after the other
         check_tls(self.settings)  # and so do files of TLS that cannot be used
+        with serving.claimed(self.settings.archive.state_dir):
+            return self._run()
+
+    def _run(self) -> int:
+        from sphere.ingest.spool import in_use  # here, not above: this module is read by every child
+
         self.settings = settings = with_ports(self.settings)
         for folder in open_folders(settings):
             log.warning(
                 "every account of this host may look into %s, which holds patients: chmod o= %s", folder, folder
             )
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: self._stop.set())
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+                signal.signal(number, lambda *_: self._stop.set())
         self.children = [Child(f"receiver-{n + 1}", receive) for n in range(settings.dimse.workers)]
         if settings.web.enabled:
             self.children.append(Child("web", serve_http))
@@ -154,6 +162,7 @@ class Supervisor:
             wait(sources, timeout=TICK_S)
         else:
             self._stop.wait(TICK_S)
+        self._forgive()
         for child in self.children:
             if child.state == "waiting":
                 if time.monotonic() >= child.due:
@@ -162,6 +171,14 @@ class Supervisor:
             self._listen(child)
             self._check(child)
         self._tell()
+
+    def _forgive(self) -> None:
+        """Give children the time in which this process did not run: a container or machine that is paused stops them
+        as well, and they need not be the first to go on."""
+        before, self._looked = self._looked, time.monotonic()
+        if self._looked - before > PAUSED_S:
+            for child in self.children:
+                child.deadline += self._looked - before
 
     def _start(self, child: Child) -> None:
         theirs, child.lifeline = SPAWN.Pipe(duplex=False)
@@ -277,7 +294,8 @@ def _run_child(target: Target, settings: Settings, lifeline: Connection, message
     logs.configure("info")
     logging.getLogger("sphere").setLevel(level)
     logs.keep(settings.archive.state_dir / "log" / f"{current_process().name}.log")
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the supervisor decides
+    for number in (signal.SIGINT, signal.SIGHUP):  # Ctrl-C and a closed terminal reach the whole group
+        signal.signal(number, signal.SIG_IGN)  # the supervisor decides
     raise_descriptors()
     threading.Thread(target=_end_with, args=(lifeline,), daemon=True, name="lifeline").start()
     sending = threading.Lock()

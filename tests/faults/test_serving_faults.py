@@ -22,6 +22,7 @@ from sphere.conf import serving as told
 from sphere.ingest.journal import Landed
 from sphere.ingest.spool import backlog
 from sphere.ingest.storage import open_storage
+from sphere.serve import PATIENCE_S
 from tests.support.ledger import RESUME_S, Ledger, Senders, audit, begin, store
 from tests.support.ports import free_port
 from tests.support.raw_peer import RawPeer
@@ -80,18 +81,23 @@ def test_the_supervisor_is_killed_under_load(tmp_path: Path) -> None:
     audit(ledger, serving.settings)
 
 
-def test_a_stop_lets_a_study_under_way_be_stored(tmp_path: Path) -> None:
-    """SIGTERM closes the port; an association in the middle of a study goes on to its end, and all is sealed."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_stop_lets_a_study_under_way_be_stored(tmp_path: Path, number: signal.Signals) -> None:
+    """SIGTERM closes the port; an association in the middle of a study goes on to its end, and all is sealed. A
+    terminal that is closed does the same; SIGHUP comes to the whole group."""
     ledger = Ledger()
     with running_supervisor(tmp_path, workers=2) as serving:
         peer = RawPeer.connect(serving.port)
         begin(peer)
-        for number in range(20):
+        children = [psutil.Process(child.pid) for child in serving.state().children]
+        for message_id in range(1, 21):
             uid, data = ledger.instance(largest=200_000)
-            if number == 5:
-                serving.process.send_signal(signal.SIGTERM)
+            if message_id == 6:
+                for child in children if number == signal.SIGHUP else ():
+                    child.send_signal(number)
+                serving.process.send_signal(number)
                 _wait_until_free(serving.port)
-            assert store(peer, ledger, uid, data, message_id=number + 1) == 0
+            assert store(peer, ledger, uid, data, message_id=message_id) == 0
         assert serving.process.poll() is None
         peer.release()
         assert serving.process.wait(STOP_S) == 0
@@ -113,6 +119,37 @@ def _wait_until_free(port: int) -> None:
             except OSError:
                 assert time.monotonic() < deadline, "the children keep the port"
         time.sleep(0.05)
+
+
+def test_children_of_a_machine_that_stood_still_are_not_replaced(tmp_path: Path) -> None:
+    """A container that is paused, a snapshot: all stop at once, and the supervisor may be the first to go on."""
+    with running_supervisor(tmp_path, workers=2) as serving:
+        family = [psutil.Process(pid) for pid in (serving.process.pid, *(one.pid for one in serving.state().children))]
+        for process in family:
+            process.suspend()
+        time.sleep(PATIENCE_S + 1)
+        family[0].resume()
+        time.sleep(1.0)  # it has looked at its children, which still stand
+        for process in family[1:]:
+            process.resume()
+        went_on = told.now()
+        state = serving.wait(lambda state: all(child.last_heartbeat > went_on for child in state.children))
+        assert [child.restarts for child in state.children] == [0, 0]
+        assert serving.stop() == 0
+
+
+def test_a_second_supervisor_is_refused(tmp_path: Path) -> None:
+    """Two would write each other's state, and each answer for the other's children."""
+    with running_supervisor(tmp_path, workers=1) as serving:
+        command = [sys.executable, "-m", "sphere.cli", "--config", str(tmp_path / "sphere.toml"), "serve"]
+        elsewhere = {**os.environ, "SPHERE_DIMSE__PORT": "0"}
+        for environ in (os.environ, elsewhere):
+            run = subprocess.run(command, env=environ, cwd=ROOT, capture_output=True, text=True, timeout=60)  # noqa: PLW1510
+            assert run.returncode == 2
+            assert f"another `sphere serve`, process {serving.process.pid}, has archive.state_dir" in run.stderr
+            assert run.stderr.count("\n") == 1
+        assert ready(serving.state())
+        assert serving.stop() == 0
 
 
 def test_a_receiver_that_does_not_answer_is_replaced(tmp_path: Path) -> None:
