@@ -7,10 +7,12 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings as effort
 from pynetdicom import _config as of_pynetdicom
 
 from sphere.conf.settings import Settings, from_dict
 from tests.support.browser import browsed, browser, page
+from tests.support.examples import LONG, examples
 from tests.support.hdfs import expendable_hdfs_cluster, hdfs_cluster
 from tests.support.spark import spark
 
@@ -21,6 +23,11 @@ __all__ = ["browsed", "browser", "expendable_hdfs_cluster", "hdfs_cluster", "pag
 
 # Nobody reads what pynetdicom would log of identifiers, which took most of the time of its clients.
 of_pynetdicom.LOG_REQUEST_IDENTIFIERS = of_pynetdicom.LOG_RESPONSE_IDENTIFIERS = False
+
+# What a test does not say itself of the examples that it draws. How long one takes is no failure: machines are busy.
+effort.register_profile("sphere", effort(), max_examples=examples(100), deadline=None,
+                        derandomize=effort().derandomize and not LONG)  # fmt: skip
+effort.load_profile("sphere")
 
 CORPUS = Path(os.environ.get("SPHERE_TEST_CORPUS") or Path(__file__).parent.parent / "../shared/data/dicom")
 

@@ -18,6 +18,7 @@ from sphere.jobs.extract import run
 from sphere.jobs.session import register_tables
 from tests.support.doors import Doors, held_to_the_reference
 from tests.support.drawn import PROFILE, below, generated, queries
+from tests.support.examples import LONG, examples
 from tests.support.landing import archive, land, new_member
 from tests.support.reference import LEVEL, MULTIPLE, VR, Asked, answer
 
@@ -166,7 +167,7 @@ def _in_sql(asked: Asked) -> bool:
     return sql_of(asked) is not None and _is_allowed(asked)
 
 
-@settings(parent=PROFILE, derandomize=True, max_examples=40)
+@settings(parent=PROFILE, derandomize=not LONG, max_examples=examples(40))
 @given(asked=queries().filter(_in_sql))
 def test_spark_sql_finds_what_every_door_finds(doors: Doors, spark: SparkSession, asked: Asked) -> None:
     held_to_the_reference(doors, asked)

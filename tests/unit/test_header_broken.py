@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from sphere.conf.errors import RejectReason, StorageError
 from sphere.ingest.header import Header, HeaderReader, Rejected, identify
 from sphere.ingest.header.walker import MAX_DEPTH, MAX_WARNINGS
+from tests.support.examples import examples
 from tests.support.headers import (
     DEFLATED,
     EXPLICIT_BE,
@@ -336,6 +337,7 @@ def test_nesting_is_bounded():
         b"".join(sequence(0x00081110, item(text(0x00080005, "CS", f"{n}"), ID)) for n in range(2_500)),
         b"".join(text(0x00104000, "LT", f"{number}") for number in range(50_000)),
     ],
+    ids=["character sets", "creators", "creators of many groups", "items", "the same again and again"],
 )
 def test_what_is_remembered_is_bounded(hostile: bytes):
     reader = HeaderReader(max_header=1 << 26)
@@ -453,13 +455,13 @@ def check(reader: HeaderReader, data: bytes) -> None:
 READER = HeaderReader(max_header=1 << 20)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(st.sampled_from(SEEDS), st.lists(EDIT, max_size=6))
 def test_any_damage_is_a_row_or_a_reason(seed: bytes, edits: list[tuple[int, int, bytes]]):
     check(READER, mutate(seed, edits))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(st.binary(max_size=400), st.booleans())
 def test_any_bytes_are_a_row_or_a_reason(data: bytes, prefixed: bool):
     check(READER, part10(data) if prefixed else data)

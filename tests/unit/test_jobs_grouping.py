@@ -16,6 +16,7 @@ from sphere.catalog.rollup import description, roll_up_sql, source_columns
 from sphere.catalog.schema import TABLES
 from sphere.jobs.grouping import grouped, grown
 from sphere.jobs.rolling import compute, grow
+from tests.support.examples import examples
 
 pytestmark = pytest.mark.unit
 
@@ -73,7 +74,7 @@ def by_key(name: str, rows: pa.Table) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", ["series", "studies", "patients"])
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 @given(data=st.data())
 def test_arrays_and_sql_roll_up_alike(name: str, data: st.DataObject) -> None:
     rows = data.draw(rows_of(name))
@@ -88,7 +89,7 @@ def test_arrays_and_sql_roll_up_alike(name: str, data: st.DataObject) -> None:
     assert compute(name, rows.select(kept)) == compute(name, rows)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 @given(data=st.data())
 def test_what_grows_is_what_is_rolled_up_anew(data: st.DataObject) -> None:
     """Patients of studies that came before others, and then of all."""

@@ -21,6 +21,7 @@ from sphere.jobs.rolling import COLUMNS, Rolled
 from sphere.jobs.rolling import roll_up as roll_up_rows
 from sphere.jobs.tables import Tables
 from tests.support.catalog import EPOCH, instance, roll_up, write_table
+from tests.support.examples import examples
 from tests.support.landing import archive, table_rows
 
 pytestmark = pytest.mark.unit
@@ -59,7 +60,7 @@ def check_alike(grown: Settings, anew: Settings) -> None:
             assert sorted_rows(grown, name) == sorted_rows(anew, name), name
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(examples(3)))
 def test_rows_are_as_if_computed_anew(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Studies before, at and after what a patient had; a few of them say what nobody else says."""
     chance = random.Random(seed)

@@ -19,6 +19,7 @@ from sphere.catalog.query import Query
 from sphere.catalog.schema import BY_KEYWORD, TABLES
 from sphere.conf.errors import QueryError
 from tests.support.catalog import header
+from tests.support.examples import examples
 
 pytestmark = pytest.mark.unit
 
@@ -95,7 +96,7 @@ def by_headers(query: Query, rows: list[dict[str, Any]]) -> list[int]:
     return [number for number, row in enumerate(rows) if holds(query.predicate(), header(row))]
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(200), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows=ROWS, match=MATCH, combined=st.booleans())
 def test_sql_and_headers_agree(
     database: duckdb.DuckDBPyConnection, rows: list[dict[str, Any]], match: dict[str, str], combined: bool
@@ -107,7 +108,7 @@ def test_sql_and_headers_agree(
     assert by_sql(database, query, rows) == by_headers(query, rows)
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(200), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows=ROWS, keyword=st.sampled_from(sorted(ASKED)), data=st.data())
 def test_each_key_by_itself(
     database: duckdb.DuckDBPyConnection, rows: list[dict[str, Any]], keyword: str, data: st.DataObject
@@ -119,7 +120,7 @@ def test_each_key_by_itself(
     assert by_sql(database, query, rows) == by_headers(query, rows)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(items=st.lists(st.fixed_dictionaries({}, optional={k: STORED[k] for k in ("ImageComments", "ContentDate")})))
 def test_sequence_matching_is_that_of_its_items(items: list[dict[str, Any]]) -> None:
     match = {"ImageComments": "a*", "ContentDate": "20240101-"}

@@ -26,6 +26,7 @@ from sphere.scp.find import PENDING, FindRequest, FindService
 from sphere.scp.identifier import build_identifier
 from sphere.scp.web.dicom_json import as_object
 from sphere.scp.web.search_request import parse_search
+from tests.support.examples import examples
 from tests.support.extracted import extract
 from tests.support.landing import archive, land, new_member, slices
 
@@ -269,7 +270,7 @@ def test_private_keys_mean_what_is_stored(
 
 
 @given(raw=st.binary(min_size=1, max_size=12))
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(60), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_bytes_can_be_a_private_key_in_implicit_vr(doors: Doors, raw: bytes) -> None:
     """Never an internal error; and everything only for what is a universal text: escape sequences alone are none."""
     keys = {GROUP << 16 | 0x10: ("LO", CREATOR.encode()), GROUP << 16 | 0x1026: ("", raw)}

@@ -14,6 +14,7 @@ from sphere.scp.web import bulk_in
 from sphere.scp.web.bulk_in import BulkParts, Unusable
 from sphere.scp.web.incoming import ArrivingBody
 from sphere.scp.web.problem import WebError
+from tests.support.examples import examples
 
 pytestmark = pytest.mark.unit
 
@@ -80,7 +81,7 @@ LOCATIONS = st.tuples(st.sampled_from(["", "/", "http://x/", "http://a"]), SEGME
 
 
 @given(LOCATIONS, st.sets(LOCATIONS, max_size=6))
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=examples(500), deadline=None)
 def test_the_same_as_looking_at_every_location(uri: str, locations: set[str]) -> None:
     def split(reference: str) -> tuple[str, str]:
         path = reference.partition("?")[0].partition("#")[0]

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from sphere.scp.web.multipart_in import Data, End, Head, MultipartReader
 from sphere.scp.web.problem import WebError
+from tests.support.examples import examples
 
 pytestmark = pytest.mark.unit
 
@@ -18,7 +19,7 @@ pytestmark = pytest.mark.unit
 @given(st.lists(st.tuples(st.dictionaries(st.sampled_from(["a", "b-c"]), st.sampled_from(["", "x", "y; z=1"])),
                           st.binary(max_size=60) | st.sampled_from([b"\r\n--", b"\r\n--Bx\r\n", b"--B", b"\r\n"]))),
        st.lists(st.integers(1, 40), min_size=1))  # fmt: skip
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 def test_parts_come_out_as_they_went_in(parts: list[tuple[dict[str, str], bytes]], cuts: list[int]) -> None:
     delimiter = re.compile(rb"\r\n--B(--|[ \t]*\r\n)")
     parts = [(head, data) for head, data in parts if not delimiter.search(b"\r\n" + data + b"\r\n")]
@@ -43,7 +44,7 @@ def test_parts_come_out_as_they_went_in(parts: list[tuple[dict[str, str], bytes]
 
 
 @given(st.binary(max_size=300), st.integers(1, 50))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 def test_the_reader_never_fails_otherwise(data: bytes, step: int) -> None:
     """Nor does it give more than it was given."""
     reader, events = MultipartReader("B"), []
