@@ -23,7 +23,7 @@ from sphere.conf import jars
 from sphere.conf.alone import alone
 from sphere.conf.errors import JobFailed, SphereError
 from sphere.conf.java import java
-from sphere.conf.settings import from_dict
+from sphere.conf.loading import from_dict
 
 END_S = 600.0
 """Seconds that the JVM may take to write the archive; some 20 of one core are usual."""

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from sphere.caller import who_calls
 from sphere.conf.errors import NotThere, SettingsError, SphereError
-from sphere.conf.settings import load_archive
+from sphere.conf.loading import load_archive
 from sphere.option_values import check_uid
 from sphere.output import Format, format_options, write_rows
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sphere.conf.errors import SettingsError, StatementError
-from sphere.conf.settings import Settings, load_archive
+from sphere.conf.loading import load_archive
+from sphere.conf.settings import Settings
 
 if TYPE_CHECKING:
     from datetime import datetime, timedelta

@@ -15,8 +15,9 @@ import sphere
 from sphere.archive import Archive
 from sphere.conf import logs
 from sphere.conf.errors import SettingsError, SphereError
+from sphere.conf.loading import from_dict, load_archive
 from sphere.conf.private import keep_private, make_private
-from sphere.conf.settings import Settings, from_dict, load_archive
+from sphere.conf.settings import Settings
 from sphere.interrupts import LINE, STATUS, Interrupts, noted
 from sphere.output import Format, PathArgument, format_options, write_rows
 

@@ -8,7 +8,7 @@ from datetime import timedelta
 
 import click
 
-from sphere.conf.settings import load_archive
+from sphere.conf.loading import load_archive
 
 _UNITS = {"h": "hours", "d": "days", "w": "weeks"}
 

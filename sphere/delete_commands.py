@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from sphere.conf.settings import load_archive
+from sphere.conf.loading import load_archive
 from sphere.option_values import check_uids
 
 if TYPE_CHECKING:

@@ -140,7 +140,7 @@ def disable_schedule(config: Path) -> None:
 
 def viewer_note(config: Path, web_port: int) -> str:
     """Where the viewer is, if it is installed."""
-    from sphere.conf.settings import load
+    from sphere.conf.loading import load
     from sphere.conf.viewer import PREFIX
     from sphere.scp.web.viewer import installed
 

@@ -13,7 +13,7 @@ from pydicom.dataset import Dataset
 
 from sphere.catalog.query import Features, Model
 from sphere.catalog.schema import Level
-from sphere.conf.settings import load, load_archive
+from sphere.conf.loading import load, load_archive
 from sphere.finding import find_here, find_there, part_of
 from sphere.option_values import check_as_of, check_timezone
 from sphere.output import Format, format_options, write_rows

@@ -10,7 +10,7 @@ import click
 import orjson
 import pyarrow as pa
 
-from sphere.conf.settings import load
+from sphere.conf.loading import load
 from sphere.output import as_table
 
 if TYPE_CHECKING:

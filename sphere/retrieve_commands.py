@@ -13,8 +13,9 @@ import pyarrow as pa
 
 from sphere.catalog.schema import Level
 from sphere.conf.errors import PeerError
+from sphere.conf.loading import load, load_archive
 from sphere.conf.peers import Peer
-from sphere.conf.settings import Settings, load, load_archive
+from sphere.conf.settings import Settings
 from sphere.dimse_commands import name_failure, split_keys
 from sphere.option_values import check_ae_title
 from sphere.output import write_rows

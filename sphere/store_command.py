@@ -14,8 +14,9 @@ import click
 import pyarrow as pa
 
 from sphere.conf.errors import PeerError, StorageError
+from sphere.conf.loading import load, load_archive
 from sphere.conf.peers import Peer
-from sphere.conf.settings import Settings, load, load_archive
+from sphere.conf.settings import Settings
 from sphere.dimse_commands import name_failure, split_keys
 from sphere.output import PathArgument, printable, write_rows
 from sphere.peer_argument import Named, peer_argument

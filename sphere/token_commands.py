@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, cast
 
 import click
 
-from sphere.conf.settings import load_archive
+from sphere.conf.loading import load_archive
 
 if TYPE_CHECKING:
     from sphere.catalog.cohorts import Cohorts

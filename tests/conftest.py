@@ -10,7 +10,8 @@ import pytest
 from hypothesis import settings as effort
 from pynetdicom import _config as of_pynetdicom
 
-from sphere.conf.settings import Settings, from_dict
+from sphere.conf.loading import from_dict
+from sphere.conf.settings import Settings
 from tests.support.browser import browsed, browser, page
 from tests.support.examples import LONG, examples
 from tests.support.hdfs import expendable_hdfs_cluster, hdfs_cluster

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from sphere.catalog.annotations import About, Annotations, Target, Version, file_path
-from sphere.conf.settings import from_dict
+from sphere.conf.loading import from_dict
 
 ADDED = 200  # one by one
 ASKED = 500  # lists

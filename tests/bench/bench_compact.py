@@ -15,7 +15,8 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 from sphere.catalog.tombstones import open_tombstones
-from sphere.conf.settings import Settings, from_dict
+from sphere.conf.loading import from_dict
+from sphere.conf.settings import Settings
 from sphere.ingest.bundle import BundleWriter
 from sphere.ingest.journal import Landed, journal_path
 from sphere.ingest.records import MemberRecord

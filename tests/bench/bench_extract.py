@@ -35,7 +35,8 @@ from pydicom import Dataset, FileMetaDataset, dcmread, dcmwrite
 from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage
 from pyspark.sql import SparkSession
 
-from sphere.conf.settings import Settings, from_dict
+from sphere.conf.loading import from_dict
+from sphere.conf.settings import Settings
 from sphere.ingest.bundle import BundleWriter, NewMember
 from sphere.ingest.header import Header, HeaderReader, identify
 from sphere.ingest.storage import open_storage

@@ -17,7 +17,8 @@ from pathlib import Path
 
 from sphere.catalog.queries import open_queries
 from sphere.catalog.query import Query
-from sphere.conf.settings import Settings, from_dict
+from sphere.conf.loading import from_dict
+from sphere.conf.settings import Settings
 from tests.support.landing import land, new_member, slices
 
 PER_STUDY = 50

@@ -29,7 +29,8 @@ from pathlib import Path
 from deltalake import DeltaTable
 from pyspark.sql import SparkSession
 
-from sphere.conf.settings import Settings, from_dict
+from sphere.conf.loading import from_dict
+from sphere.conf.settings import Settings
 from sphere.ingest.storage.local import LocalStorage
 from sphere.jobs.extract import Kept, run
 from sphere.jobs.report import Report

@@ -15,7 +15,7 @@ from typing import Any
 
 from sphere.catalog.known import KnownInstances
 from sphere.catalog.service import QueryService
-from sphere.conf.settings import from_dict
+from sphere.conf.loading import from_dict
 from sphere.ingest.members import NewMember, with_digest
 from sphere.scp.policy import Policy
 from tests.support.extracted import extract

@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sphere.archive import Archive
-from sphere.conf.settings import from_dict
+from sphere.conf.loading import from_dict
 from sphere.ingest.records import MemberRecord
 from sphere.ingest.storage import open_storage
 from sphere.ingest.storage.base import Storage

@@ -26,7 +26,8 @@ from pathlib import Path
 import numpy as np
 
 from sphere.conf import viewer
-from sphere.conf.settings import Settings, from_dict
+from sphere.conf.loading import from_dict
+from sphere.conf.settings import Settings
 from sphere.jobs.synthetic import ct_series
 from sphere.scp.web.server import run_web
 from tests.bench.first_image import measure, watched

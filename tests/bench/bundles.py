@@ -11,7 +11,8 @@ import threading
 import time
 from pathlib import Path
 
-from sphere.conf.settings import Settings, from_dict
+from sphere.conf.loading import from_dict
+from sphere.conf.settings import Settings
 from sphere.ingest.bundle import BundleWriter
 from sphere.ingest.storage import Storage, open_storage
 from tests.support.bundles import new_member

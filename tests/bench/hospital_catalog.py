@@ -24,7 +24,7 @@ from deltalake import DeltaTable
 
 from sphere.catalog.rollup import roll_up_sql
 from sphere.catalog.schema import INSTANCE_FIELDS, TABLES
-from sphere.conf import settings as conf
+from sphere.conf.loading import from_dict
 from sphere.conf.settings import Settings
 from sphere.ingest.storage import open_storage
 from sphere.jobs.headers import TASK_MEMBERS
@@ -173,7 +173,7 @@ def _slices(count: int, size: int) -> Iterator[tuple[int, int]]:
 
 def kept(folder: Path, studies: int, *, seed: int = 1, threads: int = 2) -> tuple[Settings, Hospital]:
     """The archive in `folder`, made when it is not there yet."""
-    settings = conf.from_dict({"archive": {"ae_title": "TESTED"}}, base=folder)
+    settings = from_dict({"archive": {"ae_title": "TESTED"}}, base=folder)
     note = f"{_LAYOUT} {studies} {seed}"
     if (folder / _MADE).exists() and (folder / _MADE).read_text() == note:
         return settings, Hospital(studies, seed)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sphere.conf import logs
 from sphere.conf.footprint import keep_small
-from sphere.conf.settings import from_dict
+from sphere.conf.loading import from_dict
 
 
 def count_groups(folder: Path) -> None:

@@ -25,8 +25,9 @@ import pyarrow.parquet as pq
 from deltalake import DeltaTable
 from pydicom.uid import ExplicitVRLittleEndian
 
+from sphere.conf.loading import from_dict
 from sphere.conf.peers import Peer
-from sphere.conf.settings import Settings, from_dict
+from sphere.conf.settings import Settings
 from sphere.scp.upper.command import C_STORE_RQ
 from sphere.scp.upper.outgoing import Outgoing
 from sphere.scp.upper.requestor import MAX_CONTEXTS, Proposed, connect

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from sphere.conf.settings import Settings, from_dict
+from sphere.conf.loading import from_dict
+from sphere.conf.settings import Settings
 from sphere.ingest.storage import Storage, open_storage
 from tests.support.hdfs import HdfsCluster
 

@@ -15,7 +15,8 @@ from sphere.catalog.query import Query
 from sphere.catalog.service import QueryService
 from sphere.catalog.tables import CatalogTables
 from sphere.conf.errors import LockHeld
-from sphere.conf.settings import Settings, from_dict
+from sphere.conf.loading import from_dict
+from sphere.conf.settings import Settings
 from sphere.ingest.bundle import BundleWriter
 from sphere.ingest.storage import open_storage
 from tests.contract.backends import Backend, Hdfs, Local

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sphere.conf.errors import StorageError
-from sphere.conf.settings import from_dict
+from sphere.conf.loading import from_dict
 from sphere.ingest.bundle import BundleWriter
 from sphere.ingest.recovery import recover
 from sphere.ingest.storage import open_storage

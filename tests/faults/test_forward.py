@@ -13,7 +13,7 @@ import pytest
 from pydicom import dcmread
 
 from sphere import status
-from sphere.conf.settings import from_dict
+from sphere.conf.loading import from_dict
 from sphere.jobs.forward_queue import entries
 from sphere.jobs.tables import Tables
 from tests.support.dicom_tools import running_orthanc, running_storescp

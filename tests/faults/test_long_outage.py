@@ -15,7 +15,8 @@ import pytest
 
 from sphere.conf import serving
 from sphere.conf.errors import StorageError
-from sphere.conf.settings import Settings, from_dict
+from sphere.conf.loading import from_dict
+from sphere.conf.settings import Settings
 from sphere.ingest import shipping
 from sphere.ingest.records import MemberRecord
 from sphere.ingest.shipping import RETRY_S, run_shipper

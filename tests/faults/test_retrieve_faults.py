@@ -19,8 +19,9 @@ import pytest
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 from pynetdicom import AE, evt
 
+from sphere.conf.loading import from_dict
 from sphere.conf.peers import Peer
-from sphere.conf.settings import Settings, from_dict
+from sphere.conf.settings import Settings
 from sphere.scp import client
 from sphere.scp.client import retrieve as retrieve_client
 from sphere.scp.client.retrieve import Progress

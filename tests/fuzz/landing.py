@@ -11,7 +11,8 @@ from pathlib import Path
 import orjson
 
 from sphere.conf.errors import BundleDamaged, RejectReason
-from sphere.conf.settings import Settings, from_dict
+from sphere.conf.loading import from_dict
+from sphere.conf.settings import Settings
 from sphere.ingest import tar
 from sphere.ingest.header import Header, HeaderReader, Rejected, identify
 from sphere.ingest.journal import Lines, parse, to_lines

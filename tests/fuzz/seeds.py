@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import orjson
 
-from sphere.conf.settings import from_dict
+from sphere.conf.loading import from_dict
 from sphere.ingest.bundle import BundleWriter
 from sphere.ingest.journal import journal_path
 from sphere.ingest.storage import open_storage

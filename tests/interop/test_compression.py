@@ -16,8 +16,8 @@ from pydicom.pixels.utils import pixel_array
 from pynetdicom import AE, evt
 
 from sphere.catalog.queries import open_queries
+from sphere.conf.loading import from_dict
 from sphere.conf.peers import Peer
-from sphere.conf.settings import from_dict
 from sphere.ingest.header import identify
 from sphere.ingest.part10 import file_meta
 from sphere.jobs.forward import Forwarder

@@ -20,7 +20,7 @@ from pyspark.sql import SparkSession
 from sphere.catalog.query import Features
 from sphere.catalog.schema import TABLES
 from sphere.conf.errors import PeerError
-from sphere.conf.settings import from_dict
+from sphere.conf.loading import from_dict
 from sphere.jobs.extract import run
 from sphere.scp import client
 from sphere.scp.identifier import build_identifier

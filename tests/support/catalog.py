@@ -12,7 +12,7 @@ import pyarrow as pa
 from deltalake import DeltaTable, QueryBuilder, write_deltalake
 
 from sphere.catalog.schema import BY_KEYWORD, TABLES, RollUp, Table, patient_key
-from sphere.conf import settings as conf
+from sphere.conf.loading import from_dict
 from sphere.conf.settings import Settings
 from sphere.ingest.storage import open_storage
 from sphere.jobs.parquet import FileWriter
@@ -24,7 +24,7 @@ EPOCH = datetime(2024, 1, 1, tzinfo=timezone.utc)
 
 def archive(folder: Path) -> Settings:
     """Settings of an archive in `folder`."""
-    return conf.from_dict({"archive": {"ae_title": "TESTED"}}, base=folder)
+    return from_dict({"archive": {"ae_title": "TESTED"}}, base=folder)
 
 
 def instance(number: int, *, extra: Mapping[str, Any] | None = None, **attributes: Any) -> Row:

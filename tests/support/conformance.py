@@ -12,8 +12,8 @@ from unittest.mock import MagicMock
 from pydicom._uid_dict import UID_dictionary
 
 from sphere.catalog import known, match, match_parse, schema
+from sphere.conf.loading import from_dict
 from sphere.conf.peers import NOT_AUTHORIZED
-from sphere.conf.settings import from_dict
 from sphere.scp import contexts, find, handlers, store
 from sphere.scp.commitment import handlers as commitment
 from sphere.scp.commitment import report, transactions, verify

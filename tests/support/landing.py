@@ -16,7 +16,8 @@ from pydicom import dcmread, dcmwrite
 
 from sphere.catalog.annotations import About, Annotations, Target
 from sphere.catalog.schema import TABLES
-from sphere.conf.settings import Settings, from_dict
+from sphere.conf.loading import from_dict
+from sphere.conf.settings import Settings
 from sphere.ingest.bundle import BundleWriter, NewMember
 from sphere.ingest.header import identify
 from sphere.ingest.records import MemberRecord

@@ -13,7 +13,8 @@ import jwt
 from cryptography.hazmat.primitives.asymmetric import rsa
 from starlette.testclient import TestClient
 
-from sphere.conf.settings import Settings, from_dict
+from sphere.conf.loading import from_dict
+from sphere.conf.settings import Settings
 from sphere.scp.web.app import make_app
 from sphere.scp.web.server import services_of
 

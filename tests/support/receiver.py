@@ -17,8 +17,9 @@ from typing import Any
 
 from sphere.conf import logs
 from sphere.conf.footprint import keep_small
+from sphere.conf.loading import from_dict
 from sphere.conf.peers import Peer
-from sphere.conf.settings import Settings, from_dict
+from sphere.conf.settings import Settings
 from sphere.ingest.journal import Landed
 from sphere.ingest.records import MemberRecord
 from sphere.ingest.storage import open_storage

@@ -17,8 +17,9 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 
 from sphere.conf import serving
+from sphere.conf.loading import from_dict
 from sphere.conf.serving import ChildState, ServeState
-from sphere.conf.settings import Settings, from_dict
+from sphere.conf.settings import Settings
 from tests.support.ports import free_port
 from tests.support.receiver import ROOT, STOP_S
 

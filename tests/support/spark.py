@@ -9,7 +9,7 @@ import pytest
 from pyspark.sql import SparkSession
 
 from sphere.conf.errors import ExternalMissing
-from sphere.conf.settings import from_dict
+from sphere.conf.loading import from_dict
 from sphere.jobs.session import spark_session
 
 # Started and stopped for a few seconds of work: what the just-in-time compilers could gain is not worth their start,

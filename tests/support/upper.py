@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from sphere.conf.settings import Settings, from_dict
+from sphere.conf.loading import from_dict
+from sphere.conf.settings import Settings
 from sphere.ingest.members import FileRange
 from sphere.scp.upper import command
 from sphere.scp.upper.association import Acceptor, Association, Response

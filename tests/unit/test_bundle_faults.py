@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from sphere.conf.errors import StorageError, StorageFull
-from sphere.conf.settings import Settings, from_dict
+from sphere.conf.loading import from_dict
+from sphere.conf.settings import Settings
 from sphere.ingest.bundle import REPAIR_S, BundleWriter, FileRange
 from sphere.ingest.journal import Landed
 from sphere.ingest.lock import BundleLock

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from sphere.conf.errors import StorageError
-from sphere.conf.settings import Settings, from_dict
+from sphere.conf.loading import from_dict
+from sphere.conf.settings import Settings
 from sphere.ingest.bundle import PUBLISH_LOAD_S, BundleWriter
 from sphere.ingest.journal import Landed
 from sphere.ingest.records import MemberRecord

@@ -22,7 +22,7 @@ from pydicom.data import get_testdata_file
 import sphere
 from sphere.cli import Late, main
 from sphere.conf.errors import SettingsError, StatementError
-from sphere.conf.settings import from_dict, load
+from sphere.conf.loading import from_dict, load
 from sphere.output import as_csv, as_json, as_table, write_rows
 from sphere.serve import banner, with_ports
 from tests.support.landing import changed, slices
@@ -350,7 +350,7 @@ def test_a_taken_port_is_named(config: Path) -> None:
     import socket
 
     from sphere.conf.errors import SettingsError
-    from sphere.conf.settings import from_dict
+    from sphere.conf.loading import from_dict
 
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from sphere.conf.errors import PeerError
-from sphere.conf.settings import from_dict
+from sphere.conf.loading import from_dict
 from sphere.scp.commitment.queues import BACK_OFF_S, Outcome, Queues
 from sphere.scp.commitment.report import Reporter
 from sphere.scp.commitment.transactions import Reference, Transaction, Transactions, Waiting

@@ -13,7 +13,8 @@ from click.testing import CliRunner, Result
 import sphere
 from sphere.catalog.tombstones import open_tombstones
 from sphere.cli import main
-from sphere.conf.settings import Settings, load
+from sphere.conf.loading import load
+from sphere.conf.settings import Settings
 from sphere.ingest.records import MemberRecord
 from sphere.ingest.storage import open_storage
 from sphere.jobs.tables import Tables

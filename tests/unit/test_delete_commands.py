@@ -14,7 +14,8 @@ import sphere
 from sphere.catalog.tombstones import open_tombstones
 from sphere.cli import main
 from sphere.conf.errors import BadRequest, NotThere
-from sphere.conf.settings import Settings, load
+from sphere.conf.loading import load
+from sphere.conf.settings import Settings
 from sphere.ingest.records import MemberRecord
 from tests.support.landing import changed, land, new_member, slices
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from sphere.conf.settings import from_dict
+from sphere.conf.loading import from_dict
 from sphere.ingest.bundle import BundleWriter
 from sphere.ingest.digesting import LEAST, Beside
 from sphere.ingest.members import prepare

@@ -26,7 +26,8 @@ from sphere.catalog.query import Query
 from sphere.catalog.schema import LEVELS, Level
 from sphere.cli import main
 from sphere.conf.errors import CatalogError, SettingsError
-from sphere.conf.settings import Settings, from_dict
+from sphere.conf.loading import from_dict
+from sphere.conf.settings import Settings
 from sphere.ingest.storage.local import LocalStorage
 from tests.support.extracted import extract
 from tests.support.landing import archive, changed, land, mixture, new_member, slices

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from sphere.conf.errors import SettingsError
-from sphere.conf.settings import Settings, from_dict
+from sphere.conf.loading import from_dict
+from sphere.conf.settings import Settings
 from sphere.jobs.forward_queue import Entry, Queue, entries, states
 from sphere.jobs.tables import Tables
 from sphere.scp.policy import check_forwards

@@ -156,7 +156,7 @@ def test_a_folder_whose_path_is_too_long_for_a_socket(tmp_path: Path) -> None:
 def test_an_archive_without_tables_needs_no_process_and_no_delta(tmp_path: Path) -> None:
     code = (
         "import sys, subprocess; from pathlib import Path; from sphere.catalog.query import Query; "
-        "from sphere.catalog.service import QueryService; from sphere.conf.settings import from_dict; "
+        "from sphere.catalog.service import QueryService; from sphere.conf.loading import from_dict; "
         "service = QueryService(from_dict({}, base=Path(sys.argv[1])), apart=True); subprocess.Popen = None; "
         "assert service.count(Query.build('STUDY')) == 0; print('deltalake' in sys.modules); service.close()"
     )

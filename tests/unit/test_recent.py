@@ -17,7 +17,8 @@ from sphere.catalog import index, recent
 from sphere.catalog.query import Query
 from sphere.catalog.schema import TABLES, Level
 from sphere.catalog.service import QueryService
-from sphere.conf.settings import Settings, from_dict
+from sphere.conf.loading import from_dict
+from sphere.conf.settings import Settings
 from sphere.ingest.bundle import BundleWriter
 from sphere.ingest.records import MemberRecord
 from sphere.ingest.storage import open_storage

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sphere.conf.errors import StorageFull
-from sphere.conf.settings import from_dict
+from sphere.conf.loading import from_dict
 from sphere.ingest.bundle import BundleWriter, NewMember
 from sphere.ingest.records import MemberRecord
 from sphere.ingest.spool import SpoolWriter

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from sphere.conf.loading import from_dict
 from sphere.conf.peers import Strangers
-from sphere.conf.settings import from_dict
 from sphere.scp import callers
 from sphere.scp.callers import BURST_S, FORGOTTEN_S, Caller, Slot, limits_of, spend, take_slot
 

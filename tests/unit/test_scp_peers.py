@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from sphere.conf.errors import SettingsError
+from sphere.conf.loading import from_dict
 from sphere.conf.peers import Peer
-from sphere.conf.settings import Settings, from_dict
+from sphere.conf.settings import Settings
 from sphere.scp.peers import RESOLVED_S, CallingPolicy, addresses, plain_address, resolve
 
 pytestmark = pytest.mark.unit

@@ -10,7 +10,8 @@ import pytest
 from pydicom.dataset import Dataset
 
 from sphere.conf.errors import Refused, SettingsError
-from sphere.conf.settings import Settings, from_dict
+from sphere.conf.loading import from_dict
+from sphere.conf.settings import Settings
 from sphere.ingest.bundle import BundleWriter
 from sphere.ingest.journal import Landed
 from sphere.ingest.media import import_files

@@ -13,7 +13,7 @@ from pydicom.filebase import DicomBytesIO
 from pydicom.filewriter import write_dataset
 
 from sphere.conf.errors import Refused, StorageFull
-from sphere.conf.settings import from_dict
+from sphere.conf.loading import from_dict
 from sphere.ingest.bundle import FileRange, NewMember
 from sphere.ingest.part10 import read_file_meta
 from sphere.ingest.records import MemberRecord

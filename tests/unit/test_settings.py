@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from sphere.conf.errors import SettingsError
-from sphere.conf.settings import LISTS, documented_keys, from_dict, load, nearest_key
+from sphere.conf.loading import from_dict, load, nearest_key
+from sphere.conf.settings import LISTS, documented_keys
 from sphere.template import default_of, markdown, render
 
 pytestmark = pytest.mark.unit

@@ -14,7 +14,8 @@ import pytest
 
 from sphere.catalog.tail import JournalTail
 from sphere.conf.errors import SphereError, StorageError, StorageFull, StorageMissing
-from sphere.conf.settings import Settings, from_dict
+from sphere.conf.loading import from_dict
+from sphere.conf.settings import Settings
 from sphere.ingest import shipping, spool
 from sphere.ingest.bundle import BundleWriter
 from sphere.ingest.journal import Landed, journal_path

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from sphere.conf.errors import StorageError
-from sphere.conf.settings import Settings, from_dict
+from sphere.conf.loading import from_dict
+from sphere.conf.settings import Settings
 from sphere.ingest import bundle
 from sphere.ingest.bundle import BundleWriter
 from sphere.ingest.recovery import recover

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from sphere.conf.errors import SettingsError
+from sphere.conf.loading import from_dict
 from sphere.conf.peers import Peer
-from sphere.conf.settings import from_dict
 from sphere.scp.upper.tls import acceptor_context, check_tls, requestor_context
 from tests.support.certificates import Authority
 from tests.support.dicom_tools import require_tool

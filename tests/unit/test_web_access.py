@@ -14,7 +14,8 @@ from starlette.testclient import TestClient
 
 from sphere.cli import main
 from sphere.conf.errors import SettingsError
-from sphere.conf.settings import Settings, from_dict
+from sphere.conf.loading import from_dict
+from sphere.conf.settings import Settings
 from sphere.ingest.storage import open_storage
 from sphere.scp.web.app import make_app
 from sphere.scp.web.server import services_of

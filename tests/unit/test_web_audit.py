@@ -20,7 +20,8 @@ from sphere.catalog.answer import Match
 from sphere.catalog.audit import FOLDER, MAX_TEXT, AuditJournal, told
 from sphere.catalog.query import Key
 from sphere.conf.errors import StorageError
-from sphere.conf.settings import Settings, from_dict
+from sphere.conf.loading import from_dict
+from sphere.conf.settings import Settings
 from sphere.ingest.storage import open_storage
 from sphere.jobs import audit
 from sphere.scp.web.app import make_app

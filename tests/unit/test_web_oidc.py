@@ -19,7 +19,8 @@ import pytest
 from starlette.testclient import TestClient
 
 from sphere.conf.errors import SettingsError
-from sphere.conf.settings import Settings, from_dict
+from sphere.conf.loading import from_dict
+from sphere.conf.settings import Settings
 from sphere.scp.web.oidc import FETCH_S, FRESH_S, Known, Oidc
 from tests.support.oidc import KEY, NOW, OTHER, asked, bearer, jwks, provided
 from tests.support.web import serving_web

@@ -13,7 +13,7 @@ import pytest
 
 from sphere.conf import serving
 from sphere.conf.errors import StorageError
-from sphere.conf.settings import from_dict
+from sphere.conf.loading import from_dict
 from sphere.scp.web import probe
 from sphere.scp.web.probe import Probe
 from tests.support.web import Web, serving_web

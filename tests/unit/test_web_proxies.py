@@ -10,7 +10,8 @@ import pytest
 from starlette.testclient import TestClient
 
 from sphere.conf.errors import SettingsError
-from sphere.conf.settings import Settings, from_dict
+from sphere.conf.loading import from_dict
+from sphere.conf.settings import Settings
 from sphere.scp.web.app import Services, make_app
 from sphere.scp.web.protocol import Crowd
 from sphere.scp.web.proxies import Trusted

@@ -20,7 +20,7 @@ import pytest
 from dicomweb_client import DICOMwebClient
 
 from sphere.conf.errors import StorageError
-from sphere.conf.settings import from_dict
+from sphere.conf.loading import from_dict
 from sphere.ingest import members
 from sphere.ingest.header import identify
 from sphere.ingest.journal import Landed
