@@ -89,7 +89,10 @@ class CallingPolicy:
         now = self._clock()
         kept = self._kept.get(host)
         if kept is None or now - kept[0] > RESOLVED_S:
-            kept = self._kept[host] = (now, self._lookup(host))
+            found = self._lookup(host)
+            if kept is not None and not found:
+                found = kept[1]  # the name service is away: a peer is not to become a stranger for that
+            kept = self._kept[host] = (now, found)
         return kept[1]
 
 

@@ -23,6 +23,7 @@ from sphere.scp.commitment.queues import BACK_OFF_S, Outcome, Queues
 from sphere.scp.commitment.transactions import Reference, Transaction, Transactions, Waiting
 from sphere.scp.commitment.verify import COMMITTED, Verifier
 from sphere.scp.contexts import ENCODABLE, STORAGE_COMMITMENT
+from sphere.scp.peers import CallingPolicy
 from sphere.scp.upper.association import Association
 from sphere.scp.upper.command import N_EVENT_REPORT_RQ, Command
 from sphere.scp.upper.messages import Message
@@ -48,6 +49,7 @@ class Reporter:
 
     def __init__(self, settings: Settings, folder: Path, transactions: Transactions, verifier: Verifier) -> None:
         self._settings = settings
+        self._calling = CallingPolicy(settings.peers)
         self._lock = folder / "reporter.lock"
         self._transactions = transactions
         self._verifier = verifier
@@ -182,7 +184,7 @@ class Reporter:
             raise PeerError(
                 f"no peer of the settings has AE title {transaction.requester!r}: where it listens is unknown"
             )
-        return next((peer for peer in named if peer.host == transaction.address), named[0])
+        return self._calling.peer(transaction.requester, transaction.address) or named[0]
 
 
 def event_report(

@@ -16,7 +16,7 @@ from sphere.conf.loading import from_dict
 from sphere.scp.commitment.queues import BACK_OFF_S, Outcome, Queues
 from sphere.scp.commitment.report import Reporter
 from sphere.scp.commitment.transactions import Reference, Transaction, Transactions, Waiting
-from sphere.scp.commitment.verify import COMMITTED
+from sphere.scp.commitment.verify import COMMITTED, Verifier
 
 pytestmark = pytest.mark.unit
 
@@ -213,3 +213,18 @@ def test_a_folder_that_cannot_be_read_for_a_while(
     accept(transactions, "1.2.3")
     wait(lambda: told == ["1.2.3"])
     assert failed > 3
+
+
+def test_of_peers_with_one_title_the_one_that_asked_is_told(tmp_path: Path) -> None:
+    """Also where the settings have its name, not its address."""
+    peers = [
+        {"name": name, "ae_title": "CT", "host": host, "port": 104}
+        for name, host in (("away", "192.0.2.1"), ("here", "localhost"), ("by-address", "127.0.0.2"))
+    ]
+    settings = from_dict({"peers": peers}, base=tmp_path)
+    reporter = Reporter(settings, tmp_path, Transactions(tmp_path), Verifier(None, None))  # type: ignore[arg-type]
+    for address, name in (("127.0.0.1", "here"), ("127.0.0.2", "by-address"), ("192.0.2.9", "away")):
+        transaction = Transaction(
+            uid="1.2", requester="CT", address=address, references=(), received=0.0, due=0.0
+        )  # fmt: skip
+        assert reporter._peer(transaction).name == name

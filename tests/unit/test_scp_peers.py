@@ -94,6 +94,16 @@ def test_the_name_service_is_asked_again_after_a_while() -> None:
     assert asked == ["ward.example"] * 2
 
 
+def test_a_name_service_that_is_away_makes_no_peer_a_stranger() -> None:
+    answers = [frozenset[str](), frozenset(("10.0.0.5",)), frozenset[str](), frozenset(("10.0.0.6",))]
+    now = 0.0
+    policy = CallingPolicy((WARD,), lookup=lambda _: answers.pop(0), clock=lambda: now)
+    for address, admitted in (("10.0.0.5", False), ("10.0.0.5", True), ("10.0.0.5", True), ("10.0.0.5", False)):
+        assert policy.admits("WARD", address) is admitted
+        now += RESOLVED_S + 1
+    assert answers == []
+
+
 def test_addresses_of_a_host() -> None:
     assert "127.0.0.1" in addresses("127.0.0.1")
     assert addresses("no-such-host.invalid") == frozenset()
