@@ -83,9 +83,13 @@ class HdfsAppender(Appender):
             self._size += size
 
     def _reopen(self) -> None:
+        """Another host may have taken this process for dead while the file was closed, and ended it."""
         if self._writer is None:
             self._writer = self._ask(lambda client: client.append(self._path), changes=self._path)
             self._patience_s = FRESH_S
+            length = self._ask(lambda client: client.get_file_info(self._path)).length
+            if length != self._size:
+                raise StorageError(f"{self._path} has {length} bytes where {self._size} were written: not by this host")
 
     def prepare(self) -> None:
         """Have it open, and its pipeline at work."""

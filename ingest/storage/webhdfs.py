@@ -63,6 +63,9 @@ class WebHdfsAppender(Appender):
             self._buffered, self._held = [], 0
             with _told(f"appending to {self._path}"):
                 self._client().write(self._path, data=data, append=True)
+                length = int(self._client().status(self._path)["length"])
+            if length != self._size:  # another host took this process for dead, and ended the file before
+                raise StorageError(f"{self._path} has {length} bytes where {self._size} were written: not by this host")
 
     def publish(self) -> None:
         self.sync()
