@@ -82,6 +82,7 @@ class Shipper:
     ) -> None:
         self._settings = settings
         self._spool = spool_storage(settings)
+        self._landed = Landed(self._spool)
         self._storage = open_storage(settings.storage.root, user=settings.storage.user)
         self._tell = on_step
         self._stopped = stopped
@@ -134,7 +135,16 @@ class Shipper:
             self._recover_at = now + RECOVER_S
             recover(self._spool, spool_settings(self._settings))
             self._finish_removals()
-        return [state.bundle for state in Landed(self._spool).bundles() if state.sealed]
+        sizes = {entry.path: entry.size for entry in self._spool.walk(BUNDLES)}
+        tars = sorted(path for path in sizes if path.endswith(".tar"))
+        return [bundle for bundle in tars if self._is_sealed(bundle, sizes.get(journal_path(bundle), 0))]
+
+    def _is_sealed(self, bundle: str, journal_size: int) -> bool:
+        """Also where the disk does not give its journal: `_ship` finds it damaged, and others go on."""
+        try:
+            return self._landed.sealed(bundle, journal_size) is not None
+        except StorageError:
+            return True
 
     def _finish_removals(self) -> None:
         """A journal whose tar is on the storage only: who shipped it was killed before its last step."""

@@ -20,10 +20,12 @@ from sphere.ingest import shipping, spool
 from sphere.ingest.bundle import BundleWriter
 from sphere.ingest.journal import Landed, journal_path
 from sphere.ingest.records import MemberRecord
+from sphere.ingest.recovery import recover
 from sphere.ingest.set_aside import kept_aside, set_aside
 from sphere.ingest.shipping import STEPS, Shipper
 from sphere.ingest.spool import SpoolWriter, backlog, open_readable, open_writer, spool_settings, spool_storage
 from sphere.ingest.storage import Entry, Storage, open_storage
+from sphere.ingest.storage.local import LocalStorage
 from sphere.status import take
 from tests.support.bundles import Failing, all_records, assert_sound, member_bytes, new_member
 from tests.support.receiver import ROOT
@@ -294,6 +296,32 @@ def test_a_bundle_whose_headers_are_damaged_stays_and_is_read_once(
     assert (done.bundles, done.damaged, done.error) == (1, 0, "")
     assert not path.exists()
     assert_all_shipped(settings, bad + good)
+
+
+def test_a_journal_that_the_disk_does_not_give_holds_up_no_other_bundle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = archive(tmp_path)
+    records = [land(settings, range(number, number + 1))[0] for number in range(3)]
+    read, broken = LocalStorage.read, {journal_path(records[0].bundle)}
+
+    def reading(self: LocalStorage, path: str, offset: int = 0, length: int | None = None) -> bytes:
+        if path in broken:
+            raise StorageError(f"reading {path}: Input/output error")
+        return read(self, path, offset, length)
+
+    monkeypatch.setattr(LocalStorage, "read", reading)
+    shipper = Shipper(settings)
+    for shipped in (2, 0):
+        done = shipper.round()
+        assert (done.bundles, done.damaged, done.error) == (shipped, 1, "")
+    assert sum("not shipped" in record.message for record in caplog.records) == 1
+    assert sorted(all_records(storage_of(settings)), key=repr) == sorted(records[1:], key=repr)
+    later = recover(spool_storage(settings), spool_settings(settings), now=lambda: 4e9)
+    assert (later.bundles, spool_storage(settings).exists(records[0].bundle)) == ((), True)
+    broken.clear()
+    assert Shipper(settings).round().bundles == 1
+    assert_all_shipped(settings, records)
 
 
 @pytest.mark.parametrize("killed", [False, True])
