@@ -162,6 +162,7 @@ class LocalStorage(Storage):
     def __init__(self, root: Path) -> None:
         self.root = root
         self.url = root.as_uri()
+        self._named = False  # whether the name of the root is known to be durable
 
     def _path(self, path: str) -> Path:
         return self.root / checked(path)
@@ -169,7 +170,7 @@ class LocalStorage(Storage):
     def create(self, path: str, attempt: int = 0) -> LocalAppender:
         full = self._path(path)
         with _Told(f"creating {full}"):
-            _make_folders(full.parent)
+            self._make_folders(full.parent)
             fd = os.open(full, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, _MODE)
             try:
                 sync_folder(full.parent)
@@ -178,6 +179,14 @@ class LocalStorage(Storage):
                 full.unlink(missing_ok=True)  # nobody knows of it
                 raise
         return LocalAppender(fd, str(full), 0)
+
+    def _make_folders(self, folder: Path) -> None:
+        """Make it, durably: also the root, where somebody else made that (locks of a spool are in it, too)."""
+        if not self._named and self.root.is_dir():
+            with suppress(PermissionError):  # it may be closed to us, and is of who made the root then
+                sync_folder(self.root.parent)
+        _make_folders(folder)
+        self._named = True
 
     def append(self, path: str) -> LocalAppender:
         full = self._path(path)
@@ -205,7 +214,7 @@ class LocalStorage(Storage):
         full = self._path(path)
         temporary = full.with_name(f".{full.name}.{secrets.token_hex(8)}{TEMPORARY}")
         with _Told(f"writing {full}"):
-            _make_folders(full.parent)
+            self._make_folders(full.parent)
             try:
                 _write_new(temporary, data, durable=durable)
                 with suppress(FileNotFoundError, PermissionError):  # there was none, or it may not be: as ours

@@ -47,6 +47,16 @@ def test_a_new_file_and_each_new_folder(tmp_path: Path, synced: list[str]) -> No
     assert synced[1:] == ["root/a/b/"]
 
 
+def test_a_root_that_somebody_else_made(tmp_path: Path, synced: list[str]) -> None:
+    """As locks of a spool are: nothing in it outlasts a crash of the host before its own name does."""
+    (tmp_path / "root" / "locks").mkdir(parents=True)
+    storage = LocalStorage(tmp_path / "root")
+    storage.create("a/one.tar")
+    assert synced == ["./", "root/", "root/a/"]
+    storage.create("a/two.tar")
+    assert synced[3:] == ["root/a/"]
+
+
 def test_names_that_change(tmp_path: Path, synced: list[str]) -> None:
     storage = LocalStorage(tmp_path / "root")
     storage.write("a/one.json", b"1")
