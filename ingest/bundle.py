@@ -45,8 +45,18 @@ class _Job:
         self.prepared = prepared
         self.action = action
         self.record: MemberRecord | None = None
-        self.error: StorageError | None = None
+        self.error: Exception | None = None
         self.since = time.monotonic()
+
+
+def _digested(job: _Job) -> bool:
+    """Whether the digest of its member is had; an error of that is its own, and none of the group's."""
+    assert job.prepared is not None
+    try:
+        job.prepared.settle()
+    except Exception as error:  # noqa: BLE001  it is raised where the member was handed in
+        job.error = error
+    return job.error is None
 
 
 class BundleWriter:
@@ -140,10 +150,12 @@ class BundleWriter:
 
     def _commit(self, group: list[_Job]) -> None:
         members = [job for job in group if job.prepared is not None]
+        if len(members) > 1:
+            members = [job for job in members if _digested(job)]
         if members:
             try:
                 self._write(members)
-            except StorageError as error:
+            except Exception as error:  # noqa: BLE001  whatever it is, what else waits for its turn is done all the same
                 for job in members:
                     job.error = error
         for job in group:

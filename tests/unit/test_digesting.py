@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -184,6 +185,43 @@ def test_what_is_stored_late_is_as_what_is_stored_at_once(tmp_path: Path) -> Non
         record = records[f"1.2.826.0.1.{number}"]
         assert member_bytes(storage, record)[record.dataset_offset :] == data
         assert record.sha256 == hashlib.sha256(data).hexdigest()
+
+
+def test_an_error_of_digesting_is_one_of_its_member_alone(tmp_path: Path) -> None:
+    """Neither of the others in its group, nor of what the keeper of the bundle has to do."""
+    settings = from_dict({"storage": {"root": "file:storage"}}, base=tmp_path)
+    storage = open_storage(settings.storage.root)
+    writer = BundleWriter(storage, settings)
+    leads, told, done = threading.Event(), [], []
+
+    def slow() -> str:
+        assert leads.wait(10)
+        return hashlib.sha256(LARGE).hexdigest()
+
+    def fails() -> str:
+        raise MemoryError("no room")
+
+    def store(number: int, digested: Callable[[], str] | None) -> None:
+        try:
+            writer.store(late(LARGE, number, digested))
+        except MemoryError as error:
+            told.append((number, str(error)))
+
+    threads = [threading.Thread(target=store, args=(1, slow))]
+    threads += [threading.Thread(target=store, args=(number, fails if number == 3 else None)) for number in (2, 3, 4)]
+    threads += [threading.Thread(target=lambda: done.append(writer._alone(lambda: "done")))]
+    for number, thread in enumerate(threads):
+        thread.start()
+        while len(writer._groups._queue) < number or not writer._groups._led:
+            time.sleep(0.001)
+    leads.set()
+    for thread in threads:
+        thread.join()
+    store(5, fails)
+    assert (told, done) == ([(3, "no room"), (5, "no room")], ["done"])
+    writer.close()
+    assert {record.SOPInstanceUID for record in all_records(storage)} == {f"1.2.826.0.1.{n}" for n in (1, 2, 4)}
+    assert_sound(storage)
 
 
 class Killed(BaseException):
