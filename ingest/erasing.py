@@ -57,7 +57,7 @@ def erase(storage: Storage, bundle: str, offsets: Collection[int], *, on_step: O
     freed = 0
     if dead:
         on_step("copy")
-        layout = _Layout(storage, bundle, members, frozenset(dead), size)
+        layout = Layout(storage, bundle, members, frozenset(dead), size)
         freed = storage.rewrite(bundle, layout.pieces, check=lambda path: layout.check(path, on_step))
     on_step("journal")
     rebuild_journal(storage, bundle)
@@ -113,8 +113,8 @@ def _remove(storage: Storage, bundle: str, on_step: OnStep) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Layout:
-    """A bundle as it will be."""
+class Layout:
+    """A sealed bundle as it will be: `dead` are the offsets of members that are to go, `size` its bytes."""
 
     storage: Storage
     bundle: str

@@ -79,6 +79,12 @@ def mirror_path(state_dir: Path, bundle: str) -> Path:
     return state_dir / "journal" / (bundle_id(bundle) + _JOURNAL)
 
 
+def remove_mirror(mirror: Path) -> None:
+    """Have none; raises StorageError."""
+    with _local(mirror):
+        mirror.unlink(missing_ok=True)
+
+
 class Landed:
     """The read side: which bundles there are and what their journals say.
 
@@ -263,7 +269,7 @@ class JournalWriter:
         """Let go and remove the mirror, which says nothing more than the storage does."""
         self._close_mirror()
         if self._mirror is not None:
-            self._mirror.unlink(missing_ok=True)
+            remove_mirror(self._mirror)
 
     def _write(self, lines: bytes) -> Appender:
         if self._appender is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from sphere.ingest.journal import bundle_id
 from sphere.ingest.storage.paths import storage_error
 
 _LOCK = ".lock"
+log = logging.getLogger(__name__)
 
 
 class BundleLock:
@@ -43,10 +45,15 @@ class BundleLock:
             raise storage_error(error, f"locking {path}") from error
 
     def release(self, *, keep: bool = False) -> None:
-        """Let go; with `keep` the file stays and says that the bundle still has to be recovered."""
-        if not keep:
-            self._path.unlink(missing_ok=True)
-        os.close(self._fd)
+        """Let go; with `keep` the file stays and says that the bundle still has to be recovered. One that cannot be
+        removed says so as well: recovery finds nothing to be done."""
+        try:
+            if not keep:
+                self._path.unlink(missing_ok=True)
+        except OSError as error:
+            log.warning("lock %s stays: %s", self._path, error.strerror)
+        finally:
+            os.close(self._fd)
 
 
 def locked_bundles(state_dir: Path) -> set[str]:

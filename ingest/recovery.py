@@ -14,11 +14,22 @@ from sphere.conf.errors import BundleDamaged, StorageError, StorageMissing
 from sphere.conf.settings import Settings
 from sphere.ingest import tar
 from sphere.ingest.folders import SealedFolders, bundle_of
-from sphere.ingest.journal import Landed, Sealed, bundle_id, journal_path, member_of, mirror_path, parse, to_lines
+from sphere.ingest.journal import (
+    Landed,
+    Sealed,
+    bundle_id,
+    journal_path,
+    member_of,
+    mirror_path,
+    parse,
+    remove_mirror,
+    to_lines,
+)
 from sphere.ingest.lock import BundleLock, locked_bundles
 from sphere.ingest.records import Member
 from sphere.ingest.storage.base import Readable, Storage
 
+CHUNK = 4 << 20  # bytes copied at a time
 _WINDOW = 256 << 10  # bytes read at once while headers are scanned
 
 _log = logging.getLogger(__name__)
@@ -86,7 +97,12 @@ def _candidates(storage: Storage, state_dir: Path, idle_since: float) -> Iterato
         journal = entries.get(journal_path(path))
         touched = max(entries[path].mtime, journal.mtime if journal else 0.0)
         if touched < idle_since and not folders.is_sealed(path):
-            if landed.sealed(path, journal.size if journal else 0):
+            try:
+                ended = landed.sealed(path, journal.size if journal else 0)
+            except StorageError as error:  # of this one alone: others do not wait for it
+                _log.error("bundle %s cannot be looked at: %s", bundle_id(path), error)
+                continue
+            if ended:
                 sealed.add(path)
             else:
                 yield path
@@ -105,18 +121,21 @@ def repair(storage: Storage, state_dir: Path, bundle: str, *, keep: int | None =
     """Cut, complete and seal one bundle that nobody writes to; the caller holds its lock.
 
     `keep`, where the caller knows it, is the end in bytes of the last member whose bytes were synced. An empty bundle
-    is removed. Raises BundleDamaged, with nothing changed, when the bundle lacks what its journal promises or is
-    damaged before its end, and StorageError.
+    is removed. A member that no journal promises and whose bytes did not reach the disk, though those of later ones
+    did, is kept in ``damaged/<bundle>-<offset>.dcm`` below the root, and its place is that of an erased one. Raises
+    BundleDamaged, with nothing changed, when the bundle lacks what its journal or `keep` promises, and StorageError.
     """
     if keep == 0:  # nothing in it was ever promised: no lease has to be recovered for that
         _remove(storage, bundle)
-        mirror_path(state_dir, bundle).unlink(missing_ok=True)
+        remove_mirror(mirror_path(state_dir, bundle))
         return Recovered(bundle)
     size = storage.recover(bundle)
     found = tar.scan(Window(storage, bundle), size)
     known = _known(storage, state_dir, bundle)
     members = [member for member in found.members if keep is None or member.end <= keep]
-    members = _without_bad_tail(storage, bundle, members, known)
+    members, torn = _without_bad_tail(storage, bundle, members, known)
+    if keep is not None and (torn or not members or members[-1].end != keep):
+        raise BundleDamaged(f"bundle {bundle}: its first {keep} bytes are not as they were synced; {found.damage}")
     records = _records(bundle, members)
     missing = known - {_place(record) for record in records}
     if missing:
@@ -124,13 +143,17 @@ def repair(storage: Storage, state_dir: Path, bundle: str, *, keep: int | None =
     mirror = mirror_path(state_dir, bundle)
     if not members:
         _remove(storage, bundle)
-        mirror.unlink(missing_ok=True)
+        remove_mirror(mirror)
         return Recovered(bundle, cut=size)
     good = members[-1].end
+    for member in torn:
+        _keep_aside(storage, bundle, member)
     if not (found.sealed and good == found.good):
         _end_at(storage, bundle, good, size)
+    if torn:
+        records = _records(bundle, _without_bytes(storage, bundle, members, torn))
     written = _write_journal(storage, bundle, to_lines(records, Sealed(len(records), good + len(tar.END))))
-    mirror.unlink(missing_ok=True)
+    remove_mirror(mirror)
     cut = 0 if found.sealed and good == found.good else size - good
     return Recovered(bundle, len(records), cut, written)
 
@@ -229,8 +252,9 @@ def _known(storage: Storage, state_dir: Path, bundle: str) -> set[tuple[int, int
 
 def _without_bad_tail(
     storage: Storage, bundle: str, members: list[tar.TarMember], known: set[tuple[int, int]]
-) -> list[tar.TarMember]:
-    """`members` less those at the end that no journal promises and whose bytes did not reach the disk."""
+) -> tuple[list[tar.TarMember], list[tar.TarMember]]:
+    """`members` less those at the end that no journal promises and whose bytes did not reach the disk; and such as are
+    among the others: a disk that loses its power has written a group in any order."""
     window = Window(storage, bundle)
     bad = {
         member.offset
@@ -240,10 +264,35 @@ def _without_bad_tail(
     }
     kept = list(members)
     while kept and kept[-1].offset in bad:
-        bad.discard(kept.pop().offset)
-    if bad:
-        raise BundleDamaged(f"bundle {bundle}: the member at byte {min(bad)} has other bytes than its sha256 says")
-    return kept
+        kept.pop()
+    return kept, [member for member in kept if member.offset in bad]
+
+
+def _keep_aside(storage: Storage, bundle: str, member: tar.TarMember) -> None:
+    """Copy a member's bytes as they are: it cannot be told whether it was ever promised."""
+    path = f"damaged/{bundle_id(bundle)}-{member.offset}.dcm"
+    storage.delete(path)  # of a process that was killed here
+    appender = storage.create(path)
+    try:
+        for at in range(member.offset, member.offset + member.length, CHUNK):
+            appender.write([storage.read(bundle, at, min(CHUNK, member.offset + member.length - at))])
+        appender.close()
+    finally:
+        appender.abandon()
+    _log.error("bundle %s: the member at byte %d has other bytes than its sha256 says: they are kept in %s, the others "
+               "go on; send it again", bundle_id(bundle), member.offset, path)  # fmt: skip
+
+
+def _without_bytes(
+    storage: Storage, bundle: str, members: list[tar.TarMember], torn: list[tar.TarMember]
+) -> list[tar.TarMember]:
+    """The members of a bundle that ends after them, which is written anew without the bytes of some."""
+    from sphere.ingest.erasing import Layout  # which rebuilds journals
+
+    size = members[-1].end + len(tar.END)
+    layout = Layout(storage, bundle, members, frozenset(member.offset for member in torn), size)
+    storage.rewrite(bundle, layout.pieces, check=lambda path: layout.check(path, lambda _: None))
+    return tar.scan(Window(storage, bundle), size).members
 
 
 def _records(bundle: str, members: list[tar.TarMember]) -> list[Member]:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from operator import attrgetter
 from pathlib import Path
 
@@ -15,9 +16,9 @@ import pytest
 from sphere.conf.errors import BundleDamaged, StorageError
 from sphere.conf.settings import Settings
 from sphere.ingest.bundle import BundleWriter, FileRange
-from sphere.ingest.journal import Landed, journal_path, mirror_path
+from sphere.ingest.journal import Landed, bundle_id, journal_path, mirror_path
 from sphere.ingest.records import MemberRecord
-from sphere.ingest.recovery import rebuild_journal, recover, verify
+from sphere.ingest.recovery import rebuild_journal, recover, repair, verify
 from sphere.ingest.storage import Storage
 from tests.contract.backends import Backend, Hdfs, Local, WebHdfs
 from tests.support.bundles import (
@@ -210,9 +211,31 @@ class BundleContract(Backend):
         storage.delete(journal_path(bundle))
         torn = whole[: first.offset + 300] + bytes(first.length - 300) + whole[first.offset + first.length : ends[-1]]
         leave_behind(storage, state_dir, bundle, torn, None)
-        (found,) = recover(storage, archive).failed
-        assert "other bytes than its sha256 says" in found.error
-        assert storage.read(bundle) == torn
+        (found,) = recover(storage, archive).bundles  # in any order: later members of the group did
+        assert (found.members, found.error) == (len(records), "")
+        assert all_records(storage) == records[1:]
+        assert [member_bytes(storage, one) for one in records[1:]] == [
+            whole[one.offset : one.offset + one.length] for one in records[1:]
+        ]
+        assert not any(storage.read(bundle)[: ends[0]][-first.length :])
+        aside = f"damaged/{bundle_id(bundle)}-{first.offset}.dcm"
+        assert storage.read(aside) == torn[first.offset : first.offset + first.length]
+        assert_sound(storage)
+        assert recover(storage, archive).bundles == ()
+
+    def test_what_a_writer_has_synced_is_not_cut(self, storage: Storage, archive: Settings) -> None:
+        """Not even where neither journal nor mirror says so."""
+        whole, records, ends = _a_bundle(storage, archive)
+        bundle = records[0].bundle
+        storage.delete(journal_path(bundle))
+        last = records[-1]
+        for broken in (last.offset + 300, ends[-2] + 100):
+            damaged = bytearray(whole[: ends[-1]])
+            damaged[broken] ^= 1
+            storage.write(bundle, bytes(damaged))
+            with pytest.raises(BundleDamaged, match="not as they were synced"):
+                repair(storage, archive.archive.state_dir, bundle, keep=ends[-1])
+            assert storage.read(bundle) == damaged
 
     def test_living_writers_are_left_alone(self, storage: Storage, other: Storage, archive: Settings) -> None:
         writer = BundleWriter(storage, archive)
@@ -306,11 +329,43 @@ class TestLocal(Local, BundleContract):
     kills = 3
 
 
-class TestHdfs(Hdfs, BundleContract):
+class SharedContract(BundleContract):
+    """Where several hosts write."""
+
+    @pytest.mark.parametrize("published", [True, False])
+    def test_a_writer_that_another_host_took_for_dead(
+        self, storage: Storage, other: Storage, archive: Settings, tmp_path: Path, published: bool
+    ) -> None:
+        """It stood still for long (its host was suspended, or has another time), and goes on in the end."""
+        clock = Clock()
+        writer = BundleWriter(storage, archive, clock=clock)
+        records = [writer.store(new_member(1))]
+        if published:
+            clock.now += 1
+            writer.tick()
+        elsewhere = archive.model_copy(
+            update={"archive": archive.archive.model_copy(update={"state_dir": tmp_path / "elsewhere"})}
+        )
+        (found,) = recover(other, elsewhere, now=lambda: 4e9).bundles
+        assert (found.members, found.error) == (1, "")
+        for number in (2, 3):
+            with suppress(StorageError):  # its sender sends it again
+                records.append(writer.store(new_member(number)))
+        assert len(records) > 1
+        clock.now += 1
+        writer.tick()
+        writer.close()
+        assert all_records(other) == records
+        numbers = [int(record.SOPInstanceUID.rpartition(".")[2]) for record in records]
+        assert [member_bytes(other, record) for record in records] == [PREAMBLE + dataset_bytes(one) for one in numbers]
+        assert_sound(other)
+
+
+class TestHdfs(Hdfs, SharedContract):
     """hdfs://"""
 
 
-class TestWebHdfs(WebHdfs, BundleContract):
+class TestWebHdfs(WebHdfs, SharedContract):
     """webhdfs://"""
 
     cuts_per_bundle = 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
@@ -168,6 +169,58 @@ def test_a_bundle_that_holds_nothing_is_removed_at_once(storage: Storage, archiv
     writer.tick()
     assert list(storage.walk()) == []
     writer.close()
+
+
+def test_state_that_cannot_be_removed_holds_up_no_bundle(
+    storage: Storage, archive: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`archive.state_dir` is mounted read-only by a kernel that met an error, or belongs to somebody else now."""
+    unlink, broken = Path.unlink, [True]
+
+    def refused(self: Path, missing_ok: bool = False) -> None:
+        if broken[0] and self.is_relative_to(archive.archive.state_dir):
+            raise PermissionError(errno.EROFS, "Read-only file system")
+        unlink(self, missing_ok)
+
+    failing = Failing(storage, lambda call, path: None)
+    failing.visible_at_once = False
+    clock = Clock()
+    writer = BundleWriter(failing, archive, clock=clock)
+    monkeypatch.setattr(Path, "unlink", refused)
+    records = []
+    for number in range(3):
+        records.append(writer.store(new_member(number)))
+        clock.now += archive.storage.seal_age_s + 1
+        writer.tick()
+    assert [state.sealed for state in Landed(storage).bundles()] == [True] * 3
+    broken[0] = False
+    clock.now += REPAIR_S
+    writer.close()
+    assert all_records(storage) == records
+    assert_sound(storage)
+    assert recover(storage, archive).bundles == ()
+
+
+def test_a_lock_that_cannot_be_removed_is_let_go(
+    storage: Storage, archive: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unlink = Path.unlink
+
+    def refused(self: Path, missing_ok: bool = False) -> None:
+        if self.suffix == ".lock":
+            raise PermissionError(errno.EROFS, "Read-only file system")
+        unlink(self, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", refused)
+    for _ in range(2):
+        writer = BundleWriter(storage, archive)
+        writer.store(new_member(1))
+        writer.close()
+    assert [one.error for one in recover(storage, archive).bundles] == ["", ""]
+    monkeypatch.setattr(Path, "unlink", unlink)
+    assert [one.error for one in recover(storage, archive).bundles] == ["", ""]
+    assert recover(storage, archive).bundles == ()
+    assert_sound(storage)
 
 
 def test_what_close_cannot_settle_recovery_does(storage: Storage, archive: Settings) -> None:
