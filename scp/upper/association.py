@@ -142,6 +142,11 @@ class Association:
         self._connection.stopping = True
 
     @property
+    def accepted(self) -> bool:
+        """Whether it is established, and not over."""
+        return self._placed
+
+    @property
     def admission(self) -> Admission:
         """What `Acceptor.admit` said."""
         assert self._admission is not None

@@ -95,7 +95,7 @@ class Server:
         return not self._open
 
     def _begin(self, sock: socket.socket, address: str, tls: ssl.SSLContext | None) -> None:
-        if len(self._open) >= CONNECTIONS_PER_ASSOCIATION * self._max_associations:
+        if self._is_crowded(address):
             log.warning("connection closed unread address=%s open=%d", address, len(self._open))
             sock.close()
             return
@@ -116,6 +116,15 @@ class Server:
             connection.close()
             with self._lock:
                 self._open.discard(association)
+
+    def _is_crowded(self, address: str) -> bool:
+        """Whether there is no room for a further connection. Half of it is all that one address gets for what is no
+        association: who opens connections and says nothing leaves the rest to others."""
+        most = CONNECTIONS_PER_ASSOCIATION * self._max_associations
+        if not most // 2 <= len(self._open) < most:
+            return len(self._open) >= most
+        with self._lock:
+            return sum(one.address == address and not one.accepted for one in self._open) >= most // 2
 
     def _run(self, association: Association) -> None:
         try:

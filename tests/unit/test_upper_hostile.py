@@ -16,6 +16,7 @@ from sphere.scp.upper import command, protocol, transport
 from sphere.scp.upper.messages import MAX_COMMAND
 from tests.support.raw_peer import (
     VERIFICATION,
+    RawPeer,
     associate_rq,
     echo_rq,
     p_data,
@@ -195,6 +196,19 @@ def test_more_connections_than_are_listened_to(bench_with: Callable[..., Bench])
     assert closed.receive() is None
     silent[0].send(echo_rq())
     assert silent[0].response()["Status"] == 0
+
+
+def test_one_address_that_says_nothing_leaves_room_for_others(bench_with: Callable[..., Bench]) -> None:
+    bench = bench_with(max_associations=4)
+    silent = [bench.peer() for _ in range(20)]
+    assert silent[-1].receive() is None
+    sock = socket.create_connection(("127.0.0.1", bench.server.port), timeout=30, source_address=("127.0.0.2", 0))
+    other = RawPeer(sock)
+    other.associate()
+    other.send(echo_rq())
+    assert other.response()["Status"] == 0
+    other.release()
+    silent[0].associate()  # what was accepted is served
 
 
 @pytest.mark.parametrize(
