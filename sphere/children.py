@@ -86,10 +86,11 @@ def _extract(archive: Archive, state_dir: Path, stop: threading.Event, at_work: 
     state = serving.JobState(serving.now())
 
     def tell(step: str, done: int = 0, total: int = 0) -> None:
-        at_work.set()
-        if stop.is_set():  # it came before the first step, or what the signal raised got lost in a finalizer
-            at_work.clear()
-            raise _Stopping
+        if threading.current_thread() is threading.main_thread():  # and not who tells of Spark's progress meanwhile
+            at_work.set()
+            if stop.is_set():  # it came before the first step, or what the signal raised got lost in a finalizer
+                at_work.clear()
+                raise _Stopping
         serving.write_job(state_dir, replace(state, step=step, done=done, total=total))
 
     outcome, failed = "ended by a defect", True
