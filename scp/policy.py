@@ -26,7 +26,6 @@ from sphere.catalog.wild import Wild
 from sphere.conf.errors import QueryError, Refused, SettingsError
 from sphere.conf.peers import Condition, Peer, Rule
 from sphere.conf.settings import Settings
-from sphere.ingest.header import Header as ReadHeader
 from sphere.ingest.header import HeaderReader
 from sphere.ingest.members import NewMember
 from sphere.scp.deleted import Deleted
@@ -64,7 +63,8 @@ class _Arrival:
         """The header as DICOM JSON, empty where none can be read. Raises StorageError."""
         member, size = self.member, self.member.size
         found = self.reader().read(member.fetch(0, min(size, PREFIX)), size=size, fetch=member.fetch)
-        return orjson.loads(found.dataset) if isinstance(found, ReadHeader) else {}
+        header: Header = orjson.loads(found.dataset)
+        return header
 
 
 class Policy:

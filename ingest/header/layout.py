@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from sphere.conf.errors import RejectReason
@@ -41,10 +41,14 @@ _FIRST_LOOK: Final = 4096  # bytes within which File Meta Information usually en
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """Bytes that cannot become a row, and why; `detail` is for a person and holds no patient data."""
+    """Bytes that cannot become a row, and why; `detail` is for a person and holds no patient data.
+
+    `dataset` is the header as DICOM JSON where it could be read, for those who ask what the instance says of itself.
+    """
 
     reason: RejectReason
     detail: str
+    dataset: bytes = field(default=b"{}", compare=False, repr=False)
 
 
 @dataclass(slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from sphere.conf.errors import RejectReason
@@ -120,7 +120,7 @@ def _header(layout: Layout, walker: Walker, hits: list[Hit]) -> Header | Rejecte
     _complete_from_meta(values, layout, warnings)
     rejected = _check_uids(values, hits, walker, warnings)
     if rejected is not None:
-        return rejected
+        return replace(rejected, dataset=b"{%s}" % join(hits))
     if walker.shared:
         values = {**walker.shared, **values}
     return Header(

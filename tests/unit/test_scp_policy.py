@@ -57,6 +57,17 @@ def with_rules(*rules: dict[str, Any], **sections: Any) -> Settings:
 
 
 @pytest.mark.parametrize(
+    "uids", [{"SOPInstanceUID": "1.2.x"}, {"StudyInstanceUID": "1." * 33 + "1"}, {"SeriesInstanceUID": ""}]
+)
+def test_rules_ask_what_will_be_no_row_as_well(tmp_path: Path, uids: dict[str, str]) -> None:
+    """Its UIDs are none: extraction would put it in quarantine, and its bytes would be kept."""
+    data = dataset_of(make_instance(tmp_path / "1.dcm", PatientID="SECRET7", **uids))
+    policy = Policy(with_rules({"keys": {"PatientID": "SECRET*"}, "action": "reject"}))
+    with pytest.raises(Refused, match=r"refused by rule rules\.0"):
+        policy.admit(member(data), via="dimse")
+
+
+@pytest.mark.parametrize(
     ("condition", "matches"),
     [
         ({}, True),
