@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import duckdb
 
 from sphere.catalog import overlay
+from sphere.catalog.arrow import empty
 from sphere.catalog.grant import Grant
 from sphere.catalog.index_files import FileMap
 from sphere.catalog.index_note import Note, Snapshots
@@ -170,7 +171,7 @@ def _replace(
         columns = {name: None for name in columns if name in there or name not in optional}
         source, bound = instances_sql(columns, grant), [holding]
     else:
-        db.register("no_rows", TABLES["instances"].schema.empty_table())
+        db.register("no_rows", empty(TABLES["instances"].schema))
         source, bound = "no_rows", []
     listed = ", ".join(f'"{name}"' for name in columns)
     db.execute("SET TimeZone = 'UTC'")
@@ -202,7 +203,7 @@ def _roll_up_granted(db: duckdb.DuckDBPyConnection, instances: Snapshot | None, 
         name for name in source_columns("series") | source_columns("studies") if name in there or name not in optional
     ]
     absent = optional.difference(columns)
-    db.register("no_rows", TABLES["instances"].schema.empty_table())
+    db.register("no_rows", empty(TABLES["instances"].schema))
     listed = ", ".join(f'"{name}"' for name in columns)
     db.execute("SET TimeZone = 'UTC'")
     db.execute(f"CREATE TEMP TABLE granted_rows AS SELECT {listed} FROM no_rows")
@@ -234,7 +235,7 @@ def _copy_table(
     added afterwards, they cost a twentieth.
     """
     table = TABLES[name]
-    db.register("empty", table.schema.empty_table())
+    db.register("empty", empty(table.schema))
     if snapshot is None or not snapshot.files:
         source, values = "empty", []
         filled = list(table.schema.names)

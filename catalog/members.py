@@ -17,6 +17,7 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 
+from sphere.catalog.arrow import empty
 from sphere.catalog.grant import Grant
 from sphere.catalog.scan import open_reader
 from sphere.catalog.tail import JournalTail
@@ -58,7 +59,7 @@ class Members:
         spill = settings.archive.state_dir / "scan"
         config: dict[str, Any] = {"memory_limit": MEMORY_LIMIT, "threads": 2, "temp_directory": str(spill)}
         self._db = duckdb.connect(config={**config, "autoinstall_known_extensions": False})
-        self._db.register("empty", _SCHEMA.empty_table())
+        self._db.register("empty", empty(_SCHEMA))
         self._db.execute("CREATE TABLE members AS SELECT *, true AS shown FROM empty")
         self._db.execute("CREATE TABLE deleted (SOPInstanceUID VARCHAR)")
         self._tail = JournalTail(open_readable(settings), settings.archive.state_dir, {})

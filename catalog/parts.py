@@ -18,6 +18,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from sphere.catalog.arrow import strings
+
 FILES: Final = 24
 """Files that stay open: about 0.4 MB each, 3 MB where they have all the columns."""
 COLUMNS: Final = 64 << 20
@@ -94,8 +96,8 @@ class InstanceFiles:
         for name, texts in wanted.items():
             column = self._column(path, file, group, name)
             if column is None:
-                return pa.array([], pa.uint64())
-            one = pc.equal(column, texts[0]) if len(texts) == 1 else pc.is_in(column, value_set=pa.array(texts))
+                return pa.nulls(0, pa.uint64())
+            one = pc.equal(column, texts[0]) if len(texts) == 1 else pc.is_in(column, value_set=strings(texts))
             masks.append(one)
         mask = masks[0]
         for more in masks[1:]:
@@ -122,7 +124,7 @@ class InstanceFiles:
             table = file.parquet.reader.read_row_group(group, column_indices=[place], use_threads=False)
         column = table.column(0).combine_chunks()
         if isinstance(column, pa.ChunkedArray):  # what pyarrow gives of a column without rows
-            column = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
+            column = pa.concat_arrays(column.chunks) if column.num_chunks else pa.nulls(0, column.type)
         if column.nbytes <= LARGEST:
             self._keep(key, column)
         return column

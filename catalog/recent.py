@@ -21,6 +21,7 @@ import pyarrow as pa
 
 from sphere.catalog import overlay
 from sphere.catalog.arrivals import RECENT, HeadersOfMembers, values_of
+from sphere.catalog.arrow import empty, strings
 from sphere.catalog.fold import FoldedStudy
 from sphere.catalog.grant import Grant
 from sphere.catalog.index_files import FileMap
@@ -161,7 +162,7 @@ class Recent:
         """Those of the instances that the catalog (by a hash of their UIDs) or the arrivals have."""
         if not uids:
             return set()
-        self._db.register("asked", pa.table({"uid": list(uids)}))
+        self._db.register("asked", pa.table({"uid": strings(list(uids))}))
         hashes = [f"hash(uid) IN (SELECT hash FROM {source}.sop_files)" for source in self._sources.files.sources]
         condition = " OR ".join([*hashes, "uid IN (SELECT SOPInstanceUID FROM recent.arrivals)"])
         found = self._db.execute(f"SELECT uid FROM asked WHERE {condition}").fetchall()
@@ -324,7 +325,7 @@ class Recent:
 
 def _create(db: duckdb.DuckDBPyConnection) -> None:
     db.execute("CREATE SCHEMA memory.recent")
-    db.register("arrivals_", RECENT.empty_table())
+    db.register("arrivals_", empty(RECENT))
     db.execute("CREATE TABLE recent.arrivals AS SELECT *, true AS shown FROM arrivals_")
     db.unregister("arrivals_")
     db.execute("CREATE TABLE recent.hidden (SOPInstanceUID VARCHAR)")

@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from sphere.catalog.arrow import integers, numbers
 from sphere.catalog.rows_note import NotedFiles, write_note
 from sphere.catalog.schema import TABLES, level_of
 
@@ -180,12 +181,12 @@ def _write_names(db: duckdb.DuckDBPyConnection, folder: Path) -> None:
     )
     table = db.sql(sql).to_arrow_table().combine_chunks()
     names = table.column("name").combine_chunks()
-    encoded = names.dictionary_encode() if len(names) else pa.array([], pa.string()).dictionary_encode()
+    encoded = names.dictionary_encode() if len(names) else pa.nulls(0, pa.string()).dictionary_encode()
     if isinstance(encoded, pa.ChunkedArray):
         encoded = encoded.combine_chunks()
-    first = np.searchsorted(encoded.indices.to_numpy(), np.arange(len(encoded.dictionary) + 1))
+    first = np.searchsorted(numbers(encoded.indices), np.arange(len(encoded.dictionary) + 1))
     _save(folder, "names.first", first.astype(np.uint32))
-    _save(folder, "names.rows", table.column("row").to_numpy().astype(np.uint32))
+    _save(folder, "names.rows", numbers(table.column("row")).astype(np.uint32))
     distinct = pa.table({"name": encoded.dictionary})
     with pa.OSFile(str(folder / "names.arrow"), "wb") as file, pa.ipc.new_file(file, distinct.schema) as writer:
         writer.write_table(distinct, 1 << SHIFT)
@@ -247,7 +248,7 @@ class _Columns:
         ends = rows.searchsorted(np.arange(1, len(chunks) + 1) << shift)
         for chunk, first, last in zip(chunks, (0, *ends[:-1]), ends, strict=True):
             if first < last:  # of a column as a whole, Arrow would copy all chunks first
-                found += self._listed(name, chunk.take(pa.array(rows[first:last] & mask)))
+                found += self._listed(name, chunk.take(integers(rows[first:last] & mask)))
         return found
 
     def _listed(self, name: str, taken: pa.Array) -> list[Any]:

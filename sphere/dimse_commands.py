@@ -11,6 +11,7 @@ import click
 import pyarrow as pa
 from pydicom.dataset import Dataset
 
+from sphere.catalog.arrow import strings
 from sphere.catalog.query import Features, Model
 from sphere.catalog.schema import Level
 from sphere.conf.loading import load, load_archive
@@ -152,7 +153,7 @@ def answers_table(answers: Iterable[Dataset]) -> pa.Table:
         for answer in answers
     ]
     names = dict.fromkeys(name for row in rows for name in row)
-    columns = {name: pa.array([row.get(name) for row in rows], pa.string()) for name in names}
+    columns = {name: strings([row.get(name) for row in rows]) for name in names}
     return pa.table(columns)
 
 
