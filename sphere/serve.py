@@ -47,6 +47,7 @@ DESCRIPTORS = 1 << 16  # of a child at most
 HEARTBEAT_S = 1.0  # seconds between heartbeats of a child
 PATIENCE_S = 6.0  # seconds without a heartbeat after which a receiver is killed: service resumes within 10 s
 JOB_PATIENCE_S = 60.0  # the same for jobs, which may wait long for memory or disk
+JOB_SETTLES_S = 10.0  # seconds that a job goes on before its start counts: it is ready before it has done anything
 START_S = 60.0  # seconds until the first heartbeat of a child, on a busy machine
 STATE_S = 1.0  # seconds between writes of the state file while nothing changes
 TICK_S = 0.2  # seconds between looks at the clock
@@ -61,11 +62,13 @@ class Child:
     name: str
     target: Target
     patience_s: float = PATIENCE_S
+    settles_s: float = 0.0  # seconds that it goes on after it is ready before its start counts
     process: SpawnProcess | None = None
     lifeline: Connection | None = None  # closed by the death of the supervisor
     messages: Connection | None = None  # True: it is ready; False: a heartbeat; and what serving.Tell says
     state: Literal["starting", "ready", "waiting"] = "waiting"
     due: float = 0.0  # monotonic time of its next start, where it waits for that
+    settled: float = 0.0  # monotonic time from which on its start counts
     deadline: float = 0.0  # monotonic time at which its next heartbeat must have come
     pause: float = RESTART_PAUSE_S[0]
     restarts: int = 0
@@ -73,6 +76,11 @@ class Child:
     last_heartbeat: str = ""
     last_end: str = ""
     refuses: bool = False
+
+    def wait(self, pause_s: float) -> None:
+        """Be started again in `pause_s` seconds, and in not more than the longest pause."""
+        self.pause = min(pause_s, RESTART_PAUSE_S[1])
+        self.state, self.due = "waiting", time.monotonic() + self.pause
 
     @property
     def ended_well(self) -> bool:
@@ -134,14 +142,14 @@ class Supervisor:
         if settings.web.enabled:
             self.children.append(Child("web", serve_http))
         if settings.extract.every_s and settings.catalog.mode == "delta":
-            self.children.append(Child("extract", extract_regularly, JOB_PATIENCE_S))
+            self.children.append(_job("extract", extract_regularly))
         if settings.forwards:
-            self.children.append(Child("forwarder", forward_regularly, JOB_PATIENCE_S))
+            self.children.append(_job("forwarder", forward_regularly))
         self._spools = in_use(settings)
         if self._spools:
-            self.children.append(Child("shipper", ship_regularly, JOB_PATIENCE_S))
+            self.children.append(_job("shipper", ship_regularly))
         if settings.ingest.verify_sealed and settings.ingest.durability == "storage":
-            self.children.append(Child("verifier", verify_regularly, JOB_PATIENCE_S))
+            self.children.append(_job("verifier", verify_regularly))
         for child in self.children:
             self._start(child)
         while not self._stop.is_set():
@@ -185,13 +193,22 @@ class Supervisor:
         child.messages, send = SPAWN.Pipe(duplex=False)
         level = logging.getLogger("sphere").getEffectiveLevel()
         arguments = (child.target, self.settings, theirs, send, level)
-        child.process = SPAWN.Process(target=_run_child, args=arguments, name=child.name)
-        child.process.start()
-        theirs.close()
-        send.close()
+        process = SPAWN.Process(target=_run_child, args=arguments, name=child.name)
+        try:
+            process.start()
+        except OSError as error:  # no memory, or no room for another process: as short as that may be what ended it
+            child.lifeline.close()
+            child.messages.close()
+            child.wait(2 * child.pause)
+            log.error("child not started name=%s: %s pause_s=%.1f", child.name, error.strerror, child.pause)
+            return
+        finally:
+            theirs.close()
+            send.close()
+        child.process = process
         child.refuses = False
         child.state, child.deadline = "starting", time.monotonic() + START_S
-        log.info("child started name=%s pid=%s", child.name, child.process.pid)
+        log.info("child started name=%s pid=%s", child.name, process.pid)
 
     def _listen(self, child: Child) -> None:
         """Take what the child has said."""
@@ -202,7 +219,7 @@ class Supervisor:
                 if said in (serving.REFUSES, serving.STORES):
                     child.refuses = said == serving.REFUSES
                 elif said:
-                    child.state, child.pause = "ready", RESTART_PAUSE_S[0]
+                    child.state, child.settled = "ready", time.monotonic() + child.settles_s
                 child.deadline = time.monotonic() + child.patience_s
                 child.last_heartbeat = serving.now()
         except (EOFError, OSError):
@@ -219,15 +236,14 @@ class Supervisor:
             log.error("child killed name=%s pid=%s: no heartbeat", child.name, process.pid)
             process.kill()
             process.join()
-        if child.state != "ready":
-            child.pause = min(2 * child.pause, RESTART_PAUSE_S[1])
+        started = child.state == "ready" and time.monotonic() >= child.settled
         for connection in (child.lifeline, child.messages):
             if connection is not None:
                 connection.close()
         status = process.exitcode or 0
         child.last_end = f"signal {-status}" if status < 0 else f"status {status}"
         child.restarts += 1
-        child.state, child.due = "waiting", time.monotonic() + child.pause
+        child.wait(RESTART_PAUSE_S[0] if started else 2 * child.pause)
         log.error(
             "child ended name=%s by %s restarts=%s pause_s=%.1f",
             child.name, child.last_end, child.restarts, child.pause,
@@ -264,6 +280,10 @@ class Supervisor:
                 process.join()
         serving.remove(self.settings.archive.state_dir)
         return 0 if all(child.ended_well for child in self.children if child.process in alive) else 1
+
+
+def _job(name: str, target: Target) -> Child:
+    return Child(name, target, JOB_PATIENCE_S, JOB_SETTLES_S)
 
 
 def leave_at_sigterm() -> None:
