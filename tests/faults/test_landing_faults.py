@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import socket
 import struct
 import time
@@ -39,6 +40,25 @@ def test_a_disk_that_fails_for_a_while(tmp_path: Path, fault: str) -> None:
     assert (tmp_path / HALVES).exists() == fault.startswith("write")
     result = audit(ledger, receiver.settings)
     assert result.unacknowledged == 0
+
+
+def test_descriptors_run_out(tmp_path: Path) -> None:
+    """At any of the places where landing needs one: for a bundle, its journal, a lock, a waiting file, a connection."""
+    ledger = Ledger()
+    with running_receiver(tmp_path, {"storage": {"seal_mib": 1, "memory_mib": 1}}) as receiver:
+        pid = receiver.process.pid
+        limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+        with Senders(ledger, receiver.port, count=4, largest=2_500_000):
+            ledger.wait_for_count(10)
+            used = len(list(Path(f"/proc/{pid}/fd").iterdir()))
+            for room in range(6, -7, -2):
+                resource.prlimit(pid, resource.RLIMIT_NOFILE, (max(8, used + room), limits[1]))
+                time.sleep(0.4)
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
+            ledger.wait_for_success(time.monotonic())
+        assert set(ledger.refused) == {OUT_OF_RESOURCES}
+        assert "Traceback" not in receiver.log
+    assert audit(ledger, receiver.settings).unacknowledged == 0
 
 
 @pytest.mark.parametrize("way", ["dies", "aborts", "is slow"])
