@@ -359,7 +359,10 @@ class _Beside:
                         self._late -= 1
                         self._next = self._next if found else time.monotonic() + AWAY_S
 
-        threading.Thread(target=answer, daemon=True, name="beside").start()
+        try:
+            threading.Thread(target=answer, daemon=True, name="beside").start()
+        except RuntimeError:  # no room for one
+            return False
         answered.wait(wait_s)
         with self._lock:
             if not answers:

@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Protocol
 
 from sphere.conf.errors import StorageError
@@ -70,11 +71,16 @@ class ToldWriter:
     def _became(self, refuses: bool) -> None:
         """Tell it where it is a change."""
         with self._lock:
-            if refuses == self._refuses:
-                return
-            self._refuses = refuses
-            self._tell(refuses)
+            changed, self._refuses = refuses != self._refuses, refuses
+            if changed:
+                self._tell(refuses)
             if refuses and not self._tries:
-                self._tries = True
-                threading.Thread(target=self._try, daemon=True, name="refusing").start()
-        log.warning("the storage %s", "refuses what arrives" if refuses else "takes what arrives again")
+                self._begin()
+        if changed:
+            log.warning("the storage %s", "refuses what arrives" if refuses else "takes what arrives again")
+
+    def _begin(self) -> None:
+        """Try from now on, or with the next refusal where there is no room for a thread."""
+        with suppress(RuntimeError):
+            threading.Thread(target=self._try, daemon=True, name="refusing").start()
+            self._tries = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -68,6 +69,24 @@ def test_it_is_told_once_and_tried_until_it_works(monkeypatch: pytest.MonkeyPatc
     tries = disk.tries
     time.sleep(0.1)
     assert disk.tries == tries
+
+
+def test_no_room_for_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who is told that nothing can be stored sends nothing: the next refusal has it tried all the same."""
+    monkeypatch.setattr(refusing, "TRY_S", 0.01)
+    disk, told, start = Disk(), list[bool](), threading.Thread.start
+
+    def full(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    writer = ToldWriter(disk, told.append)
+    disk.full = True
+    monkeypatch.setattr(threading.Thread, "start", full)
+    refused(writer)
+    monkeypatch.setattr(threading.Thread, "start", start)
+    refused(writer)
+    disk.full = False
+    wait(lambda: told == [True, False])
 
 
 def test_a_success_says_so_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
