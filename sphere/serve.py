@@ -374,7 +374,7 @@ def _end_with(lifeline: Connection) -> None:
 def with_ports(settings: Settings) -> Settings:
     """The settings with free ports in place of 0; raises SettingsError when a wanted port is taken."""
     dimse, web = settings.dimse, settings.web
-    if web.enabled and web.port and web.port in (dimse.port, dimse.tls_port) and web.host == dimse.host:
+    if web.enabled and web.port and web.port in (dimse.port, dimse.tls_port) and _overlap(web.host, dimse.host):
         raise SettingsError(f"web.port: {web.port} is a port of dimse on {dimse.host} too; choose another port")
     update: dict[str, object] = {
         "dimse": dimse.model_copy(update={"port": _port("dimse.port", dimse.host, dimse.port)})
@@ -384,6 +384,11 @@ def with_ports(settings: Settings) -> Settings:
     if web.enabled:
         update["web"] = web.model_copy(update={"port": _port("web.port", web.host, web.port)})
     return settings.model_copy(update=update)
+
+
+def _overlap(host: str, other: str) -> bool:
+    """Whether who listens on one address takes the ports of the other as well: it is the same, or all of them."""
+    return host == other or bool({host, other} & {"0.0.0.0", "::"})
 
 
 def _port(key: str, host: str, port: int) -> int:

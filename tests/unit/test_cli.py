@@ -419,9 +419,12 @@ def test_columns_of_one_name_are_shown_or_refused_never_lost(tmp_path: Path) -> 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_one_port_for_dimse_and_http_is_refused(tmp_path: Path) -> None:
-    both = {"dimse": {"port": 21112}, "web": {"port": 21112}}
-    with pytest.raises(SettingsError, match=r"web\.port: 21112 is a port of dimse on 127\.0\.0\.1 too"):
+@pytest.mark.parametrize("hosts", [("127.0.0.1", "127.0.0.1"), ("0.0.0.0", "127.0.0.1"), ("127.0.0.1", "0.0.0.0")])
+def test_one_port_for_dimse_and_http_is_refused(tmp_path: Path, hosts: tuple[str, str]) -> None:
+    """Also where one of them listens on every address: the other one would never start."""
+    dimse, web = hosts
+    both = {"dimse": {"port": 21112, "host": dimse}, "web": {"port": 21112, "host": web}}
+    with pytest.raises(SettingsError, match=rf"web\.port: 21112 is a port of dimse on {re.escape(dimse)} too"):
         with_ports(from_dict(both, base=tmp_path))
 
 
