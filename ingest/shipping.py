@@ -165,6 +165,8 @@ class Shipper:
             self._copy(bundle, wanted)
         elif self._fingerprint(self._storage, bundle) != wanted:
             raise BundleDamaged(f"bundle {bundle}: the storage has other bytes under its name")
+        else:
+            self._storage.delete(_temporary(bundle))  # of a process that was killed while it had both names
         self._step("journal")
         self._copy_journal(bundle)
         self._step("remove")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -227,6 +228,25 @@ def test_a_shipper_that_is_killed_at_each_step(tmp_path: Path) -> None:
 def _listed(settings: Settings) -> list[MemberRecord]:
     landed = Landed(open_readable(settings))
     return [record for state in landed.bundles() for record in landed.records(state.bundle)[0]]
+
+
+def test_a_shipper_that_is_killed_while_a_copy_has_both_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a local storage a name is given by a link; the other one would keep the bytes of what is erased later."""
+
+    class Killed(BaseException):
+        pass
+
+    def linked(path: Path, to: Path) -> None:
+        os.link(path, to)
+        raise Killed
+
+    settings = archive(tmp_path)
+    records = land(settings, range(3))
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("sphere.ingest.storage.local._rename", linked)
+        Shipper(settings).round()
+    assert Shipper(settings).round().bundles == 1
+    assert_all_shipped(settings, records)
 
 
 def test_bundles_of_a_dead_receiver_are_sealed_and_shipped(tmp_path: Path) -> None:
