@@ -48,7 +48,11 @@ STATUSES: Mapping[str, Iterable[tuple[int, str]]] = {
         ),
         (store.OUT_OF_RESOURCES, "Not stored, there is no room or the storage is away: send it again"),
         (store.PROCESSING_FAILURE, "Not stored: a defect, or a storage that fails"),
-        (known.DUPLICATE_INSTANCE, 'Not stored: another version is, and `ingest.on_conflict` is "reject"'),
+        (
+            known.DUPLICATE_INSTANCE,
+            'Not taken: another version is shown, and `ingest.on_conflict` is "reject"; '
+            "the bytes are kept for `conflicts`",
+        ),
         (
             NOT_AUTHORIZED,
             "Not stored: the caller may not, it was deleted here, the AE title is one of `[[snapshots]]`, or a rule "

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from pydicom.dataset import Dataset
 
+from sphere.conf import toml
 from sphere.conf.errors import Refused, SettingsError
 from sphere.conf.loading import from_dict
 from sphere.conf.settings import Settings
@@ -54,6 +55,16 @@ def member(data: bytes, **changes: Any) -> NewMember:
 def with_rules(*rules: dict[str, Any], **sections: Any) -> Settings:
     ward = {"name": "ward", "ae_title": "CT1", "host": "10.0.0.5"}
     return from_dict({"peers": [ward], "rules": list(rules), **sections}, base=Path("/"))
+
+
+def test_the_rules_of_the_guide_do_what_it_says(data: bytes) -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "guide.md").read_text(encoding="utf-8")
+    example = guide.partition("### Rules")[2].partition("```toml\n")[2].partition("```")[0]
+    policy = Policy(from_dict(toml.loads(example), base=Path("/")))
+    assert policy.admit(member(data), via="dimse", address="10.1.0.7").collections == ("trial",)
+    with pytest.raises(Refused, match=r"refused by rule rules\.1"):
+        policy.admit(member(data, source_aet="MR1"), via="dimse", address="10.1.0.7")
+    assert policy.admit(member(data, source_aet="MR1"), via="dimse", address="10.2.0.7").collections == ()
 
 
 @pytest.mark.parametrize(
