@@ -13,6 +13,7 @@ from sphere.conf.peers import Peer
 from sphere.conf.settings import Settings
 
 RESOLVED_S = 60.0  # seconds that an answer of the name service is kept
+_NO_SUCH_NAME = (socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME))
 _WRITTEN_OUT = re.compile(r"(?P<ae_title>[^@\\]{1,16})@(?P<host>\[[0-9A-Fa-f:.]+\]|[^:\[\]@]+):(?P<port>\d{1,5})")
 
 
@@ -39,12 +40,12 @@ def describe(peer: Peer) -> str:
     return f"peer {peer.ae_title} at {peer.host}:{peer.port}"
 
 
-def addresses(host: str) -> frozenset[str]:
-    """Every address of `host`, IPv4 or IPv6, as text; none where it cannot be resolved."""
+def addresses(host: str) -> frozenset[str] | None:
+    """Every address of `host`, IPv4 or IPv6, as text; none where there is no such name, None where nobody says."""
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    except OSError:
-        return frozenset()
+    except OSError as error:
+        return frozenset() if error.errno in _NO_SUCH_NAME else None
     return frozenset(plain_address(str(item[4][0])) for item in found)
 
 
@@ -65,7 +66,7 @@ class CallingPolicy:
         self,
         peers: tuple[Peer, ...],
         *,
-        lookup: Callable[[str], frozenset[str]] = addresses,
+        lookup: Callable[[str], frozenset[str] | None] = addresses,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._peers = peers
@@ -90,8 +91,8 @@ class CallingPolicy:
         kept = self._kept.get(host)
         if kept is None or now - kept[0] > RESOLVED_S:
             found = self._lookup(host)
-            if kept is not None and not found:
-                found = kept[1]  # the name service is away: a peer is not to become a stranger for that
+            if found is None:  # the name service is away: a peer is not to become a stranger for that
+                found = kept[1] if kept is not None else frozenset()
             kept = self._kept[host] = (now, found)
         return kept[1]
 
