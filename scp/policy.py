@@ -95,7 +95,7 @@ class Policy:
         if called_ae in self._snapshots:
             raise Refused(f"{called_ae} is a snapshot of the catalog and takes no instances")
         if not not_deleted and self.was_deleted(member.SOPInstanceUID):
-            raise Refused("this instance was deleted here (sphere undelete brings it back)")
+            raise Refused("this instance was deleted here (sphere undelete, unless erased)")
         if not self._rules:
             return member
         arrival = _Arrival(member=member, via=via, called_ae=called_ae, address=address, reader=self._reader)
