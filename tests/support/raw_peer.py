@@ -24,13 +24,14 @@ def associate_rq(
     *,
     max_pdu: int = 16384,
     ours: Iterable[Any] = (),
+    calling: str = "RAW",
     called: str = "SPHERE",
     syntax: str = EXPLICIT,
 ) -> bytes:
     """An A-ASSOCIATE-RQ by pynetdicom: contexts 1, 3, 5, ... for `classes`, in one transfer syntax."""
     request = A_ASSOCIATE()
     request.application_context_name = "1.2.840.10008.3.1.1.1"
-    request.calling_ae_title, request.called_ae_title = "RAW", called
+    request.calling_ae_title, request.called_ae_title = calling, called
     contexts = [build_context(uid, syntax) for uid in classes]
     for number, context in enumerate(contexts):
         context.context_id = 2 * number + 1
@@ -93,9 +94,9 @@ class RawPeer:
     sock: socket.socket
 
     @classmethod
-    def connect(cls, port: int, *, timeout: float = 30) -> RawPeer:
-        """A connection to 127.0.0.1."""
-        sock = socket.create_connection(("127.0.0.1", port), timeout=timeout)
+    def connect(cls, port: int, *, timeout: float = 30, source: str = "") -> RawPeer:
+        """A connection to 127.0.0.1, from the address `source` if there is one."""
+        sock = socket.create_connection(("127.0.0.1", port), timeout=timeout, source_address=(source, 0))
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return cls(sock)
 
