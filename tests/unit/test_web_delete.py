@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import orjson
 import pytest
 from starlette.testclient import TestClient
 
@@ -23,6 +22,7 @@ from sphere.scp.deleted import Deleted
 from sphere.scp.web.app import make_app
 from sphere.scp.web.server import services_of
 from sphere.scp.web.tokens import Role, Tokens
+from tests.support.audit_records import recorded
 from tests.support.extracted import extract
 from tests.support.landing import archive, land, new_member, slices
 from tests.support.web import Web, serving_web
@@ -259,10 +259,7 @@ def test_recorded_with_who_and_why(settings: Settings, web: Web) -> None:
     assert delete(web, reason="consent withdrawn").status_code == 204
     [tombstone, *others] = list(web.services.tombstones.find())
     assert (len(others), tombstone.by, tombstone.reason) == (2, "local", "consent withdrawn")
-    web.services.journal.close()
-    folder = Path(settings.archive.state_dir.parent, "storage", "audit")
-    records = [orjson.loads(line) for file in folder.rglob("*.jsonl") for line in file.read_bytes().splitlines()]
-    [record] = [one for one in records if one["method"] == "DELETE"]
+    [record] = recorded(web.services.journal, settings.archive.state_dir.parent / "storage", "DELETE")
     assert (record["path"], record["query"]) == (f"/dicom-web/studies/{STUDY}", "reason=consent+withdrawn")
     assert (record["status"], record["outcome"], record["entities"]) == (204, "done", 3)
 

@@ -27,6 +27,7 @@ from sphere.ingest.journal import Landed
 from sphere.ingest.part10 import read_file_meta
 from sphere.ingest.storage import open_storage
 from sphere.scp.web import incoming, metadata_in
+from tests.support.audit_records import recorded
 from tests.support.landing import archive, changed
 from tests.support.samples import make_instance
 from tests.support.stow import (
@@ -124,9 +125,8 @@ def test_what_was_stored_before_a_body_went_wrong_is_told_and_recorded(tmp_path:
         assert (response.status_code, landed(other)) == (415, 1)
         assert "1 instances of the request had been stored" in response.json()["detail"]
         assert other.get(where(good), headers={"accept": DICOM}).content == good
-        other.services.journal.close()
-        [file] = Path(other.settings.storage.root.removeprefix("file://")).glob("audit/**/*.jsonl")
-        first = json.loads(file.read_bytes().splitlines()[0])
+        root = Path(other.settings.storage.root.removeprefix("file://"))
+        [first] = recorded(other.services.journal, root, "POST")
     assert (first["status"], first["outcome"], first["entities"]) == (415, "failed", 1)
 
 
@@ -161,9 +161,8 @@ def test_what_cannot_be_read_back_is_told_and_what_was_stored_is_recorded(
             assert "2 instances of the request had been stored" in response.json()["detail"]
         else:
             assert (response.status_code, reasons(response)) == (202, [0xA700])
-        other.services.journal.close()
-        [file] = Path(other.settings.storage.root.removeprefix("file://")).glob("audit/**/*.jsonl")
-        first = json.loads(file.read_bytes().splitlines()[0])
+        root = Path(other.settings.storage.root.removeprefix("file://"))
+        [first] = recorded(other.services.journal, root, "POST")
     assert (first["status"], first["entities"]) == (response.status_code, 2)
 
 
