@@ -135,7 +135,7 @@ class StoreService:
         except SphereError as error:
             return self._failed(request, error.dimse, str(error))
         except OSError as error:  # the file that it waits in cannot be opened or read
-            return self._failed(request, OUT_OF_RESOURCES, f"no room: {error.strerror}")
+            return self._failed(request, OUT_OF_RESOURCES, f"no room: {error.strerror or type(error).__name__}")
         except Exception as error:  # noqa: BLE001  a defect of ours must be answered, and not end the association
             return self._failed(request, PROCESSING_FAILURE, f"internal error ({type(error).__name__})")
         return _judge(request, found)

@@ -22,9 +22,9 @@ from tests.support.headers import (
     EXPLICIT_BE,
     EXPLICIT_LE,
     IDENTITY,
+    IMPLICIT_BODY,
     IMPLICIT_LE,
     element,
-    implicit,
     item,
     part10,
     sequence,
@@ -80,17 +80,6 @@ def commands() -> Seeds:
 def headers() -> Seeds:
     """Data sets; the first byte says how the target wraps them (see `tests.fuzz.landing.headers`)."""
     rich = _rich()
-    plain = b"".join(
-        implicit(tag, value)
-        for tag, value in (
-            ("SOPClassUID", b"1.2.840.10008.5.1.4.1.1.7\0"),
-            ("SOPInstanceUID", b"1.2.3.4\0"),
-            ("PatientName", b"Roe^Jane"),
-            ("StudyInstanceUID", b"1.2.3\0"),
-            ("SeriesInstanceUID", b"1.2.3.1\0"),
-            ("SmallestImagePixelValue", b"\xff\xff"),
-        )
-    )
     big = b"".join(
         element(tag, vr, value, order=">")
         for tag, vr, value in (
@@ -101,12 +90,12 @@ def headers() -> Seeds:
         )
     )
     return {
-        "implicit": b"\0" + plain,
+        "implicit": b"\0" + IMPLICIT_BODY,
         "explicit": b"\1" + rich,
         "big-endian": b"\2" + big,
         "deflated": b"\3" + rich,
         "file": b"\4" + part10(rich),
-        "file-implicit": b"\4" + part10(plain, syntax=IMPLICIT_LE),
+        "file-implicit": b"\4" + part10(IMPLICIT_BODY, syntax=IMPLICIT_LE),
         "bare": b"\4" + rich,
     }
 
